@@ -1,0 +1,246 @@
+"""What each door costs while many requests wait, and when all of them hang up at once: `python -m benchmarks.inflight`.
+
+Every measurement has a process of its own. `KiB` is the growth of the resident set per request, from before the first
+to when all wait and are listened to; `wakes` is how often the process woke in an idle second, so near 0 means that
+nothing polls. Bare FastAPI hears no hang-up: there the tasks are cancelled, the least that stopping a request can cost.
+
+Microseconds depend on the machine and on what else it does. DESIGN section 7 speaks of one that serves a bare request in
+40 us, so each process also times bare requests, just before and after; `scaled` is what such a machine would show.
+"""
+
+import argparse
+import asyncio
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import psutil
+from starlette.types import ASGIApp
+
+from benchmarks._asgi import Exchange, at_once, forever, loops, run_on, serve, start
+from benchmarks._doors import OURS
+from benchmarks._rivals import rivals
+from benchmarks._variants import BARE, FLOORS, REFERENCES, Variant
+
+_KIB_OVER_BARE = 5.0
+_HANG_UP = 60.0
+_GROWTH = 1.5
+_BARE_REQUEST = 40.0
+_BALLAST = 1_500
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Of one process: per request, but `wakes` per second and `wall` (milliseconds) for all of them."""
+
+    kib: float
+    idle: float
+    wakes: float
+    hang_up: float
+    scaled: float
+    wall: float
+    bare_request: float
+    statuses: str
+
+
+Block = dict[str, Measurement]
+"""The medians at one number of requests, by variant."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    if options.child is not None:
+        print(json.dumps(asdict(measure(_named(options.child), options.loop, options.counts[0], options.idle))))
+        return
+    variants = _chosen(options.only)
+    for loop in loops(options.loop):
+        print(f"\n{loop}, handler waits for ever: median of {options.repeats} processes, {options.idle:g} s idle")
+        smallest: Block = {}
+        for count in options.counts:
+            block = _block(variants, loop, count, options)
+            smallest = smallest or block
+            _print_block(variants, count, block, smallest)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.inflight", description=__doc__)
+    parser.add_argument("--counts", type=int, nargs="+", default=[500, 2_000, 10_000], help="requests in flight")
+    parser.add_argument("--repeats", type=int, default=3, help="processes for each measurement")
+    parser.add_argument("--idle", type=float, default=1.0, help="seconds to watch the waiting requests")
+    parser.add_argument("--loop", choices=["asyncio", "uvloop", "both"], default="both")
+    parser.add_argument("--only", nargs="+", default=[], help="parts of the names of the rows wanted (bare always)")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def _chosen(only: Sequence[str]) -> list[Variant]:
+    hearing = [variant for variant in _all() if variant.hears]
+    wanted = [v for v in hearing if not only or any(part.lower() in v.name.lower() for part in only)]
+    return [FLOORS[0], *wanted]
+
+
+def _all() -> list[Variant]:
+    return [*FLOORS, *OURS, *REFERENCES, *rivals()]
+
+
+def _named(name: str) -> Variant:
+    return next(variant for variant in _all() if variant.name == name)
+
+
+def measure(variant: Variant, loop: str, count: int, idle: float) -> Measurement:
+    """Measure in this process; run it in a fresh one, for the memory's sake."""
+    measured: Measurement = run_on(loop, _measure(variant, count, idle))
+    return measured
+
+
+async def _measure(variant: Variant, count: int, idle: float) -> Measurement:
+    app, process = variant.build(forever), psutil.Process()
+    # Requests that fill what importing left free, or the next thousand would seem to cost nothing.
+    ballast = await _in_flight(variant, app, _BALLAST)
+    gc.collect()
+    empty = process.memory_info().rss
+    waiting = await _in_flight(variant, app, count)
+    gc.collect()
+    full = process.memory_info().rss
+    cpu, wakes = await _idle(process, idle)
+    await _hang_up(variant, ballast)
+    before = await _bare_request()
+    hang_up, wall = await _hang_up(variant, waiting)
+    bare_request = (before + await _bare_request()) / 2
+    return Measurement(
+        kib=(full - empty) / 1024 / count,
+        idle=cpu * 1e6 / (count + _BALLAST),
+        wakes=wakes,
+        hang_up=hang_up * 1e6 / count,
+        scaled=hang_up * 1e6 / count * _BARE_REQUEST / bare_request,
+        wall=wall * 1e3,
+        bare_request=bare_request,
+        statuses=_statuses(waiting),
+    )
+
+
+async def _bare_request() -> float:
+    app = FLOORS[0].build(at_once)
+    await serve(app, 50, 1)
+    return statistics.median([await _cost(app) for _ in range(10)])
+
+
+async def _cost(app: ASGIApp) -> float:
+    started = time.process_time()
+    await serve(app, 50, 1)
+    return (time.process_time() - started) / 50 * 1e6
+
+
+Waiting = list[tuple[Exchange, asyncio.Task[None]]]
+
+
+async def _in_flight(variant: Variant, app: ASGIApp, count: int) -> Waiting:
+    """Start requests; return when every door listens."""
+    waiting: Waiting = []
+    for _ in range(count):
+        exchange = Exchange(variant.query)
+        waiting.append((exchange, start(app, exchange)))
+        if len(waiting) % 100 == 0:
+            await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    if variant.hears:
+        await _listened_to(waiting)
+    return waiting
+
+
+async def _listened_to(waiting: Waiting) -> None:
+    for _ in range(600):
+        await asyncio.sleep(0.05)
+        if all(exchange.listened_to for exchange, _ in waiting):
+            return
+    raise RuntimeError("nobody listens to some of the requests")
+
+
+async def _idle(process: psutil.Process, seconds: float) -> tuple[float, float]:
+    """CPU seconds and wake-ups per second, less the one that ends the watching."""
+    switches, started = process.num_ctx_switches().voluntary, time.process_time()
+    await asyncio.sleep(seconds)
+    cpu, wakes = time.process_time() - started, process.num_ctx_switches().voluntary - switches - 1
+    return cpu / seconds, max(wakes, 0) / seconds
+
+
+async def _hang_up(variant: Variant, waiting: Waiting) -> tuple[float, float]:
+    """CPU and wall-clock seconds from the hang-ups to the end of the last task."""
+    ended = asyncio.gather(*(task for _, task in waiting), return_exceptions=True)
+    cpu, wall = time.process_time(), time.perf_counter()
+    for exchange, task in waiting:
+        if variant.hears:
+            exchange.hang_up()
+        else:
+            task.cancel()
+    await ended
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def _statuses(waiting: Waiting) -> str:
+    counted = Counter(exchange.status for exchange, _ in waiting)
+    return ", ".join(f"{number} x {status or 'no response'}" for status, number in counted.items())
+
+
+def _block(variants: Sequence[Variant], loop: str, count: int, options: argparse.Namespace) -> Block:
+    samples: dict[str, list[Measurement]] = {variant.name: [] for variant in variants}
+    for _ in range(options.repeats):
+        for variant in variants:
+            samples[variant.name] += _in_child(variant, loop, count, options.idle)
+    return {name: _median(measurements) for name, measurements in samples.items() if measurements}
+
+
+def _in_child(variant: Variant, loop: str, count: int, idle: float) -> list[Measurement]:
+    """One measurement in a fresh process, or none and a message when that fails."""
+    flags = [f"--child={variant.name}", f"--loop={loop}", f"--counts={count}", f"--idle={idle}"]
+    command = [sys.executable, "-m", "benchmarks.inflight", *flags]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    if child.returncode:
+        print(f"{variant.name}: failed: {child.stderr.strip().splitlines()[-1]}")
+        return []
+    return [Measurement(**json.loads(child.stdout.splitlines()[-1]))]
+
+
+def _median(samples: Sequence[Measurement]) -> Measurement:
+    numbers = [asdict(sample) for sample in samples]
+    fields = [name for name in numbers[0] if name != "statuses"]
+    medians = {name: statistics.median(sample[name] for sample in numbers) for name in fields}
+    return Measurement(**medians, statuses=samples[-1].statuses)
+
+
+def _print_block(variants: Sequence[Variant], count: int, block: Block, smallest: Block) -> None:
+    print(f"\n{count:,} requests (a bare request took {block[BARE].bare_request:.0f} us)")
+    print(
+        f"{'':44}{'KiB':>8}{'over bare':>11}{'idle us/s':>11}{'wakes/s':>9}"
+        f"{'hang-up us':>12}{'scaled':>8}{'growth':>8}{'all, ms':>9}  answers"
+    )
+    for variant in variants:
+        if variant.name in block:
+            first = smallest.get(variant.name, block[variant.name])
+            print(_line(variant, block[variant.name], block[BARE], first), flush=True)
+
+
+def _line(variant: Variant, median: Measurement, bare: Measurement, first: Measurement) -> str:
+    growth = median.scaled / first.scaled
+    marks = missed(median.kib - bare.kib, median.scaled, growth) if variant.kind == "ours" else ""
+    return (
+        f"{variant.name:44}{median.kib:8.1f}{median.kib - bare.kib:+11.1f}{median.idle:11.2f}{median.wakes:9.1f}"
+        f"{median.hang_up:12.1f}{median.scaled:8.1f}{growth:8.2f}{median.wall:9.0f}  {median.statuses}{marks}"
+    )
+
+
+def missed(over_bare: float, scaled: float, growth: float) -> str:
+    words = [f"KiB over bare above {_KIB_OVER_BARE:g}"] if over_bare > _KIB_OVER_BARE else []
+    words += [f"hang-up above {_HANG_UP:g} us"] if scaled > _HANG_UP else []
+    words += [f"grows above {_GROWTH:g}"] if growth > _GROWTH else []
+    return f"  MISSED: {', '.join(words)}" if words else ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""What we need of an event loop and anyio does not offer: a call later, a task that no group owns, a call from a thread.
+
+The only file besides `_polite.py` that knows asyncio and trio by name; trio is imported only by those who run on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import threading
+from contextvars import Context
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    import trio
+
+logger = logging.getLogger("cancelable_deps")
+
+_NO_CONTEXT = Context()
+
+
+class Timer(Protocol):
+    """Something that `EventLoop.call_at` will do."""
+
+    def cancel(self) -> None: ...
+
+
+class Worker(Protocol):
+    """A task that belongs to nobody but its starter."""
+
+    def cancel(self) -> None: ...
+
+    @property
+    def done(self) -> bool: ...
+
+    async def join(self) -> None:
+        """Wait until it has ended."""
+
+
+class EventLoop(Protocol):
+    """The running loop, asyncio's or trio's."""
+
+    is_trio: bool
+    time: Callable[[], float]
+    extras: dict[Any, Any]
+
+    def is_running_here(self) -> bool: ...
+
+    def current_task(self) -> object: ...
+
+    def call_at(self, when: float, callback: Callable[[], object]) -> Timer: ...
+
+    def call_from_thread(self, callback: Callable[..., object], *args: object) -> None: ...
+
+    def spawn(self, work: Callable[[], Coroutine[Any, Any, None]], context: Context) -> Worker: ...
+
+
+class _AsyncioWorker:
+    __slots__ = ("_task",)
+
+    def __init__(self, task: asyncio.Task[None]) -> None:
+        self._task = task
+
+    def cancel(self) -> None:
+        self._task.cancel()
+
+    @property
+    def done(self) -> bool:
+        return self._task.done()
+
+    async def join(self) -> None:
+        if not self._task.done():
+            await asyncio.wait([self._task])
+
+
+class AsyncioLoop:
+    is_trio = False
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.time = loop.time
+        self.extras: dict[Any, Any] = {}
+
+    def is_running_here(self) -> bool:
+        try:
+            return asyncio.get_running_loop() is self.loop
+        except RuntimeError:
+            return False
+
+    def current_task(self) -> object:
+        return asyncio.current_task(self.loop)
+
+    def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
+        # An empty context, or the timer would keep the variables of whichever request happened to start it.
+        return self.loop.call_at(when, callback, context=_NO_CONTEXT)
+
+    def call_from_thread(self, callback: Callable[..., object], *args: object) -> None:
+        try:
+            self.loop.call_soon_threadsafe(callback, *args)
+        except RuntimeError:
+            logger.debug("the event loop is closed: nothing is left to cancel in it")
+
+    def spawn(self, work: Callable[[], Coroutine[Any, Any, None]], context: Context) -> Worker:
+        return _AsyncioWorker(self.loop.create_task(work(), context=context, name=work.__qualname__))
+
+
+class _TrioWorker:
+    __slots__ = ("_ended", "_scope")
+
+    def __init__(self, work: Callable[[], Coroutine[Any, Any, None]], context: Context | None) -> None:
+        import trio
+
+        self._scope = trio.CancelScope()
+        self._ended = trio.Event()
+        trio.lowlevel.spawn_system_task(self._run, work, name=work.__qualname__, context=context)
+
+    async def _run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        try:
+            with self._scope:
+                await work()
+        except Exception:
+            # Whatever leaves a system task ends trio itself, and with it the whole server.
+            logger.exception("a task of ours failed")
+        finally:
+            self._ended.set()
+
+    def cancel(self) -> None:
+        self._scope.cancel()
+
+    @property
+    def done(self) -> bool:
+        return self._ended.is_set()
+
+    async def join(self) -> None:
+        await self._ended.wait()
+
+
+class TrioLoop:
+    is_trio = True
+
+    def __init__(self, token: trio.lowlevel.TrioToken) -> None:
+        import trio
+
+        self.token = token
+        self.time = trio.lowlevel.current_clock().current_time
+        self.extras: dict[Any, Any] = {}
+        self._current_task = trio.lowlevel.current_task
+        self._sleep_until = trio.sleep_until
+
+    def is_running_here(self) -> bool:
+        return _running_trio_token() is self.token
+
+    def current_task(self) -> object:
+        return self._current_task()
+
+    def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
+        async def call() -> None:
+            await self._sleep_until(when)
+            callback()
+
+        return _TrioWorker(call, None)
+
+    def call_from_thread(self, callback: Callable[..., object], *args: object) -> None:
+        import trio
+
+        try:
+            self.token.run_sync_soon(callback, *args)
+        except trio.RunFinishedError:
+            logger.debug("the event loop is closed: nothing is left to cancel in it")
+
+    def spawn(self, work: Callable[[], Coroutine[Any, Any, None]], context: Context) -> Worker:
+        return _TrioWorker(work, context)
+
+
+class _ThreadLocal(threading.local):
+    # The last loop seen in this thread: a server asks for the same one millions of times.
+    asyncio: AsyncioLoop | None = None
+    trio: TrioLoop | None = None
+
+
+_seen = _ThreadLocal()
+
+
+def _running_trio_token() -> trio.lowlevel.TrioToken | None:
+    # trio first: in its guest mode an asyncio loop runs in the same thread.
+    loaded: Any = sys.modules.get("trio")
+    if loaded is None or not loaded.lowlevel.in_trio_run():
+        return None
+    token: trio.lowlevel.TrioToken = loaded.lowlevel.current_trio_token()
+    return token
+
+
+def current_loop() -> EventLoop:
+    """The loop that runs in this thread.
+
+    :raises RuntimeError: if none does.
+    """
+    token = _running_trio_token()
+    if token is not None:
+        seen_trio = _seen.trio
+        if seen_trio is None or seen_trio.token is not token:
+            seen_trio = _seen.trio = TrioLoop(token)
+        return seen_trio
+    loop = asyncio.get_running_loop()
+    seen = _seen.asyncio
+    if seen is None or seen.loop is not loop:
+        seen = _seen.asyncio = AsyncioLoop(loop)
+    return seen

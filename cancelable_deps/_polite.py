@@ -1,0 +1,333 @@
+"""Polite cancellation: deliver it once, leave the cleanup alone for a grace, then repeat it at every ``await``.
+
+anyio repeats a cancellation at every ``await`` from the start, and that interrupts the very conversation by which a
+database driver stops its query. So the work stands inside two scopes. The outer one is cancelled; once the cancellation
+has been *delivered* to the task, the inner one is shielded against the repetitions, with the end of the grace as its
+own deadline. Shielding earlier would lose the cancellation: a task in a shielded section, in a worker thread or not yet
+at its first ``await`` has not seen it.
+
+anyio has no public way to see the moment of delivery in a block that somebody else's coroutine runs. This file holds
+the two private hooks that we need, one a backend; `tests/test_polite.py` fails when either changes:
+
+* asyncio: anyio's ``CancelScope._deliver_cancellation`` walks down the tree of scopes and calls ``Task.cancel()``. The
+  inner scope overrides it, and looks whether its task was reached.
+* trio: whatever reaches a task is sent to ``Task.coro``. While a block is open, that is a `_Stepper`, which looks at
+  what is sent; and at a checkpoint it sends a ``trio.Cancelled`` of its own making.
+
+Without the hooks a cancellation would still be delivered: impolitely, as by a plain scope.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Protocol
+
+import anyio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import trio
+
+    from ._backend import EventLoop
+
+    IsOurs = Callable[[object], bool]
+
+# The outer scope's deadline is there for `anyio.current_effective_deadline()`. It trails our own timer, which records
+# the reason. How much a timer may be late without being overtaken is a guess.
+_TRAIL = 0.05
+
+
+class PoliteScope(Protocol):
+    """The two scopes around one block, begun and ended in one task."""
+
+    def begin(self, deadline: float) -> None: ...
+
+    def end(self, exc: BaseException | None) -> BaseException | None:
+        """Leave both scopes; what is left of ``exc`` once our own cancellation is taken out of it."""
+
+    def cancel_politely(self, why: str) -> None: ...
+
+    def cancel_firmly_at(self, when: float) -> None:
+        """Cancel at every ``await`` from ``when`` on."""
+
+    def move_deadline(self, deadline: float) -> None: ...
+
+    @property
+    def swallowed(self) -> bool:
+        """Whether a scope inside took our cancellation for its own, so that the work went on in error."""
+
+
+class Gate(Protocol):
+    """One scope around a task that is cancelled from a scope further out."""
+
+    def begin(self) -> None: ...
+
+    def end(self, exc: BaseException | None) -> BaseException | None: ...
+
+
+def polite_scope(loop: EventLoop, grace: float) -> PoliteScope:
+    if loop.is_trio:
+        return _TrioPoliteScope(loop, grace)
+    scope: PoliteScope = _asyncio_classes()[0](loop, grace)
+    return scope
+
+
+def polite_gate(loop: EventLoop, grace: float, is_ours: IsOurs) -> Gate:
+    """A scope that makes a cancellation from further out polite, if ``is_ours(origin)``.
+
+    ``origin`` is the anyio scope that was cancelled; on trio, which does not tell, ``None``.
+    """
+    if loop.is_trio:
+        return _TrioGate(loop, grace, is_ours)
+    gate: Gate = _asyncio_classes()[1](loop, grace, is_ours)
+    return gate
+
+
+def leave(scope: Any, exc: BaseException | None) -> BaseException | None:
+    """``scope.__exit__`` as a function from exception to exception."""
+    if exc is None:
+        scope.__exit__(None, None, None)
+        return None
+    try:
+        if scope.__exit__(type(exc), exc, exc.__traceback__):
+            return None
+    except BaseException as remaining:
+        return remaining
+    return exc
+
+
+@cache
+def _asyncio_classes() -> tuple[Any, Any]:
+    # Not imported by name: the backend's module loads only where asyncio runs, and this is the class it hands out.
+    scope_class: Any = type(anyio.CancelScope())
+
+    class Inner(scope_class):  # type: ignore[misc]
+        __slots__ = ("_grace", "_loop")
+
+        def __new__(cls, *args: object) -> Any:
+            return object.__new__(cls)
+
+        def __init__(self, loop: EventLoop, grace: float) -> None:
+            scope_class.__init__(self)
+            self._loop = loop
+            self._grace = grace
+
+        def _deliver_cancellation(self, origin: Any) -> bool:
+            if origin is self:
+                # The grace is over; or this is anyio's last look at a scope that has been left.
+                firm: bool = scope_class._deliver_cancellation(self, origin)
+                return firm
+            task = self._host_task
+            before = task.cancelling()
+            retry: bool = scope_class._deliver_cancellation(self, origin)
+            if task.cancelling() > before and self._grace > 0 and self._is_ours(origin):
+                self.deadline = self._loop.time() + self._grace  # type: ignore[misc]
+                self.shield = True  # type: ignore[misc]
+            return retry
+
+        def end(self, exc: BaseException | None) -> BaseException | None:
+            return leave(self, exc)
+
+    class AsyncioPoliteScope(Inner):
+        __slots__ = ("_outer",)
+
+        def begin(self, deadline: float) -> None:
+            outer = self._outer = scope_class(deadline=deadline + _TRAIL)
+            outer.__enter__()
+            self.__enter__()
+
+        def end(self, exc: BaseException | None) -> BaseException | None:
+            return leave(self._outer, leave(self, exc))
+
+        def cancel_politely(self, why: str) -> None:
+            self._outer.cancel(why)
+
+        def cancel_firmly_at(self, when: float) -> None:
+            self.deadline = when  # type: ignore[misc]
+
+        def move_deadline(self, deadline: float) -> None:
+            self._outer.deadline = deadline + _TRAIL
+
+        @property
+        def swallowed(self) -> bool:
+            # anyio counts what `Task.cancel()` was asked for, and lets no scope take a request that is not its own.
+            return False
+
+        def _is_ours(self, origin: object) -> bool:
+            return origin is self._outer
+
+    class AsyncioGate(Inner):
+        __slots__ = ("_is_ours",)
+
+        def __init__(self, loop: EventLoop, grace: float, is_ours: IsOurs) -> None:
+            Inner.__init__(self, loop, grace)
+            self._is_ours = is_ours
+
+        def begin(self) -> None:
+            self.__enter__()
+
+    return AsyncioPoliteScope, AsyncioGate
+
+
+class _Stepper:
+    """Stands for a task's coroutine, and tells its gate before and after each step."""
+
+    __slots__ = ("_after", "_before", "_coro", "_task")
+
+    def __init__(self, task: Any, gate: _TrioGate) -> None:
+        self._before = gate.before_step
+        self._after = gate.after_step
+        self._task = task
+        self._coro = task.coro
+        task.coro = self
+
+    def remove(self) -> None:
+        self._task.coro = self._coro
+
+    def send(self, value: Any) -> Any:
+        message = self._coro.send(self._before(value))
+        self._after()
+        return message
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._coro, name)
+
+
+class _TrioGate:
+    """From the moment of cancelling, the scope is shielded while the task runs, and open where it stands and waits.
+
+    trio asks in two ways whether a task is cancelled: the scheduler does where the task waits, and that delivers. But
+    ``checkpoint()`` and ``checkpoint_if_cancelled()`` ask while the task runs, raise through a scope of their own, and
+    would lose a cancellation that is shielded at the moment of delivery. So a running task never looks cancelled, and
+    at a checkpoint we deliver it ourselves.
+    """
+
+    __slots__ = (
+        "_delivered",
+        "_grace",
+        "_inner",
+        "_is_ours",
+        "_loop",
+        "_lost",
+        "_nurseries",
+        "_opened_before",
+        "_stepper",
+        "_task",
+    )
+
+    def __init__(self, loop: EventLoop, grace: float, is_ours: IsOurs) -> None:
+        import trio
+
+        self._loop = loop
+        self._grace = grace
+        self._is_ours = is_ours
+        self._inner = trio.CancelScope()
+        self._task = trio.lowlevel.current_task()
+        self._nurseries: list[trio.Nursery] = []
+        self._delivered = False
+        self._lost = False
+
+    def begin(self) -> None:
+        self._inner.__enter__()
+        self._opened_before = len(self._task.child_nurseries)
+        self._stepper = _Stepper(self._task, self)
+
+    def end(self, exc: BaseException | None) -> BaseException | None:
+        self._stepper.remove()
+        return leave(self._inner, exc)
+
+    @property
+    def _is_pending(self) -> bool:
+        return not self._delivered and self._grace > 0 and self._is_ours(None)
+
+    def before_step(self, value: Any) -> Any:
+        if self._is_pending:
+            self._inner.shield = True
+            self._nurseries = self._task.child_nurseries[self._opened_before :]
+            if self._is_delivery(value):
+                self._deliver()
+            elif _stands_at_checkpoint(self._task):
+                self._deliver()
+                return _cancelled_outcome()
+        return value
+
+    def after_step(self) -> None:
+        if self._nurseries and self.swallowed:
+            self._lost = True
+            self._delivered = False
+            self._nurseries = []
+        if self._is_pending:
+            self._inner.shield = False
+
+    def _is_delivery(self, value: Any) -> bool:
+        import outcome
+        import trio
+
+        return isinstance(value, outcome.Error) and isinstance(value.error, trio.Cancelled) and self._sent(value.error)
+
+    def _sent(self, exc: trio.Cancelled) -> bool:
+        return True
+
+    def _deliver(self) -> None:
+        self._delivered = True
+        self._lost = False
+        self._inner.deadline = self._loop.time() + self._grace
+
+    @property
+    def swallowed(self) -> bool:
+        # A nursery cancels itself when a cancellation passes through its body or reaches it at its end. With the shield
+        # above it, it believes that one to be its own, and ends as if nothing had been: the work would go on without
+        # its children's results.
+        return self._lost or any(nursery.cancel_scope.cancelled_caught for nursery in self._nurseries)
+
+
+class _TrioPoliteScope(_TrioGate):
+    __slots__ = ("_outer", "_why")
+
+    def __init__(self, loop: EventLoop, grace: float) -> None:
+        import trio
+
+        super().__init__(loop, grace, lambda origin: self._outer.cancel_called)
+        self._outer = trio.CancelScope()
+        self._why: str | None = None
+
+    def begin(self, deadline: float = float("inf")) -> None:
+        self._outer.deadline = deadline + _TRAIL
+        self._outer.__enter__()
+        super().begin()
+
+    def end(self, exc: BaseException | None) -> BaseException | None:
+        return leave(self._outer, super().end(exc))
+
+    def cancel_politely(self, why: str) -> None:
+        # trio hands the text on to its `Cancelled`; only by it can ours be told from that of a scope further in.
+        self._why = f"{why} ({id(self):#x})"
+        self._outer.cancel(self._why)
+
+    def _sent(self, exc: trio.Cancelled) -> bool:
+        return self._why is None or exc.reason == self._why
+
+    def cancel_firmly_at(self, when: float) -> None:
+        self._inner.deadline = when
+
+    def move_deadline(self, deadline: float) -> None:
+        self._outer.deadline = deadline + _TRAIL
+
+
+def _stands_at_checkpoint(task: Any) -> bool:
+    """Whether ``task`` has yielded in `trio.lowlevel.checkpoint`, before that asks whether it is cancelled."""
+    import trio
+
+    half_way = (trio.lowlevel.checkpoint.__code__, trio.lowlevel.cancel_shielded_checkpoint.__code__)
+    codes = [frame.f_code for frame, _ in task.iter_await_frames()]
+    return half_way in pairwise(codes)
+
+
+def _cancelled_outcome() -> Any:
+    import outcome
+    import trio
+
+    # Private, as nobody but trio is to raise it; here it stands in for the very one that trio was about to raise.
+    return outcome.Error(trio.Cancelled._create(source="explicit", reason="cancelled by cancelable_deps"))

@@ -1,0 +1,187 @@
+"""The reader: the only code that awaits a request's ``receive()``."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from types import BuiltinMethodType
+from typing import TYPE_CHECKING
+
+import anyio
+import anyio.lowlevel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextvars import Context
+
+    from starlette.types import Message, Receive, Scope
+
+    from ._backend import EventLoop, Worker
+
+READ_AHEAD_BYTES = 64 * 1024
+# What a message counts however short its body, or a client that sends single bytes would have us hold thousands.
+_MESSAGE_BYTES = 256
+
+
+class Reader:
+    """Reads ahead of the application to see the client leave, and replays what it read.
+
+    Until it is armed, and after it is stopped, it passes on what the server's ``receive()`` says. While it is armed a
+    task of its own awaits that, at most `READ_AHEAD_BYTES` ahead of the application; then it waits for the application,
+    so an upload is slowed down as it would be without us. Nobody else may await the server's ``receive()``.
+    """
+
+    _worker: Worker | None = None
+    _wanted: EventLoop | None = None
+    _pulling = False
+    _held = 0
+    _end: Message | Exception | None = None
+    _body_over = False
+    _asked = False
+    _changed: anyio.Event | None = None
+
+    def __init__(self, scope: Scope, raw: Receive, on_disconnect: Callable[[], None], context: Context) -> None:
+        self._scope = scope
+        self.raw = raw
+        self._on_disconnect = on_disconnect
+        self._context = context
+        self._messages: deque[Message] | None = None
+
+    async def receive(self) -> Message:
+        """The application's ``receive()``."""
+        self._asked = True
+        while True:
+            if self._messages:
+                return self._next()
+            if self._end is not None:
+                return self._ended(self._end)
+            if self._wanted is not None and self._worker is None and not self._pulling:
+                self._start(self._wanted)
+            if self._worker is not None or self._pulling:
+                await self._change()
+            elif self._is_fragile():
+                await self._pull_by_task()
+            else:
+                return await self._pull()
+
+    def arm(self, loop: EventLoop) -> None:
+        """Start to listen for the client's leaving."""
+        self._wanted = loop
+        if self._worker is None and self._end is None and not self._pulling and self._may_ask():
+            self._start(loop)
+
+    def stop(self) -> None:
+        """Stop listening; what has been read stays for the application."""
+        self._wanted = None
+        if self._worker is not None:
+            self._worker.cancel()
+
+    async def join(self) -> None:
+        """After `stop`: wait until no task of ours is left."""
+        if self._worker is not None:
+            await self._worker.join()
+
+    @property
+    def is_armed(self) -> bool:
+        return self._wanted is not None
+
+    def _may_ask(self) -> bool:
+        # The first receive() makes a server send `100 Continue`, and that is the application's to decide.
+        return self._asked or not any(
+            name == b"expect" and value.lower() == b"100-continue" for name, value in self._scope["headers"]
+        )
+
+    def _start(self, loop: EventLoop) -> None:
+        self._worker = loop.spawn(self._read, self._context)
+
+    async def _read(self) -> None:
+        try:
+            while self._end is None:
+                while self._held >= READ_AHEAD_BYTES:
+                    await self._change()
+                self._keep(await self.raw())
+        except Exception as exc:
+            # A middleware may refuse a body that grows too long: that is for the application to see, in its turn.
+            self._end = exc
+        finally:
+            self._worker = None
+            self._notify()
+
+    def _keep(self, message: Message) -> None:
+        if message["type"] == "http.disconnect":
+            self._end = message
+            # Before anybody who awaits a message is woken: they are to be cancelled at that very await.
+            self._on_disconnect()
+            return
+        self._note(message)
+        if self._messages is None:
+            self._messages = deque()
+        self._messages.append(message)
+        self._held += _size(message)
+        self._notify()
+
+    def _next(self) -> Message:
+        assert self._messages is not None
+        message = self._messages.popleft()
+        self._held -= _size(message)
+        self._notify()
+        return message
+
+    def _ended(self, end: Message | Exception) -> Message:
+        if isinstance(end, Exception):
+            raise end
+        return dict(end)
+
+    async def _pull(self) -> Message:
+        self._pulling = True
+        try:
+            message = await self.raw()
+        finally:
+            self._pulling = False
+            self._notify()
+        if message["type"] == "http.disconnect":
+            await self._leave_to_the_cancellation(message)
+        else:
+            self._note(message)
+            if self._wanted is not None:
+                self._start(self._wanted)
+        return message
+
+    async def _leave_to_the_cancellation(self, message: Message) -> None:
+        # `Request.is_disconnected()` calls from a cancelled scope, and would lose the message at a checkpoint.
+        in_cancelled_scope = anyio.current_effective_deadline() == -math.inf
+        self._end = message
+        self._on_disconnect()
+        if not in_cancelled_scope:
+            # The caller would raise ClientDisconnect; if its block is being cancelled, that is the better answer.
+            await anyio.lowlevel.checkpoint()
+
+    def _is_fragile(self) -> bool:
+        """Whether a pending ``receive()`` must not be cancelled: granian, written in Rust, then lies to the next one."""
+        return isinstance(self.raw, BuiltinMethodType) and (
+            self._body_over or anyio.current_effective_deadline() == -math.inf
+        )
+
+    async def _pull_by_task(self) -> None:
+        from ._backend import current_loop
+
+        self._start(current_loop())
+        await self._change()
+
+    def _note(self, message: Message) -> None:
+        if not message.get("more_body", False):
+            self._body_over = True
+
+    def _notify(self) -> None:
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
+
+    async def _change(self) -> None:
+        if self._changed is None:
+            self._changed = anyio.Event()
+        await self._changed.wait()
+
+
+def _size(message: Message) -> int:
+    return max(len(message.get("body", b"")), _MESSAGE_BYTES)

@@ -1,0 +1,135 @@
+"""The door around a whole application, Starlette's and bare ASGI included."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from fnmatch import translate
+from typing import TYPE_CHECKING, Any
+
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.responses import JSONResponse
+
+from ._backend import current_loop
+from ._exchange import Limits, run_request
+from ._polite import polite_gate
+from ._request import SCOPE_KEY, RequestState
+from .settings import settings
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from .errors import CancelationError
+
+Exclude = str | re.Pattern[str] | Callable[["Scope"], bool]
+
+
+class RequestCancelationMiddleware:
+    """Stops every request of an application when its client leaves or its time is up; the handlers stay as they are.
+
+    ``app.add_middleware(RequestCancelationMiddleware, default_timeout=30)``. A cancelled request whose response has not
+    started is answered with the status of the reason, which middleware further out sees as well, even if the client is
+    gone. One whose response has started is cut: nothing more is sent. What runs after a complete response (background
+    tasks) is spared.
+
+    Place it outside of (add it after) middleware that may take long. Other doors below find its request state: one
+    reader, one reason.
+
+    :param default_timeout: seconds from the request's arrival; ``None`` for none. A route's own timeout
+        (``with_cancelation(timeout=...)``, `cancelable_with_timeout`) replaces it, longer or shorter.
+    :param exclude: paths that are left alone: a path or a pattern (``"/health"``, ``"/static/*"``), a compiled regular
+        expression that must match the whole path, or a function of the ASGI scope.
+    :param cleanup_grace: seconds that cleanup may await undisturbed; the default is that of `configure`.
+    :raises ValueError: for limits that are negative or NaN, :exc:`TypeError` for what is no number or no pattern.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        default_timeout: float | timedelta | None = None,
+        exclude: Exclude | Iterable[Exclude] = (),
+        cleanup_grace: float | None = None,
+    ) -> None:
+        self.app = app
+        self._limits = Limits(default_timeout, cleanup_grace, spans_tasks=True)
+        self._excluded = _matchers(exclude)
+        _protect_inside_base_http_middleware(app)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or (self._excluded and self._excludes(scope)):
+            await self.app(scope, receive, send)
+            return
+        error = await run_request(self.app, scope, receive, send, self._limits)
+        if error is not None:
+            await _answer(error, scope, receive, send)
+
+    def _excludes(self, scope: Scope) -> bool:
+        return any(matches(scope) for matches in self._excluded)
+
+
+async def _answer(error: CancelationError, scope: Scope, receive: Receive, send: Send) -> None:
+    response = JSONResponse({"detail": error.detail}, status_code=error.status_code, headers=error.headers)
+    await response(scope, receive, send)
+
+
+def _matchers(exclude: Exclude | Iterable[Exclude]) -> list[Callable[[Scope], bool]]:
+    if isinstance(exclude, str | re.Pattern) or callable(exclude):
+        exclude = [exclude]
+    return [_matcher(pattern) for pattern in exclude]
+
+
+def _matcher(pattern: Any) -> Callable[[Scope], bool]:
+    if isinstance(pattern, str):
+        if not pattern.startswith(("/", "*")):
+            raise ValueError(
+                f"exclude takes paths that begin with '/', such as '/health' or '/static/*', not {pattern!r}"
+            )
+        pattern = re.compile(translate(pattern))
+    if isinstance(pattern, re.Pattern):
+        fullmatch = pattern.fullmatch
+        return lambda scope: fullmatch(_route_path(scope)) is not None
+    if callable(pattern):
+        matcher: Callable[[Scope], bool] = pattern
+        return matcher
+    raise TypeError(f"exclude takes paths, compiled patterns or functions of the scope, not {pattern!r}")
+
+
+def _route_path(scope: Scope) -> str:
+    """The path as the application's routes see it, without the prefix that it is mounted under."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(root + "/") else path
+
+
+def _protect_inside_base_http_middleware(app: Any) -> None:
+    """Put a `_Gateway` behind each ``BaseHTTPMiddleware`` below us.
+
+    It runs what is inside it in a task group of its own, which repeats a cancellation at every ``await``, also in the
+    cleanup of a handler that we cancel politely.
+    """
+    while hasattr(app, "app"):
+        if isinstance(app, BaseHTTPMiddleware) and not isinstance(app.app, _Gateway):
+            app.app = _Gateway(app.app)
+        app = app.app
+
+
+class _Gateway:
+    """Gives the task that runs ``app`` its own grace, if the request is cancelled."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state: RequestState | None = scope.get(SCOPE_KEY)
+        if state is None:
+            await self.app(scope, receive, send)
+            return
+        gate = polite_gate(current_loop(), settings.cleanup_grace, lambda origin: state.token.is_cancelled)
+        gate.begin()
+        try:
+            await self.app(scope, receive, send)
+        except BaseException as exc:
+            raise gate.end(exc) or exc  # noqa: B904
+        gate.end(None)

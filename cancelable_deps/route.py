@@ -1,0 +1,51 @@
+"""``APIRouter(route_class=CancelableRoute)``: for every route of a router what the middleware does for the app."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from fastapi.routing import APIRoute
+
+from ._exchange import Limits, run_request
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+    from starlette.types import Receive, Scope, Send
+
+
+class CancelableRoute(APIRoute):
+    """A route whose request is stopped when its client leaves; the handler stays as it is.
+
+    A cancelled request raises its `CancelationError` into the application, whose exception handlers answer it. If the
+    response has started, it is cut: nothing more is sent. For a timeout, make a class with `with_timeout`, or set the
+    class attributes in a subclass of your own.
+    """
+
+    default_timeout: ClassVar[float | timedelta | None] = None
+    """Seconds from the request's arrival at the route; a route's own timeout replaces it."""
+
+    cleanup_grace: ClassVar[float | None] = None
+    """Seconds that cleanup may await undisturbed; the default is that of `configure`."""
+
+    _limits: ClassVar[Limits] = Limits(None, None, spans_tasks=False)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls._limits = Limits(cls.default_timeout, cls.cleanup_grace, spans_tasks=False)
+
+    @classmethod
+    def with_timeout(
+        cls, default_timeout: float | timedelta | None, *, cleanup_grace: float | None = None
+    ) -> type[CancelableRoute]:
+        """``APIRouter(route_class=CancelableRoute.with_timeout(30))``.
+
+        :raises ValueError: for limits that are negative or NaN, :exc:`TypeError` for what is no number.
+        """
+        limits = {"default_timeout": default_timeout, "cleanup_grace": cleanup_grace, "__module__": cls.__module__}
+        return type(cls.__name__, (cls,), limits)
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        error = await run_request(super().handle, scope, receive, send, self._limits)
+        if error is not None:
+            raise error

@@ -1,0 +1,41 @@
+"""The two numbers that every door shares."""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+from typing import Any
+
+
+class _Settings:
+    cleanup_grace = 5.0
+    listen_after = 0.005
+
+
+settings = _Settings()
+
+
+def configure(*, cleanup_grace: float | None = None, listen_after: float | None = None) -> None:
+    """Change the defaults of this process, at import or app start; requests already running keep theirs.
+
+    :param cleanup_grace: seconds that a cancelled block's cleanup may await undisturbed before the cancellation is
+        repeated at every ``await`` (default 5; 0 repeats it at once, ``math.inf`` never).
+    :param listen_after: seconds a request runs before we start to listen for its client's leaving (default 0.005). A
+        request that is over by then costs no task. The listening starts between one and two of these later.
+    :raises ValueError: for a negative number or NaN, :exc:`TypeError` for something that is no number.
+    """
+    if cleanup_grace is not None:
+        settings.cleanup_grace = seconds(cleanup_grace, "cleanup_grace")
+    if listen_after is not None:
+        settings.listen_after = seconds(listen_after, "listen_after")
+
+
+def seconds(value: Any, what: str) -> float:
+    """``value`` as a number of seconds, or an error that says what is wrong with it."""
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{what} takes seconds (int, float) or a timedelta, not {value!r}")
+    if math.isnan(value) or value < 0:
+        raise ValueError(f"{what} must be zero or more seconds, not {value!r}")
+    return float(value)

@@ -1,0 +1,106 @@
+"""An anyio task group that lives as long as a block, and whose children are cancelled politely."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import anyio
+import anyio.abc
+
+from ._backend import current_loop
+from ._exceptions import raise_as_it_is
+from ._polite import Gate, polite_gate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from contextvars import Context
+    from types import TracebackType
+
+    from anyio import CancelScope, TaskHandle
+
+    from .cancelable import Cancelable
+
+T = TypeVar("T")
+
+
+class CancelableTaskGroup(anyio.abc.TaskGroup):
+    """The task group inside ``block``. Entering it enters the block; leaving it waits for all children.
+
+    A child that fails cancels the others, as in any task group, but its exception arrives as itself where it is the
+    only one or an ``HTTPException``. Each child has its own grace for its cleanup, whether the block, the group or a
+    sibling's failure cancelled it.
+    """
+
+    def __init__(self, block: Cancelable) -> None:
+        self._block = block
+
+    @property
+    def cancel_scope(self) -> CancelScope:  # type: ignore[override]
+        return self._group.cancel_scope
+
+    @property
+    def cancelable(self) -> Cancelable:
+        """The block, for its ``reason``, ``remaining()`` and ``shield()``."""
+        return self._block
+
+    async def __aenter__(self) -> Self:
+        self._group = anyio.create_task_group()
+        self._block._enter()
+        try:
+            await self._group.__aenter__()
+        except BaseException as exc:
+            self._block._leave(exc)
+            raise
+        self._gate = self._make_gate()
+        self._gate.begin()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        # A child that has ended makes the group cancel its body, and so its cleanup, once more: hence a gate here too.
+        raised = exc = self._gate.end(exc) or exc
+        try:
+            if await self._group.__aexit__(exc and type(exc), exc, traceback):
+                raised = None
+        except BaseException as group_exc:
+            raised = group_exc
+        outcome = await self._block._exit(raised)
+        if outcome is not None and outcome is not exc:
+            raise_as_it_is(outcome)
+        return outcome is None
+
+    def create_task(
+        self, coro: Coroutine[Any, Any, T], *, name: object = None, context: Context | None = None
+    ) -> TaskHandle[T]:
+        name = name or getattr(coro, "__qualname__", None)
+        return self._group.create_task(self._run(coro), name=name, context=context)
+
+    async def start(
+        self,
+        func: Callable[..., Coroutine[Any, Any, T]],
+        *args: object,
+        name: object = None,
+        return_handle: Any = False,
+    ) -> Any:
+        async def run(*, task_status: Any) -> T:
+            return await self._run(func(*args, task_status=task_status))
+
+        return await self._group.start(run, name=name or func.__qualname__, return_handle=return_handle)
+
+    async def _run(self, coro: Coroutine[Any, Any, T]) -> T:
+        gate = self._make_gate()
+        gate.begin()
+        try:
+            result = await coro
+        except BaseException as exc:
+            # The gate takes the cancellation that ends a grace for its own; to the group the child was cancelled.
+            raise gate.end(exc) or exc  # noqa: B904
+        gate.end(None)
+        return result
+
+    def _make_gate(self) -> Gate:
+        return polite_gate(current_loop(), self._block._cleanup_grace, self._is_ours)
+
+    def _is_ours(self, origin: object) -> bool:
+        return self._block.is_cancelled or self._group.cancel_scope.cancel_called

@@ -1,0 +1,164 @@
+"""What the server did for each request: the page shows it live, the terminal prints one line per request."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import anyio
+from starlette.requests import ClientDisconnect
+from starlette.responses import PlainTextResponse
+
+from cancelable_deps import CancelationReason
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from cancelable_deps import Cancelable
+
+TICK = 0.1
+
+
+class Run:
+    """One request: how far its work has come, and how it ended."""
+
+    def __init__(self, run_id: str, method: str, path: str, task: asyncio.Task[Any]) -> None:
+        self.id, self.method, self.path = run_id, method, path
+        self.unit = ""
+        self.total: int | None = None
+        self.done = 0
+        self.status: int | None = None
+        self.reason: str | None = None
+        self.left: dict[str, int] | None = None
+        self.ended = False
+        self.ms = 0
+        self._cancelable: Cancelable | None = None
+        self._task = task
+        self._started = time.perf_counter()
+        self._lock = threading.Lock()
+
+    def begin(self, unit: str, total: int | None, cancelable: Cancelable | None) -> None:
+        """The work starts, inside the block `cancelable`, or in none."""
+        self.unit, self.total = unit, total
+        if cancelable is not None:
+            self.follow(cancelable)
+
+    def follow(self, cancelable: Cancelable) -> None:
+        """Note when `cancelable` is cancelled; the first that is followed, the outermost, answers the request."""
+        if self._cancelable is None:
+            self._cancelable = cancelable
+            cancelable.on_cancel(self._cancelled)
+
+    def _cancelled(self, cancelable: Cancelable) -> None:
+        if cancelable.reason is not None:
+            self.stop(cancelable.reason.name)
+
+    def shut_down(self) -> None:
+        if self._cancelable is not None:
+            self._cancelable.cancel_nowait(CancelationReason.SIGNAL)
+        elif self.unit and not self.ended:
+            self._task.cancel()
+
+    def advance(self, amount: int) -> None:
+        """Count work that was done; worker threads call it."""
+        with self._lock:
+            self.done += amount
+
+    def stop(self, reason: str) -> None:
+        """Note why the run was cancelled, and how far it had come by then."""
+        self.reason, self.left = reason, {"done": self.done, "ms": self.elapsed_ms()}
+
+    def end(self) -> None:
+        self.ms, self.ended = self.elapsed_ms(), True
+
+    def elapsed_ms(self) -> int:
+        return round((time.perf_counter() - self._started) * 1000)
+
+    def snapshot(self) -> dict[str, Any]:
+        shown = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return shown if self.ended else shown | {"ms": self.elapsed_ms()}
+
+    def line(self) -> str:
+        work = f"{self.done:,} {self.unit}" if self.unit else ""
+        outcome = " ".join(filter(None, (self.reason, str(self.status or "no response"))))
+        return f"{self.method:<5} {self.path:<16} {outcome:<18} {work:>18} {self.ms:>8,} ms"
+
+
+class Ledger:
+    """The runs of this server, newest last."""
+
+    def __init__(self, kept: int = 100) -> None:
+        self.closed = False
+        self._kept = kept
+        self._runs: dict[str, Run] = {}
+        self._numbers = itertools.count(1)
+
+    def open(self, run_id: str | None, method: str, path: str) -> Run:
+        """Note a request that the current task serves."""
+        task = asyncio.current_task()
+        assert task is not None
+        run = Run(run_id or f"run-{next(self._numbers)}", method, path, task)
+        self._runs[run.id] = run
+        while len(self._runs) > self._kept:
+            del self._runs[next(iter(self._runs))]
+        return run
+
+    def close(self) -> None:
+        """The server stops: end the live feeds and cancel what can be cancelled."""
+        self.closed = True
+        for run in self._runs.values():
+            run.shut_down()
+
+    async def changes(self) -> AsyncIterator[str]:
+        """Server-sent events: first all runs, then every tick those that changed; ends when the server stops."""
+        seen: dict[str, dict[str, Any]] = {}
+        while not self.closed:
+            now = {run.id: run.snapshot() for run in self._runs.values() if run.unit}
+            changed = [run for run_id, run in now.items() if seen.get(run_id) != run]
+            yield f"data: {json.dumps(changed)}\n\n"
+            seen = now
+            await anyio.sleep(TICK)
+
+
+class LedgerMiddleware:
+    """Opens a run for each request and prints its line at the end; outermost, so it sees what a server log sees."""
+
+    def __init__(self, app: ASGIApp, ledger: Ledger) -> None:
+        self.app, self.ledger = app, ledger
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        run_id = dict(scope["headers"]).get(b"x-run", b"").decode("latin-1")
+        run = self.ledger.open(run_id, scope["method"], scope["path"])
+        scope.setdefault("state", {})["run"] = run
+        try:
+            await self.app(scope, receive, _noting_status(run, send))
+        except ClientDisconnect:
+            # What a body that breaks off does to a handler without cancellation: on a real server, a traceback.
+            run.stop("ClientDisconnect")
+        except asyncio.CancelledError:
+            if not self.ledger.closed:
+                raise
+            # Ctrl-C while a handler without cancellation works: passed on, uvicorn would print a traceback.
+            run.stop("killed")
+            if run.status is None:
+                await PlainTextResponse("The server stopped", 503)(scope, receive, _noting_status(run, send))
+        finally:
+            run.end()
+            print(time.strftime("%H:%M:%S"), run.line(), flush=True)
+
+
+def _noting_status(run: Run, send: Send) -> Send:
+    async def note(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            run.status = message["status"]
+        await send(message)
+
+    return note

@@ -1,0 +1,179 @@
+"""The work of the demonstration: things a server does for a while, a slice at a time.
+
+Nothing here knows of requests or of cancellation. Every slice runs in a worker thread, and every `await` between two
+slices is a place where the work can be stopped. `advance(n)` is called inside the slice, so that a slice that was under
+way when the work was stopped is counted too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+import sqlite3
+import zlib
+from collections import Counter
+from contextlib import closing
+from dataclasses import dataclass
+from heapq import nlargest
+from itertools import pairwise
+from typing import TYPE_CHECKING, BinaryIO
+
+import anyio
+import anyio.to_thread
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from contextlib import AbstractAsyncContextManager
+    from pathlib import Path
+
+    from anyio.abc import TaskGroup
+
+    Sale = tuple[str, int]
+    Advance = Callable[[int], None]
+    OpenTaskGroup = Callable[[], AbstractAsyncContextManager[TaskGroup]]
+
+SLICE_ROWS = 20_000
+PIECE_BYTES = 96 * 1024
+READERS = 4
+
+_CREATE = "CREATE TABLE sales (id INTEGER PRIMARY KEY, shop TEXT, cents INTEGER)"
+_FILL = """
+    WITH RECURSIVE numbers (id) AS (SELECT ? UNION ALL SELECT id + 1 FROM numbers WHERE id < ?)
+    INSERT INTO sales SELECT id, 'shop ' || (id * 40503 >> 3) % 40, (id * 2654435761 >> 9) % 1000000 FROM numbers
+"""
+_LARGEST = """
+    SELECT shop, cents FROM (
+        SELECT shop, cents, row_number() OVER (PARTITION BY shop ORDER BY cents DESC) AS place
+        FROM sales WHERE id > ? AND id <= ?
+    ) WHERE place <= 3
+"""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of sales in a SQLite file."""
+
+    path: Path
+    rows: int
+
+    def connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Books of made-up words, one file each."""
+
+    books: list[Path]
+    words: int
+
+
+def make_table(path: Path, rows: int, progress: Advance) -> Table:
+    """Fill a table with sales; `progress` is told the rows written so far."""
+    table = Table(path, rows)
+    with closing(table.connect()) as connection:
+        connection.execute("PRAGMA journal_mode = OFF")
+        connection.execute("PRAGMA synchronous = OFF")
+        connection.execute(_CREATE)
+        for first, last in _spans(rows, 250_000):
+            connection.execute(_FILL, (first + 1, last))
+            progress(last)
+    return table
+
+
+def make_corpus(folder: Path, words: int, progress: Advance) -> Corpus:
+    """Write books of up to 100,000 words; `progress` is told the words written so far."""
+    dice = random.Random(20)
+    vocabulary = ["".join(dice.choices("abcdefghiklmnoprstuvw", k=dice.randint(2, 11))) for _ in range(600)]
+    books: list[Path] = []
+    for written, end in _spans(words, 100_000):
+        book = folder / f"book-{len(books)}.txt"
+        book.write_text(_pages(dice.choices(vocabulary, k=end - written)), encoding="ascii")
+        books.append(book)
+        progress(end)
+    return Corpus(books, words)
+
+
+def _pages(words: list[str]) -> str:
+    return "".join(" ".join(words[start : start + 500]) + "\n" for start in range(0, len(words), 500))
+
+
+def _spans(total: int, step: int) -> list[tuple[int, int]]:
+    return [(first, min(first + step, total)) for first in range(0, total, step)]
+
+
+async def largest_sales(table: Table, advance: Advance) -> dict[str, list[int]]:
+    """The three largest sales of each shop, in cents."""
+    largest: dict[str, list[int]] = {}
+    with closing(table.connect()) as connection:
+        for span in _spans(table.rows, SLICE_ROWS):
+            for shop, cents in await anyio.to_thread.run_sync(_read_slice, connection, span, advance):
+                largest[shop] = nlargest(3, [*largest.get(shop, []), cents])
+    return largest
+
+
+def _read_slice(connection: sqlite3.Connection, span: tuple[int, int], advance: Advance) -> list[Sale]:
+    sales: list[Sale] = connection.execute(_LARGEST, span).fetchall()
+    advance(span[1] - span[0])
+    return sales
+
+
+async def count_words(corpus: Corpus, advance: Advance, open_task_group: OpenTaskGroup) -> dict[str, dict[str, int]]:
+    """The commonest words and pairs of words, read by several tasks at once."""
+    counts = [Counter[str]() for _ in range(READERS)]
+    async with open_task_group() as task_group:
+        for reader, counter in enumerate(counts):
+            task_group.start_soon(_read_books, corpus.books[reader::READERS], counter, advance)
+    return await anyio.to_thread.run_sync(_commonest, counts)
+
+
+async def _read_books(books: list[Path], counter: Counter[str], advance: Advance) -> None:
+    for path in books:
+        # Opening a local file takes microseconds; the reading is what happens in the thread.
+        with path.open("rb") as book:
+            while await anyio.to_thread.run_sync(_count_piece, book, counter, advance):
+                pass
+
+
+def _count_piece(book: BinaryIO, counter: Counter[str], advance: Advance) -> bool:
+    words = re.findall(r"\w+", b" ".join(book.readlines(PIECE_BYTES)).decode())
+    counter.update(words)
+    counter.update(map(" ".join, pairwise(words)))
+    advance(len(words))
+    return bool(words)
+
+
+def _commonest(counts: list[Counter[str]]) -> dict[str, dict[str, int]]:
+    total = Counter[str]()
+    for counter in counts:
+        total.update(counter)
+    ranking = total.most_common()
+    return {
+        "words": dict([entry for entry in ranking if " " not in entry[0]][:5]),
+        "pairs": dict([entry for entry in ranking if " " in entry[0]][:5]),
+    }
+
+
+async def take_in(stream: AsyncIterator[bytes], advance: Advance) -> dict[str, str | int]:
+    """Hash and pack an upload while it arrives."""
+    digest, packer, packed = hashlib.sha256(), zlib.compressobj(9), 0
+
+    def take(chunk: bytes) -> int:
+        digest.update(chunk)
+        advance(len(chunk))
+        return len(packer.compress(chunk))
+
+    async for chunk in stream:
+        packed += await anyio.to_thread.run_sync(take, chunk)
+    packed += len(await anyio.to_thread.run_sync(packer.flush))
+    return {"sha256": digest.hexdigest(), "packed_bytes": packed}
+
+
+async def sales_feed(table: Table, advance: Advance, events: int, pace: float) -> AsyncIterator[dict[str, int]]:
+    """The largest sale of one slice of the table after another, `pace` seconds apart."""
+    with closing(table.connect()) as connection:
+        for span in _spans(table.rows, SLICE_ROWS)[:events]:
+            sales = await anyio.to_thread.run_sync(_read_slice, connection, span, advance)
+            yield {"sales": span[1], "largest": max(cents for _, cents in sales)}
+            await anyio.sleep(pace)

@@ -1,0 +1,40 @@
+"""Cover a whole application, its handlers unchanged.
+
+    python -m examples.middleware
+    curl -m 1 http://127.0.0.1:8000/report
+    curl -i http://127.0.0.1:8000/report
+    curl -i http://127.0.0.1:8000/health
+
+The first ends when curl hangs up, the second after two seconds with a 504; the health check is left alone.
+"""
+
+import anyio
+import uvicorn
+from fastapi import BackgroundTasks, FastAPI
+
+from cancelable_deps import RequestCancelationMiddleware
+
+app = FastAPI()
+app.add_middleware(RequestCancelationMiddleware, default_timeout=2, exclude=["/health"])
+
+
+@app.get("/report")
+async def report() -> dict[str, int]:
+    await anyio.sleep(10)
+    return {"rows": 1_000_000}
+
+
+@app.get("/health")
+async def health() -> str:
+    return "alive"
+
+
+@app.post("/orders")
+async def order(background: BackgroundTasks) -> str:
+    """Background tasks run after the response: a client that is gone by then does not stop them."""
+    background.add_task(print, "the invoice is on its way", flush=True)
+    return "ordered"
+
+
+if __name__ == "__main__":
+    uvicorn.run(app)

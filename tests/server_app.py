@@ -1,0 +1,366 @@
+"""The application behind the real servers: the same endpoints under every door, and a journal of what became of each request.
+
+A path is `<stack>/<door>/<endpoint>`. The header `x-id` names the request in the journal, `x-before` says how the handler works
+before it touches the request: a number of seconds, `gate` (until the test opens the request's gate) or `forever`.
+The journal and the gates are served under no door.
+"""
+
+import hashlib
+import logging
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Annotated, Any, TypeVar
+
+import anyio
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel
+from starlette.background import BackgroundTask
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cancelable_deps import (
+    Cancelable,
+    CancelableRoute,
+    CancellationEvent,
+    RequestCancelable,
+    RequestCancelationMiddleware,
+    RequestTaskGroup,
+    cancelable_with_timeout,
+    current_cancelable,
+    with_cancelation,
+)
+
+DOWNLOAD = [hashlib.sha512(bytes([number])).digest() * 1024 for number in range(128)]
+DOWNLOAD_DIGEST = hashlib.sha256(b"".join(DOWNLOAD)).hexdigest()
+SHORT = 0.2
+JOURNAL_CEILING = 15
+
+Work = Callable[[], Awaitable[Response]]
+Runner = Callable[[Work], Awaitable[Response]]
+RunnerDependency = Callable[..., Awaitable[Runner]]
+Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Response]])
+
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+
+
+class Journal:
+    """What happened to each request, in order; a reader can wait until an event has happened often enough."""
+
+    def __init__(self) -> None:
+        self.events: defaultdict[str, list[str]] = defaultdict(list)
+        self._changed = anyio.Event()
+
+    def add(self, key: str, event: str) -> None:
+        self.events[key].append(event)
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    async def wait(self, key: str, event: str, count: int) -> list[str]:
+        with anyio.move_on_after(JOURNAL_CEILING):
+            while self.events[key].count(event) < count:
+                await self._changed.wait()
+        return self.events[key]
+
+
+journal = Journal()
+gates: defaultdict[str, anyio.Event] = defaultdict(anyio.Event)
+
+
+class Metrics:
+    """The outermost layer, as an access log or a metrics exporter would be: it journals the status that it sees go by."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        key = dict(scope["headers"]).get(b"x-id", b"").decode()
+
+        async def watched(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                journal.add(key, f"status:{message['status']}")
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        finally:
+            journal.add(key, "ended")
+
+
+def key_of(request: Request) -> str:
+    return request.headers.get("x-id", "")
+
+
+async def before(request: Request) -> None:
+    how = request.headers.get("x-before", "0")
+    if how == "gate":
+        await gates[key_of(request)].wait()
+    elif how == "forever":
+        await anyio.sleep_forever()
+    elif float(how):
+        await anyio.sleep(float(how))
+
+
+def reason_of(request: Request) -> str:
+    cancelable = current_cancelable()
+    reason = getattr(request.state, "reason", None) or (cancelable.reason if cancelable else None)
+    return reason.name if reason else "unknown"
+
+
+async def recorded(request: Request, work: Work) -> Response:
+    key = key_of(request)
+    journal.add(key, "started")
+    try:
+        await before(request)
+        response = await work()
+    except anyio.get_cancelled_exc_class():
+        journal.add(key, f"cancelled:{reason_of(request)}")
+        raise
+    journal.add(key, "finished")
+    return response
+
+
+async def run_plainly() -> Runner:
+    async def run(work: Work) -> Response:
+        return await work()
+
+    return run
+
+
+async def run_in_block(cancel: RequestCancelable) -> Runner:
+    async def run(work: Work) -> Response:
+        async with cancel:
+            response = await work()
+        return response
+
+    return run
+
+
+async def run_in_timed_block(cancel: Annotated[Cancelable, Depends(cancelable_with_timeout(SHORT))]) -> Runner:
+    return await run_in_block(cancel)
+
+
+async def run_in_block_by_hand() -> Runner:
+    return await run_in_block(Cancelable.with_timeout(SHORT))
+
+
+async def run_in_group(get_task_group: RequestTaskGroup) -> Runner:
+    async def run(work: Work) -> Response:
+        responses: list[Response] = []
+
+        async def child() -> None:
+            responses.append(await work())
+
+        async with get_task_group() as tg:
+            tg.start_soon(child)
+        return responses[0]
+
+    return run
+
+
+async def run_until_told(request: Request, event: CancellationEvent) -> Runner:
+    async def run(work: Work) -> Response:
+        response: Response = JSONResponse({"partial": True})
+        async with anyio.create_task_group() as tg:
+
+            async def stop() -> None:
+                await event.wait()
+                request.state.reason = event.reason
+                tg.cancel_scope.cancel()
+
+            tg.start_soon(stop)
+            response = await work()
+            tg.cancel_scope.cancel()
+        return response
+
+    return run
+
+
+class Item(BaseModel):
+    numbers: list[int]
+
+
+def digest(data: bytes) -> Response:
+    return JSONResponse({"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)})
+
+
+async def digest_of_stream(request: Request) -> Response:
+    digest, size = hashlib.sha256(), 0
+    async for chunk in request.stream():
+        digest.update(chunk)
+        size += len(chunk)
+    return JSONResponse({"sha256": digest.hexdigest(), "size": size})
+
+
+async def pieces(request: Request) -> AsyncIterator[bytes]:
+    """The download; with `x-after: gate` it goes on after the first piece when the test says so."""
+    yield DOWNLOAD[0]
+    if request.headers.get("x-after") == "gate":
+        await gates[f"{key_of(request)}-after"].wait()
+    for piece in DOWNLOAD[1:]:
+        yield piece
+
+
+async def afterwards(key: str) -> None:
+    journal.add(key, "background")
+    try:
+        await gates[key].wait()
+    except anyio.get_cancelled_exc_class():
+        journal.add(key, "background_cancelled")
+        raise
+    journal.add(key, "background_done")
+
+
+def as_it_is(handler: Handler) -> Handler:
+    return handler
+
+
+def add_endpoints(
+    router: APIRouter | FastAPI, runner: RunnerDependency, decorate: Callable[[Handler], Handler] = as_it_is
+) -> None:
+    add_reading_endpoints(router, runner, decorate)
+    add_answering_endpoints(router, runner, decorate)
+
+
+def add_reading_endpoints(
+    router: APIRouter | FastAPI, runner: RunnerDependency, decorate: Callable[[Any], Any]
+) -> None:
+    """Endpoints that take a body, in each of the ways in which a handler can read one, or refuse it."""
+    chosen = Depends(runner)
+
+    @router.post("/json")
+    @decorate
+    async def json(request: Request, item: Item, run: Runner = chosen) -> Response:
+        async def work() -> Response:
+            return JSONResponse({"total": sum(item.numbers)})
+
+        return await run(lambda: recorded(request, work))
+
+    @router.post("/raw")
+    @decorate
+    async def raw(request: Request, run: Runner = chosen) -> Response:
+        async def work() -> Response:
+            return digest(await request.body())
+
+        return await run(lambda: recorded(request, work))
+
+    @router.post("/upload")
+    @decorate
+    async def upload(request: Request, run: Runner = chosen) -> Response:
+        return await run(lambda: recorded(request, lambda: digest_of_stream(request)))
+
+    @router.post("/refuse")
+    @decorate
+    async def refuse(request: Request, run: Runner = chosen) -> Response:
+        async def work() -> Response:
+            return JSONResponse({"detail": "too large"}, 413)
+
+        return await run(lambda: recorded(request, work))
+
+
+def add_answering_endpoints(
+    router: APIRouter | FastAPI, runner: RunnerDependency, decorate: Callable[[Any], Any]
+) -> None:
+    """Endpoints that only answer: at once or after work, in one piece or as a stream, with or without a background task."""
+    chosen = Depends(runner)
+
+    @router.get("/work")
+    @decorate
+    async def work(request: Request, run: Runner = chosen) -> Response:
+        async def work() -> Response:
+            return JSONResponse({"ok": True})
+
+        return await run(lambda: recorded(request, work))
+
+    @router.get("/download")
+    @decorate
+    async def download(request: Request, run: Runner = chosen) -> Response:
+        async def work() -> Response:
+            return StreamingResponse(pieces(request), headers={"x-sha256": DOWNLOAD_DIGEST})
+
+        return await run(lambda: recorded(request, work))
+
+    @router.get("/background")
+    @decorate
+    async def background(request: Request, run: Runner = chosen) -> Response:
+        async def work() -> Response:
+            return JSONResponse({"ok": True}, background=BackgroundTask(afterwards, key_of(request)))
+
+        return await run(lambda: recorded(request, work))
+
+
+def door(name: str, runner: RunnerDependency, decorate: Callable[[Any], Any] = as_it_is, **router: Any) -> APIRouter:
+    doorway = APIRouter(prefix=f"/{name}", **router)
+    add_endpoints(doorway, runner, decorate)
+    return doorway
+
+
+def doors() -> list[APIRouter]:
+    return [
+        door("bare", run_plainly),
+        door("route", run_plainly, route_class=CancelableRoute),
+        door("deco", run_plainly, with_cancelation),
+        door("dep", run_in_block),
+        door("tg", run_in_group),
+        door("event", run_until_told),
+        door("timed-deco", run_plainly, with_cancelation(timeout=SHORT)),
+        door("timed-dep", run_in_timed_block),
+        door("timed-route", run_in_block_by_hand, route_class=CancelableRoute),
+    ]
+
+
+def stack(*middleware: Middleware) -> FastAPI:
+    """An application with all doors; the middleware door is a mounted application of its own."""
+    app = FastAPI(middleware=list(middleware), openapi_url=None)
+    for router in doors():
+        app.include_router(router)
+    covered = FastAPI(middleware=[Middleware(RequestCancelationMiddleware)], openapi_url=None)
+    add_endpoints(covered, run_plainly)
+    app.mount("/mw", covered)
+    return app
+
+
+async def pass_on(request: Request, call_next: RequestResponseEndpoint) -> Response:
+    return await call_next(request)
+
+
+def build() -> FastAPI:
+    based = Middleware(BaseHTTPMiddleware, dispatch=pass_on)
+    covering = Middleware(RequestCancelationMiddleware)
+    root = stack()
+    root.mount("/mounted", stack(covering))
+    root.mount("/timed", stack(Middleware(RequestCancelationMiddleware, default_timeout=SHORT)))
+    root.mount("/outside", stack(based))
+    root.mount("/inside", stack(covering, based))
+    root.mount("/web", stack(Middleware(CORSMiddleware, allow_origins=["*"]), Middleware(GZipMiddleware)))
+    return root
+
+
+root = build()
+
+
+@root.get("/journal/{key}")
+async def read_journal(key: str, event: str, count: int = 1) -> list[str]:
+    return await journal.wait(key, event, count)
+
+
+@root.post("/gates/{key}")
+async def open_gate(key: str) -> None:
+    gates[key].set()
+
+
+@root.get("/listen")
+async def listen(request: Request) -> None:
+    """Say in the journal when the server itself reports that the client has left."""
+    journal.add(key_of(request), "started")
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    journal.add(key_of(request), "heard")
+
+
+app = Metrics(root)

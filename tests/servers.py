@@ -1,0 +1,231 @@
+"""Real servers in subprocesses, and raw sockets to talk to them.
+
+PYTEST_DONT_REWRITE: the test modules load this file as a plugin, so that a session has one `server` fixture for all of them.
+"""
+
+import http.client
+import itertools
+import json
+import re
+import select
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+ROOT = Path(__file__).parents[1]
+APP = "tests.server_app:app"
+DOORS = ("mw", "route", "deco", "dep", "tg", "event")
+PATIENCE = 20
+COMPLAINT = re.compile(r"WARN|ERROR|CRITICAL|Traceback|Exception|Warning|never retrieved")
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to serve, and where it differs from the others.
+
+    `asks_for_bodies`: `100 Continue` goes out when the application reads, not as soon as the request arrives.
+    `answers_half_closed`: a client that has shut down its sending side still gets the response. (To the application all
+    of them report it as a disconnect.)
+    """
+
+    name: str
+    command: str
+    asks_for_bodies: bool = True
+    answers_half_closed: bool = False
+
+    def arguments(self, port: int) -> list[str]:
+        return [sys.executable, "-m", *self.command.format(port=port).split(), APP]
+
+
+UVICORN = "uvicorn --port {port} --no-access-log --timeout-graceful-shutdown 5"
+HYPERCORN = "hypercorn -b 127.0.0.1:{port} -w 0 --backlog 1024"
+VARIANTS = [
+    Variant("uvicorn-h11-asyncio", f"{UVICORN} --http h11 --loop asyncio"),
+    Variant("uvicorn-httptools-uvloop", f"{UVICORN} --http httptools --loop uvloop"),
+    Variant("hypercorn-asyncio", f"{HYPERCORN} -k asyncio", asks_for_bodies=False, answers_half_closed=True),
+    Variant("hypercorn-trio", f"{HYPERCORN} -k trio", asks_for_bodies=False, answers_half_closed=True),
+    Variant("granian", "granian --interface asgi --port {port}"),
+]
+
+
+@dataclass
+class Response:
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes = b""
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Connection:
+    """A client's socket: bytes out, responses in, and every way of leaving."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._file: IO[bytes] = self.socket.makefile("rb")
+
+    def send(self, *packets: bytes | memoryview) -> None:
+        for packet in packets:
+            self.socket.sendall(packet)
+
+    def line(self) -> bytes:
+        """The next line; empty if the server closes instead, abruptly or not."""
+        with suppress(ConnectionResetError):
+            return self._file.readline()
+        return b""
+
+    def head(self) -> Response:
+        """The next head, be it interim or final; its body is still to be read."""
+        line = self.line()
+        assert line.startswith(b"HTTP/1.1 "), f"no response, but {line!r}"
+        return Response(int(line.split()[1]), http.client.parse_headers(self._file))
+
+    def response(self) -> Response:
+        return self.finish(self.head())
+
+    def finish(self, response: Response) -> Response:
+        """Read the body that belongs to a head."""
+        response.body = b"".join(self._body(response.headers))
+        return response
+
+    def _body(self, headers: http.client.HTTPMessage) -> Iterator[bytes]:
+        if headers.get("transfer-encoding") != "chunked":
+            yield self._exactly(int(headers["content-length"]))
+            return
+        while size := int(self._file.readline(), 16):
+            yield self._exactly(size)
+            assert self._file.readline() == b"\r\n"
+        assert self._file.readline() == b"\r\n"
+
+    def _exactly(self, size: int) -> bytes:
+        data = self._file.read(size)
+        assert len(data) == size, f"the response was cut: {len(data)} bytes instead of {size}"
+        return data
+
+    def can_send(self) -> bool:
+        return bool(select.select([], [self.socket], [], 0)[1])
+
+    def half_close(self) -> None:
+        self.socket.shutdown(socket.SHUT_WR)
+
+    def reset(self) -> None:
+        """Hang up as a killed client does, with an RST."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+        self.socket.close()
+
+
+def new_key() -> str:
+    return f"request-{next(_numbers)}"
+
+
+def request(target: str, key: str = "", body: bytes | None = None, /, **headers: str | int) -> bytes:
+    """A request's bytes; it is a POST if it has a body, be it one that is only announced by `content_length`."""
+    if body is not None:
+        headers.setdefault("content_length", len(body))
+    method = "POST" if "content_length" in headers else "GET"
+    fields = {"host": "test", "x-id": key} | {name.replace("_", "-"): value for name, value in headers.items()}
+    lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
+    return "\r\n".join(lines).encode() + (body or b"")
+
+
+class Server:
+    """A server that runs; its log holds everything that it printed."""
+
+    def __init__(self, variant: Variant, log: Path) -> None:
+        self.variant = variant
+        self._log = log
+        self.port = free_port()
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                variant.arguments(self.port), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
+            )
+        self._wait_until_it_answers()
+
+    def _wait_until_it_answers(self) -> None:
+        for _ in range(600):
+            with suppress(OSError):
+                assert self.ask("/bare/work").status == 200
+                return
+            with suppress(subprocess.TimeoutExpired):
+                code = self._process.wait(timeout=0.05)
+                raise RuntimeError(f"{self.variant.name} ended with {code}: {self.log()}")
+        self.stop()
+        raise RuntimeError(f"{self.variant.name} does not answer: {self.log()}")
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def complaints(self) -> list[str]:
+        """The lines of the log that an operator would have to look at."""
+        return [line for line in self.log().splitlines() if COMPLAINT.search(line)]
+
+    def rss(self) -> int:
+        """Resident bytes, of the workers too where the server has any."""
+        parent = psutil.Process(self.pid)
+        total: int = sum(process.memory_info().rss for process in [parent, *parent.children(recursive=True)])
+        return total
+
+    def connect(self) -> Connection:
+        return Connection(self.port)
+
+    def ask(self, target: str, key: str = "", body: bytes | None = None, /, **headers: str | int) -> Response:
+        """One request on a connection of its own."""
+        with closing(self.connect()) as connection:
+            connection.send(request(target, key, body, **headers))
+            return connection.response()
+
+    def journal(self, key: str, event: str, count: int = 1) -> list[str]:
+        """The events of a request, as soon as this one is among them; it must come."""
+        events: list[str] = self.ask(f"/journal/{key}?event={event}&count={count}").json()
+        assert events.count(event) >= count, f"no {event} x {count} in {events}"
+        return events
+
+    def open_gate(self, key: str) -> None:
+        assert self.ask(f"/gates/{key}", "", b"").status == 200
+
+    def stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            raise
+
+
+def free_port() -> int:
+    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(v, id=v.name, marks=pytest.mark.xdist_group(v.name)) for v in VARIANTS],
+)
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = Server(request.param, tmp_path_factory.mktemp("server") / "log")
+    yield running
+    complaints = running.complaints()
+    running.stop()
+    assert complaints == []

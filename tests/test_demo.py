@@ -1,0 +1,255 @@
+"""`python -m examples.demo`, driven over real sockets: what it shows is what the server did."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from functools import partial
+from http.client import HTTPResponse
+from pathlib import Path
+from threading import Condition, Thread
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    Snapshot = dict[str, Any]
+
+ROOT = Path(__file__).parent.parent
+PATIENCE = 40.0
+WORKS = ["report", "words", "upload", "feed"]
+SIZE = 600_000
+
+
+class Board:
+    """What others tell us in their threads, and waiting for it."""
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+
+    def note(self, change: Callable[[], object]) -> None:
+        with self._changed:
+            change()
+            self._changed.notify_all()
+
+    def wait(self, state: Callable[[], Any], what: str) -> Any:
+        with self._changed:
+            seen = self._changed.wait_for(state, PATIENCE)
+        assert seen, f"waited in vain for {what}"
+        return seen
+
+
+class Demo:
+    """A running demonstration: what it prints, and what its page would be told."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.output: list[str] = []
+        self.runs: dict[str, Snapshot] = {}
+        self._board = Board()
+        Thread(target=self._read_output, daemon=True).start()
+        self.address = self.printed(r"Open (http://\S+)/ ").group(1)
+        self.port = int(self.address.rsplit(":", 1)[1])
+        Thread(target=self._read_events, daemon=True).start()
+
+    def _read_output(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._board.note(partial(self.output.append, line.rstrip()))
+
+    def _read_events(self) -> None:
+        with suppress(httpx.TransportError), httpx.stream("GET", f"{self.address}/events", timeout=None) as response:
+            for line in response.iter_lines():
+                if line:
+                    changed = {run["id"]: run for run in json.loads(line.removeprefix("data: "))}
+                    self._board.note(partial(self.runs.update, changed))
+
+    def printed(self, pattern: str) -> re.Match[str]:
+        """Wait for a line of the terminal."""
+
+        def find() -> re.Match[str] | None:
+            return next(filter(None, (re.search(pattern, line) for line in self.output)), None)
+
+        found: re.Match[str] = self._board.wait(find, f"{pattern} in {self.output}")
+        return found
+
+    def saw(self, run_id: str, state: Callable[[Snapshot], bool]) -> Snapshot:
+        """Wait until the live events show the run in this state."""
+
+        def find() -> Snapshot | None:
+            run = self.runs.get(run_id)
+            return run if run is not None and state(run) else None
+
+        found: Snapshot = self._board.wait(find, f"{run_id} in {self.runs}")
+        return found
+
+    def open(self, path: str, run_id: str) -> socket.socket:
+        """Send a request on a socket of its own; an upload says that more is to come than it sends."""
+        method, body = ("POST", b"u" * 100_000) if path.endswith("/upload") else ("GET", b"")
+        length = f"content-length: {len(body) * 2}\r\n" if body else ""
+        head = f"{method} {path} HTTP/1.1\r\nhost: test\r\nx-run: {run_id}\r\n{length}\r\n"
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
+        connection.sendall(head.encode() + body)
+        return connection
+
+    def hang_up(self, path: str) -> tuple[Snapshot, Snapshot]:
+        """Start a request, hang up while it works; how far it had come by then, and how it ended."""
+        run_id = f"hang-up{path}"
+        with self.open(path, run_id):
+            before = self.saw(run_id, lambda run: run["done"] > 0)
+        return before, self.saw(run_id, has_ended)
+
+
+def has_ended(run: Snapshot) -> bool:
+    return bool(run["ended"])
+
+
+@contextmanager
+def running_demo(folder: Path, size: int = SIZE, **environment: str) -> Iterator[Demo]:
+    """A demonstration on a free port, with its files in `folder`."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "examples.demo", "--port", "0", "--rows", str(size), "--words", str(size)],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(folder), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    with process:
+        try:
+            yield Demo(process)
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    with running_demo(tmp_path_factory.mktemp("demo"), DEMO_LIMIT="0.1") as running:
+        yield running
+
+
+pytestmark = pytest.mark.xdist_group("demo")
+
+
+def test_introduces_itself(demo: Demo) -> None:
+    for work in WORKS:
+        for prefix in ("", "/limited", "/plain"):
+            demo.printed(rf"curl -.* {re.escape(demo.address)}{prefix}/{work}$")
+
+
+def test_page_needs_nothing_else(demo: Demo) -> None:
+    page = httpx.get(demo.address).text
+    setup = re.search(r'<script type="application/json" id="setup">(.*)</script>', page)
+    assert setup is not None
+    assert [work["name"] for work in json.loads(setup[1])["works"]] == WORKS
+    assert re.findall(r'(?:src|href)="(?!data:)', page) == []
+
+
+@pytest.mark.parametrize("work", ["report", "words"])
+def test_same_answer_with_and_without(demo: Demo, work: str) -> None:
+    answers = [httpx.get(f"{demo.address}{prefix}/{work}", timeout=PATIENCE) for prefix in ("", "/plain")]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert answers[0].json() == answers[1].json()
+
+
+@pytest.mark.parametrize("path", ["/upload", "/plain/upload"])
+def test_upload_is_hashed(demo: Demo, path: str) -> None:
+    body = os.urandom(500_000)
+    answer = httpx.post(demo.address + path, content=body, timeout=PATIENCE)
+    assert answer.json()["sha256"] == hashlib.sha256(body).hexdigest()
+
+
+@pytest.mark.parametrize("path", ["/feed", "/plain/feed"])
+def test_feed_ends_by_itself(demo: Demo, path: str) -> None:
+    answer = httpx.get(f"{demo.address}{path}?events=2", timeout=PATIENCE)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert [json.loads(line[6:])["sales"] for line in answer.text.split("\n\n") if line] == [20_000, 40_000]
+
+
+@pytest.mark.parametrize(("work", "status"), [("report", 499), ("words", 499), ("upload", 499), ("feed", 200)])
+def test_hang_up_stops_the_work(demo: Demo, work: str, status: int) -> None:
+    before, after = demo.hang_up(f"/{work}")
+    assert (after["reason"], after["status"]) == ("DISCONNECT", status)
+    assert before["done"] <= after["left"]["done"] <= after["done"] < after["total"]
+
+
+@pytest.mark.parametrize("work", ["report", "words"])
+def test_hang_up_goes_unnoticed_without(demo: Demo, work: str) -> None:
+    before, after = demo.hang_up(f"/plain/{work}")
+    assert before["done"] < after["done"] == after["total"]
+    assert (after["reason"], after["status"], after["left"]) == (None, 200, None)
+
+
+def test_broken_upload_is_an_error_without(demo: Demo) -> None:
+    _, after = demo.hang_up("/plain/upload")
+    assert (after["reason"], after["status"]) == ("ClientDisconnect", 500)
+
+
+@pytest.mark.parametrize("work", ["report", "words", "upload"])
+def test_limit(demo: Demo, work: str) -> None:
+    run_id = f"limited-{work}"
+    with demo.open(f"/limited/{work}", run_id) as connection, HTTPResponse(connection) as answer:
+        answer.begin()
+        assert json.load(answer) == {"detail": "Timed out after 0.1 seconds"}
+        assert answer.status == 504
+    run = demo.saw(run_id, has_ended)
+    assert (run["reason"], run["status"]) == ("TIMEOUT", 504)
+    assert 100 <= run["left"]["ms"] <= run["ms"]
+    assert run["done"] < run["total"]
+
+
+def test_limit_cuts_the_feed(demo: Demo) -> None:
+    with pytest.raises(httpx.RemoteProtocolError):
+        httpx.get(f"{demo.address}/limited/feed", headers={"x-run": "cut"}, timeout=PATIENCE)
+    run = demo.saw("cut", has_ended)
+    assert (run["reason"], run["status"]) == ("TIMEOUT", 200)
+
+
+def test_one_line_for_each_request(demo: Demo) -> None:
+    demo.hang_up("/report")
+    httpx.get(f"{demo.address}/plain/feed?events=1", timeout=PATIENCE)
+    demo.printed(r"^[\d:]{8} GET   /report +DISCONNECT 499 +[\d,]+ rows +[\d,]+ ms$")
+    demo.printed(r"^[\d:]{8} GET   /plain/feed +200 +20,000 rows +[\d,]+ ms$")
+    served = demo.output[demo.output.index(demo.printed("^Open ").string) + 1 :]
+    assert [line for line in served if line and not re.match(r"[\d:]{8} (GET|POST) ", line)] == []
+
+
+def test_taken_port(demo: Demo) -> None:
+    command = [sys.executable, "-m", "examples.demo", "--port", str(demo.port)]
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert second.returncode == 1
+    assert f"Cannot listen on 127.0.0.1 port {demo.port}: " in second.stderr
+    assert "--port 0" in second.stderr
+    assert "Traceback" not in second.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ends_cleanly_in_the_middle_of_work(tmp_path: Path, number: signal.Signals) -> None:
+    with running_demo(tmp_path, size=1_500_000) as demo:
+        paths = ["/feed", "/plain/feed", "/report", "/plain/report", "/plain/words", "/upload"]
+        connections = [demo.open(path, path) for path in paths]
+        for path in paths:
+            demo.saw(path, lambda run: run["done"] > 0)
+        began = time.monotonic()
+        demo.process.send_signal(number)
+        assert demo.process.wait(PATIENCE) == 0
+        # What is under way in the threads takes tenths of a second to finish; the rest is for a machine under load.
+        assert time.monotonic() - began < 10
+        for connection in connections:
+            connection.close()
+        demo.printed(r"GET   /feed +SIGNAL 200")
+        demo.printed(r"GET   /report +SIGNAL 503")
+        demo.printed(r"GET   /plain/report +killed 503")
+    assert not re.search("Traceback|ERROR|WARN", "\n".join(demo.output))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,361 @@
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Any
+
+import anyio
+import pytest
+from fastapi import BackgroundTasks, FastAPI, HTTPException, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.middleware.gzip import GZipMiddleware
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cancelable_deps import (
+    Cancelable,
+    CancelationReason,
+    RequestCancelationMiddleware,
+    current_cancelable,
+    with_cancelation,
+)
+from tests.asgi import Call, get, hang_up_once, running
+
+pytestmark = pytest.mark.anyio
+
+Next = Callable[[Request], Awaitable[Response]]
+
+
+class Metrics:
+    """A middleware at the level of ASGI that notes every status."""
+
+    def __init__(self, app: ASGIApp, statuses: list[int]) -> None:
+        self.app = app
+        self.statuses = statuses
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def note(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.statuses.append(message["status"])
+            await send(message)
+
+        await self.app(scope, receive, note)
+
+
+def waiting_app(started: anyio.Event, **options: Any) -> FastAPI:
+    app = FastAPI()
+
+    @app.get("/")
+    async def wait() -> None:
+        started.set()
+        await anyio.sleep_forever()
+
+    app.add_middleware(RequestCancelationMiddleware, **options)
+    return app
+
+
+async def test_client_that_leaves_stops_the_handler() -> None:
+    started = anyio.Event()
+    call = await hang_up_once(waiting_app(started), started)
+    assert (call.status, call.json) == (499, {"detail": "Client closed the request"})
+
+
+@pytest.mark.parametrize("timeout", [0.02, timedelta(milliseconds=20), 0])
+async def test_default_timeout(timeout: Any) -> None:
+    call = await get(waiting_app(anyio.Event(), default_timeout=timeout))
+    assert call.status == 504
+    assert call.json["detail"].startswith("Timed out after")
+
+
+async def test_outer_middleware_sees_the_status() -> None:
+    statuses: list[int] = []
+    started = anyio.Event()
+    app = waiting_app(started, default_timeout=0.05)
+    app.add_middleware(Metrics, statuses=statuses)
+    await hang_up_once(app, started)
+    await get(app)
+    assert statuses == [499, 504]
+
+
+async def test_one_line_is_logged_and_nothing_louder(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    started = anyio.Event()
+    await hang_up_once(waiting_app(started), started)
+    ours = [record for record in caplog.records if record.name == "cancelable_deps"]
+    assert len(ours) == 1
+    assert re.fullmatch(r"GET / cancelled after \d+\.\d+ s: disconnect", ours[0].getMessage())
+    assert (ours[0].__dict__["reason"], ours[0].__dict__["route"]) == ("disconnect", "/")
+    assert max(record.levelno for record in caplog.records) == logging.INFO
+
+
+@pytest.mark.parametrize("handler_seconds", [0, 0.03])
+async def test_background_tasks_are_spared(handler_seconds: float) -> None:
+    done = anyio.Event()
+    app = FastAPI()
+
+    async def afterwards() -> None:
+        await anyio.sleep(0.1)
+        done.set()
+
+    @app.get("/")
+    async def endpoint(tasks: BackgroundTasks) -> str:
+        await anyio.sleep(handler_seconds)
+        tasks.add_task(afterwards)
+        return "ok"
+
+    app.add_middleware(RequestCancelationMiddleware, default_timeout=0.06)
+    async with running(app) as call:
+        await call.completed()
+        call.hang_up()
+    assert call.status == 200
+    assert done.is_set()
+
+
+async def test_plain_starlette_application() -> None:
+    started = anyio.Event()
+
+    async def wait(request: Request) -> Response:
+        started.set()
+        await anyio.sleep_forever()
+        raise AssertionError
+
+    app = RequestCancelationMiddleware(Starlette(routes=[Route("/", wait)]))
+    call = await hang_up_once(app, started)
+    assert call.json == {"detail": "Client closed the request"}
+
+
+async def test_bare_application_may_raise_our_errors() -> None:
+    async def bare(scope: Scope, receive: Receive, send: Send) -> None:
+        async with Cancelable.with_timeout(0.01):
+            await anyio.sleep_forever()
+
+    call = await get(RequestCancelationMiddleware(bare))
+    assert call.status == 504
+
+
+@pytest.mark.parametrize(
+    ("exclude", "path", "is_covered"),
+    [
+        ("/health", "/health", False),
+        ("/health", "/health/deep", True),
+        (["/a", "/static/*"], "/static/x/y.css", False),
+        ([re.compile("/v[12]/wait")], "/v2/wait", False),
+        ([re.compile("/v[12]/wait")], "/v3/wait", True),
+        ([lambda scope: scope["method"] == "GET"], "/anything", False),
+    ],
+)
+async def test_excluded_paths_are_left_alone(exclude: Any, path: str, is_covered: bool) -> None:
+    app = FastAPI()
+
+    @app.get(path)
+    async def endpoint() -> bool:
+        return current_cancelable() is not None
+
+    app.add_middleware(RequestCancelationMiddleware, exclude=exclude)
+    assert (await get(app, path)).json is is_covered
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"default_timeout": -1}, ValueError, "default_timeout must be zero or more"),
+        ({"default_timeout": float("nan")}, ValueError, "nan"),
+        ({"default_timeout": "30"}, TypeError, "takes seconds"),
+        ({"cleanup_grace": -1}, ValueError, "cleanup_grace"),
+        ({"exclude": ["health"]}, ValueError, "begin with '/'"),
+        ({"exclude": [42]}, TypeError, "exclude takes"),
+    ],
+)
+def test_bad_configuration_fails_when_the_app_is_built(options: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        RequestCancelationMiddleware(FastAPI(), **options)
+
+
+@pytest.mark.parametrize("timeout", [10, None])
+async def test_the_route_wins_over_the_default(timeout: float | None) -> None:
+    app = FastAPI()
+
+    @app.get("/")
+    @with_cancelation(timeout=timeout)
+    async def endpoint() -> str:
+        await anyio.sleep(0.1)
+        return "finished"
+
+    app.add_middleware(RequestCancelationMiddleware, default_timeout=0.03)
+    assert (await get(app)).json == "finished"
+
+
+async def test_bare_decorator_keeps_the_default() -> None:
+    app = FastAPI()
+
+    @app.get("/")
+    @with_cancelation
+    async def endpoint() -> None:
+        await anyio.sleep_forever()
+
+    app.add_middleware(RequestCancelationMiddleware, default_timeout=0.03)
+    assert (await get(app)).status == 504
+
+
+@pytest.mark.parametrize("where", ["inside", "outside", "both", "twice inside"])
+@pytest.mark.parametrize("ending", ["hang up", "time out", "finish"])
+async def test_base_http_middleware_anywhere(where: str, ending: str) -> None:
+    started, cleaned = anyio.Event(), anyio.Event()
+    app = FastAPI()
+
+    @app.post("/")
+    async def endpoint(request: Request) -> int:
+        started.set()
+        try:
+            await anyio.sleep(0.03 if ending == "finish" else 100)
+        finally:
+            await anyio.sleep(0.02)
+            cleaned.set()
+        return len(await request.body())
+
+    async def passing(request: Request, call_next: Next) -> Response:
+        return await call_next(request)
+
+    if where != "outside":
+        app.middleware("http")(passing)
+    if where == "twice inside":
+        app.middleware("http")(passing)
+    app.add_middleware(RequestCancelationMiddleware, default_timeout=0.3 if ending == "time out" else None)
+    if where in {"outside", "both"}:
+        app.middleware("http")(passing)
+    async with running(app, method="POST", body=b"12345") as call:
+        await started.wait()
+        if ending == "hang up":
+            call.hang_up()
+    assert call.error is None
+    assert call.status == {"hang up": 499, "time out": 504, "finish": 200}[ending]
+    assert cleaned.is_set()
+
+
+async def test_gzip_and_cors_inside_and_outside() -> None:
+    started = anyio.Event()
+    app = FastAPI()
+
+    @app.get("/wait")
+    async def wait() -> None:
+        started.set()
+        await anyio.sleep_forever()
+
+    @app.get("/text")
+    async def text() -> Response:
+        await anyio.sleep(0.02)
+        return PlainTextResponse("x" * 2000)
+
+    app.add_middleware(GZipMiddleware)
+    app.add_middleware(RequestCancelationMiddleware)
+    app.add_middleware(CORSMiddleware, allow_origins=["*"])
+    headers = {"origin": "http://example.org", "accept-encoding": "gzip"}
+    call = await hang_up_once(app, started, "/wait", headers=headers)
+    assert (call.status, call.response_headers["access-control-allow-origin"]) == (499, "*")
+    call = await get(app, "/text", headers=headers)
+    assert (call.status, call.response_headers["content-encoding"]) == (200, "gzip")
+
+
+async def test_mounted_application_shares_the_request() -> None:
+    started = anyio.Event()
+    app = FastAPI()
+    app.mount("/sub", waiting_app(started, default_timeout=None))
+    app.add_middleware(RequestCancelationMiddleware, default_timeout=5)
+    call = await hang_up_once(app, started, "/sub/")
+    assert (call.status, call.most_readers) == (499, 1)
+
+
+async def test_default_of_a_mounted_application_replaces_the_outer_one() -> None:
+    app = FastAPI()
+    app.mount("/sub", waiting_app(anyio.Event(), default_timeout=0.02))
+    app.add_middleware(RequestCancelationMiddleware, default_timeout=100)
+    call = await get(app, "/sub/")
+    assert call.json == {"detail": "Timed out after 0.02 seconds"}
+
+
+async def test_cancel_through_current_cancelable_stops_the_request() -> None:
+    app = FastAPI()
+
+    @app.get("/")
+    async def endpoint() -> None:
+        cancel = current_cancelable()
+        assert cancel is not None
+        await cancel.cancel(CancelationReason.MANUAL, "replaced by a newer request")
+
+    app.add_middleware(RequestCancelationMiddleware)
+    call = await get(app)
+    assert (call.status, call.json) == (499, {"detail": "replaced by a newer request"})
+
+
+async def test_cut_stream_is_not_completed() -> None:
+    app = FastAPI()
+
+    async def chunks() -> Any:
+        yield b"first"
+        await anyio.sleep_forever()
+
+    @app.get("/")
+    async def endpoint() -> Response:
+        return StreamingResponse(chunks())
+
+    app.add_middleware(RequestCancelationMiddleware, default_timeout=0.05)
+    call = await get(app)
+    assert (call.status, call.body, call.is_complete) == (200, b"first", False)
+
+
+@pytest.mark.parametrize("spec_version", ["2.3", "2.4"])
+async def test_stream_is_stopped_when_its_client_leaves(spec_version: str) -> None:
+    started = anyio.Event()
+    ended = anyio.Event()
+    app = FastAPI()
+
+    async def chunks() -> Any:
+        try:
+            yield b"first"
+            started.set()
+            await anyio.sleep_forever()
+        finally:
+            ended.set()
+
+    @app.get("/")
+    async def endpoint() -> Response:
+        return StreamingResponse(chunks())
+
+    app.add_middleware(RequestCancelationMiddleware)
+    call = await hang_up_once(app, started, spec_version=spec_version)
+    assert call.error is None
+    assert ended.is_set()
+
+
+async def test_errors_of_the_application_pass() -> None:
+    app = FastAPI()
+
+    @app.get("/404")
+    async def missing() -> None:
+        raise HTTPException(404)
+
+    @app.get("/bug")
+    async def bug() -> None:
+        raise ValueError("a bug")
+
+    app.add_middleware(RequestCancelationMiddleware)
+    assert (await get(app, "/404")).status == 404
+    call = await get(app, "/bug")
+    assert call.status == 500
+    assert isinstance(call.error, ValueError)
+
+
+async def test_lifespan_and_websocket_pass() -> None:
+    seen: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["type"])
+
+    middleware = RequestCancelationMiddleware(app)
+    for kind in ("lifespan", "websocket"):
+        await middleware({"type": kind}, Call(app).receive, Call(app).send)
+    assert seen == ["lifespan", "websocket"]
