@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("cancelable_deps")
 
-_NO_CONTEXT = Context()
-
 
 class Timer(Protocol):
     """Something that `EventLoop.call_at` will do."""
@@ -95,7 +93,7 @@ class AsyncioLoop:
 
     def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
         # An empty context, or the timer would keep the variables of whichever request happened to start it.
-        return self.loop.call_at(when, callback, context=_NO_CONTEXT)
+        return self.loop.call_at(when, callback, context=Context())
 
     def call_from_thread(self, callback: Callable[..., object], *args: object) -> None:
         try:

@@ -18,12 +18,9 @@ if TYPE_CHECKING:
 class Limits:
     """What a door was configured with, checked when the app is built."""
 
-    def __init__(
-        self, default_timeout: float | timedelta | None, cleanup_grace: float | None, *, spans_tasks: bool
-    ) -> None:
+    def __init__(self, default_timeout: float | timedelta | None, cleanup_grace: float | None) -> None:
         self.timeout = None if default_timeout is None else seconds(default_timeout, "default_timeout")
         self.cleanup_grace = None if cleanup_grace is None else seconds(cleanup_grace, "cleanup_grace")
-        self.spans_tasks = spans_tasks
 
 
 async def run_request(
@@ -38,40 +35,40 @@ async def run_request(
     made = state is None
     if state is None:
         state = RequestState(scope, receive)
+        state.cleanup_grace = limits.cleanup_grace
         state.hold()
-    block = _door(state, limits)
-    exchange = _Exchange(send, block, state)
+    block = DoorBlock(state, timeout=limits.timeout, cleanup_grace=limits.cleanup_grace)
+    if limits.timeout is not None:
+        state.set_default(block)
+    exchange = _Exchange(send, block, state if made else None)
     try:
         outcome = await exchange.run(app, scope, state.reader.receive if made else receive)
     finally:
         if made:
             await state.aclose()
-    if not isinstance(outcome, CancelationError):
-        return None
+    if outcome is None and state.token.cause is not None and not exchange.started:
+        # A middleware inside took our cancellation for its own, and sent nothing.
+        outcome = state.token.cause.error()
     return None if exchange.started else outcome
 
 
-def _door(state: RequestState, limits: Limits) -> DoorBlock:
-    block = DoorBlock(state, timeout=limits.timeout, cleanup_grace=limits.cleanup_grace)
-    if limits.spans_tasks:
-        block._spans_tasks = True
-    if limits.timeout is not None:
-        state.set_default(block)
-    return block
-
-
 class _Exchange:
-    """Watches the response, to know whether it has started and when it is complete."""
+    """Watches the response, to know whether it has started and when it is complete.
+
+    While a handler's finished result is on its way, nothing of ours may stop it; a stream, of which the start is sent
+    before its work begins, can be stopped again when that is out.
+    """
 
     started = False
     _trailers = False
 
-    def __init__(self, send: Send, block: DoorBlock, state: RequestState) -> None:
+    def __init__(self, send: Send, block: DoorBlock, state: RequestState | None) -> None:
         self._send = send
         self._block = block
+        # Of a door further in, whose response may still be held back by something between it and the outermost door.
         self._state = state
 
-    async def run(self, app: ASGIApp, scope: Scope, receive: Receive) -> BaseException | None:
+    async def run(self, app: ASGIApp, scope: Scope, receive: Receive) -> CancelationError | None:
         block = self._block
         try:
             block._enter()
@@ -88,20 +85,35 @@ class _Exchange:
         raise_as_it_is(outcome)
 
     async def send(self, message: Message) -> None:
-        # Before the server has it: if the client leaves while the last bytes are on their way, the work is done.
         kind = message["type"]
         if kind == "http.response.body":
-            if not message.get("more_body", False) and not self._trailers:
+            if message.get("more_body", False) or self._trailers:
+                self._block.resume()
+            else:
                 self._complete()
         elif kind == "http.response.start":
-            self.started = True
-            self._trailers = message.get("trailers", False)
+            await self._start(message)
+            return
         elif kind == "http.response.pathsend" or (
             kind == "http.response.trailers" and not message.get("more_trailers", False)
         ):
             self._complete()
         await self._send(message)
 
+    async def _start(self, message: Message) -> None:
+        self._trailers = message.get("trailers", False)
+        self._block.hold()
+        self.started = True
+        await self._send(message)
+        if not _has_length(message):
+            self._block.resume()
+
     def _complete(self) -> None:
+        # Before the server has the last bytes: if the client leaves while they are on their way, the work is done.
         self._block.release()
-        self._state.close()
+        if self._state is not None:
+            self._state.close()
+
+
+def _has_length(start: Message) -> bool:
+    return any(name == b"content-length" for name, _ in start.get("headers", ()))

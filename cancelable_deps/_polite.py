@@ -19,6 +19,7 @@ Without the hooks a cancellation would still be delivered: impolitely, as by a p
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
@@ -49,8 +50,16 @@ class PoliteScope(Protocol):
 
     def cancel_politely(self, why: str) -> None: ...
 
-    def cancel_firmly_at(self, when: float) -> None:
-        """Cancel at every ``await`` from ``when`` on."""
+    def take_for_delivered(self) -> None:
+        """The task has been told by an exception, and cleans up."""
+
+    def hold(self) -> None:
+        """Let no cancellation of ours through until `resume`."""
+
+    def resume(self) -> None: ...
+
+    def release(self) -> None:
+        """Let no cancellation of ours through any more, nor the end of a grace."""
 
     def move_deadline(self, deadline: float) -> None: ...
 
@@ -67,10 +76,11 @@ class Gate(Protocol):
     def end(self, exc: BaseException | None) -> BaseException | None: ...
 
 
-def polite_scope(loop: EventLoop, grace: float) -> PoliteScope:
+def polite_scope(loop: EventLoop, grace: float, overdue: Callable[[], object]) -> PoliteScope:
+    """``overdue`` is called if the deadline fires that trails the block's own, because the loop was blocked."""
     if loop.is_trio:
-        return _TrioPoliteScope(loop, grace)
-    scope: PoliteScope = _asyncio_classes()[0](loop, grace)
+        return _TrioPoliteScope(loop, grace, overdue)
+    scope: PoliteScope = _asyncio_classes()[0](loop, grace, overdue)
     return scope
 
 
@@ -104,7 +114,7 @@ def _asyncio_classes() -> tuple[Any, Any]:
     scope_class: Any = type(anyio.CancelScope())
 
     class Inner(scope_class):  # type: ignore[misc]
-        __slots__ = ("_grace", "_loop")
+        __slots__ = ("_grace", "_held", "_loop")
 
         def __new__(cls, *args: object) -> Any:
             return object.__new__(cls)
@@ -113,6 +123,7 @@ def _asyncio_classes() -> tuple[Any, Any]:
             scope_class.__init__(self)
             self._loop = loop
             self._grace = grace
+            self._held = False
 
         def _deliver_cancellation(self, origin: Any) -> bool:
             if origin is self:
@@ -122,16 +133,25 @@ def _asyncio_classes() -> tuple[Any, Any]:
             task = self._host_task
             before = task.cancelling()
             retry: bool = scope_class._deliver_cancellation(self, origin)
-            if task.cancelling() > before and self._grace > 0 and self._is_ours(origin):
+            if task.cancelling() > before and self._is_ours(origin):
+                self.take_for_delivered()
+            return retry
+
+        def take_for_delivered(self) -> None:
+            if self._grace > 0 and not self.shield:
                 self.deadline = self._loop.time() + self._grace  # type: ignore[misc]
                 self.shield = True  # type: ignore[misc]
-            return retry
 
         def end(self, exc: BaseException | None) -> BaseException | None:
             return leave(self, exc)
 
     class AsyncioPoliteScope(Inner):
-        __slots__ = ("_outer",)
+        __slots__ = ("_asked", "_outer", "_overdue")
+
+        def __init__(self, loop: EventLoop, grace: float, overdue: Callable[[], object]) -> None:
+            Inner.__init__(self, loop, grace)
+            self._overdue = overdue
+            self._asked = False
 
         def begin(self, deadline: float) -> None:
             outer = self._outer = scope_class(deadline=deadline + _TRAIL)
@@ -142,10 +162,22 @@ def _asyncio_classes() -> tuple[Any, Any]:
             return leave(self._outer, leave(self, exc))
 
         def cancel_politely(self, why: str) -> None:
+            self._asked = True
             self._outer.cancel(why)
 
-        def cancel_firmly_at(self, when: float) -> None:
-            self.deadline = when  # type: ignore[misc]
+        def hold(self) -> None:
+            if not self.shield:
+                self.shield = self._held = True  # type: ignore[misc]
+
+        def resume(self) -> None:
+            if self._held:
+                self.shield = self._held = False  # type: ignore[misc]
+
+        def release(self) -> None:
+            self.move_deadline(math.inf)
+            self.deadline = math.inf  # type: ignore[misc]
+            if self._outer.cancel_called:
+                self.shield = True  # type: ignore[misc]
 
         def move_deadline(self, deadline: float) -> None:
             self._outer.deadline = deadline + _TRAIL
@@ -156,6 +188,9 @@ def _asyncio_classes() -> tuple[Any, Any]:
             return False
 
         def _is_ours(self, origin: object) -> bool:
+            if origin is self._outer and not self._asked:
+                self._asked = True
+                self._overdue()
             return origin is self._outer
 
     class AsyncioGate(Inner):
@@ -205,8 +240,10 @@ class _TrioGate:
     """
 
     __slots__ = (
+        "_current_effective_deadline",
         "_delivered",
         "_grace",
+        "_held",
         "_inner",
         "_is_ours",
         "_loop",
@@ -225,8 +262,10 @@ class _TrioGate:
         self._is_ours = is_ours
         self._inner = trio.CancelScope()
         self._task = trio.lowlevel.current_task()
+        self._current_effective_deadline = trio.current_effective_deadline
         self._nurseries: list[trio.Nursery] = []
         self._delivered = False
+        self._held = False
         self._lost = False
 
     def begin(self) -> None:
@@ -240,15 +279,16 @@ class _TrioGate:
 
     @property
     def _is_pending(self) -> bool:
-        return not self._delivered and self._grace > 0 and self._is_ours(None)
+        return not self._delivered and not self._held and self._grace > 0 and self._is_ours(None)
 
     def before_step(self, value: Any) -> Any:
         if self._is_pending:
+            is_exposed = self._current_effective_deadline() == -math.inf
             self._inner.shield = True
             self._nurseries = self._task.child_nurseries[self._opened_before :]
             if self._is_delivery(value):
                 self._deliver()
-            elif _stands_at_checkpoint(self._task):
+            elif is_exposed and _stands_at_checkpoint(self._task):
                 self._deliver()
                 return _cancelled_outcome()
         return value
@@ -270,6 +310,11 @@ class _TrioGate:
     def _sent(self, exc: trio.Cancelled) -> bool:
         return True
 
+    def take_for_delivered(self) -> None:
+        if self._is_pending:
+            self._inner.shield = True
+            self._deliver()
+
     def _deliver(self) -> None:
         self._delivered = True
         self._lost = False
@@ -284,16 +329,17 @@ class _TrioGate:
 
 
 class _TrioPoliteScope(_TrioGate):
-    __slots__ = ("_outer", "_why")
+    __slots__ = ("_outer", "_overdue", "_why")
 
-    def __init__(self, loop: EventLoop, grace: float) -> None:
+    def __init__(self, loop: EventLoop, grace: float, overdue: Callable[[], object]) -> None:
         import trio
 
-        super().__init__(loop, grace, lambda origin: self._outer.cancel_called)
+        super().__init__(loop, grace, self._is_cancelled)
         self._outer = trio.CancelScope()
+        self._overdue = overdue
         self._why: str | None = None
 
-    def begin(self, deadline: float = float("inf")) -> None:
+    def begin(self, deadline: float = math.inf) -> None:
         self._outer.deadline = deadline + _TRAIL
         self._outer.__enter__()
         super().begin()
@@ -303,14 +349,34 @@ class _TrioPoliteScope(_TrioGate):
 
     def cancel_politely(self, why: str) -> None:
         # trio hands the text on to its `Cancelled`; only by it can ours be told from that of a scope further in.
-        self._why = f"{why} ({id(self):#x})"
-        self._outer.cancel(self._why)
+        if self._why is None:
+            self._why = f"{why} ({id(self):#x})"
+            self._outer.cancel(self._why)
+
+    def _is_cancelled(self, origin: object) -> bool:
+        if not self._outer.cancel_called:
+            return False
+        if self._why is None:
+            self._why = ""
+            self._overdue()
+        return True
 
     def _sent(self, exc: trio.Cancelled) -> bool:
-        return self._why is None or exc.reason == self._why
+        return not self._why or exc.reason == self._why
 
-    def cancel_firmly_at(self, when: float) -> None:
-        self._inner.deadline = when
+    def hold(self) -> None:
+        if not self._inner.shield:
+            self._inner.shield = self._held = True
+
+    def resume(self) -> None:
+        if self._held:
+            self._inner.shield = self._held = False
+
+    def release(self) -> None:
+        self.move_deadline(math.inf)
+        self._inner.deadline = math.inf
+        if self._outer.cancel_called:
+            self._inner.shield = self._held = True
 
     def move_deadline(self, deadline: float) -> None:
         self._outer.deadline = deadline + _TRAIL

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections import deque
 from types import BuiltinMethodType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import anyio
 import anyio.lowlevel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from contextvars import Context
 
     from starlette.types import Message, Receive, Scope
@@ -21,6 +20,14 @@ if TYPE_CHECKING:
 READ_AHEAD_BYTES = 64 * 1024
 # What a message counts however short its body, or a client that sends single bytes would have us hold thousands.
 _MESSAGE_BYTES = 256
+
+
+class Owner(Protocol):
+    def client_left(self) -> None: ...
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether a block around whoever reads is being cancelled."""
 
 
 class Reader:
@@ -38,12 +45,14 @@ class Reader:
     _end: Message | Exception | None = None
     _body_over = False
     _asked = False
+    _stopped = False
+    _told = False
     _changed: anyio.Event | None = None
 
-    def __init__(self, scope: Scope, raw: Receive, on_disconnect: Callable[[], None], context: Context) -> None:
+    def __init__(self, scope: Scope, raw: Receive, owner: Owner, context: Context) -> None:
         self._scope = scope
         self.raw = raw
-        self._on_disconnect = on_disconnect
+        self.owner: Owner | None = owner
         self._context = context
         self._messages: deque[Message] | None = None
 
@@ -54,7 +63,7 @@ class Reader:
             if self._messages:
                 return self._next()
             if self._end is not None:
-                return self._ended(self._end)
+                return await self._ended(self._end)
             if self._wanted is not None and self._worker is None and not self._pulling:
                 self._start(self._wanted)
             if self._worker is not None or self._pulling:
@@ -73,6 +82,7 @@ class Reader:
     def stop(self) -> None:
         """Stop listening; what has been read stays for the application."""
         self._wanted = None
+        self._stopped = True
         if self._worker is not None:
             self._worker.cancel()
 
@@ -92,6 +102,7 @@ class Reader:
         )
 
     def _start(self, loop: EventLoop) -> None:
+        self._stopped = False
         self._worker = loop.spawn(self._read, self._context)
 
     async def _read(self) -> None:
@@ -105,13 +116,16 @@ class Reader:
             self._end = exc
         finally:
             self._worker = None
+            if self._stopped and self._wanted is not None and self._end is None:
+                # Somebody asked again while we were being stopped.
+                self._start(self._wanted)
             self._notify()
 
     def _keep(self, message: Message) -> None:
         if message["type"] == "http.disconnect":
             self._end = message
             # Before anybody who awaits a message is woken: they are to be cancelled at that very await.
-            self._on_disconnect()
+            self._tell_owner()
             return
         self._note(message)
         if self._messages is None:
@@ -127,34 +141,37 @@ class Reader:
         self._notify()
         return message
 
-    def _ended(self, end: Message | Exception) -> Message:
+    async def _ended(self, end: Message | Exception) -> Message:
         if isinstance(end, Exception):
             raise end
+        if not self._told and self.owner is not None and self.owner.is_stopping:
+            # The caller would make a ClientDisconnect of it; the cancellation that is on its way is the better answer.
+            # Once: `Request.is_disconnected()` asks from a cancelled scope, and would never be told.
+            self._told = True
+            await anyio.lowlevel.checkpoint()
         return dict(end)
+
+    def _tell_owner(self) -> None:
+        if self.owner is not None:
+            self.owner.client_left()
 
     async def _pull(self) -> Message:
         self._pulling = True
         try:
             message = await self.raw()
+            if message["type"] == "http.disconnect":
+                self._end = message
+            else:
+                self._note(message)
         finally:
             self._pulling = False
-            self._notify()
-        if message["type"] == "http.disconnect":
-            await self._leave_to_the_cancellation(message)
-        else:
-            self._note(message)
-            if self._wanted is not None:
+            if self._wanted is not None and self._end is None:
                 self._start(self._wanted)
+            self._notify()
+        if self._end is not None:
+            self._tell_owner()
+            return await self._ended(self._end)
         return message
-
-    async def _leave_to_the_cancellation(self, message: Message) -> None:
-        # `Request.is_disconnected()` calls from a cancelled scope, and would lose the message at a checkpoint.
-        in_cancelled_scope = anyio.current_effective_deadline() == -math.inf
-        self._end = message
-        self._on_disconnect()
-        if not in_cancelled_scope:
-            # The caller would raise ClientDisconnect; if its block is being cancelled, that is the better answer.
-            await anyio.lowlevel.checkpoint()
 
     def _is_fragile(self) -> bool:
         """Whether a pending ``receive()`` must not be cancelled: granian, written in Rust, then lies to the next one."""

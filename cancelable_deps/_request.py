@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
 import anyio
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 
 from ._backend import current_loop, logger
 from ._receive import Reader
 from ._sweep import sweep_of
 from .cancelable import Cancelable
-from .errors import DisconnectCancelation
+from .errors import CancelationError, DisconnectCancelation
 from .reasons import CancelationReason
 from .settings import settings
-from .token import CancelationToken, Cause
+from .token import CancelationToken
 
 if TYPE_CHECKING:
     from contextlib import AsyncExitStack
     from typing import Protocol
 
-    from starlette.requests import Request
     from starlette.types import Receive, Scope
 
     from ._backend import EventLoop
@@ -36,6 +36,8 @@ SCOPE_KEY = "cancelable_deps"
 # FastAPI's exit stack around dependencies and handler, closed when the handler has returned. Private, but nothing
 # public tells a plain dependency of that moment, and a yield dependency costs a request as much as all the rest.
 _HANDLER_STACK_KEY = "fastapi_function_astack"
+# The one around the response and its background tasks; only for what must not be left behind by an error.
+_REQUEST_STACK_KEY = "fastapi_inner_astack"
 
 
 class RequestState:
@@ -47,12 +49,16 @@ class RequestState:
     """
 
     pen: Any = None
+    is_closed = False
+    has_left = False
+    main_tasks: tuple[object, ...] = ()
+    """The tasks, besides that of a door, in which the handler runs: a ``BaseHTTPMiddleware`` starts one."""
+
+    cleanup_grace: float | None = None
     _armed = False
     _held = False
-    _closed = False
     _kept = False
     _logged = False
-    _left = False
     _leaving: anyio.Event | None = None
     _default: DoorBlock | None = None
     _stack: AsyncExitStack | None = None
@@ -63,14 +69,14 @@ class RequestState:
         self.token = CancelationToken()
         self.loop: EventLoop = current_loop()
         self.arrived = self.loop.time()
-        self.reader = Reader(scope, receive, self._disconnected, copy_context())
+        self.reader = Reader(scope, receive, self, copy_context())
         scope[SCOPE_KEY] = self
 
     def watch(self, watcher: Watcher) -> None:
         self._watchers += (watcher,)
-        if self._closed:
-            return
-        if self._armed:
+        if self.is_closed:
+            watcher.armed()
+        elif self._armed:
             watcher.armed()
             self.reader.arm(self.loop)
         elif self.pen is None:
@@ -80,7 +86,9 @@ class RequestState:
         self._watchers = tuple(other for other in self._watchers if other is not watcher)
         if not self._watchers:
             self._leave_pen()
-            if self._armed and not self._held:
+            if not self._held:
+                # Nobody will tell us of the request's end. A later block finds us by the reader, if there is one.
+                self.scope.pop(SCOPE_KEY, None)
                 self.reader.stop()
 
     def hold(self) -> None:
@@ -89,7 +97,7 @@ class RequestState:
 
     def arm(self) -> None:
         self._armed = True
-        if self._closed:
+        if self.is_closed:
             return
         if self._stack is not None:
             self._stack.push_async_callback(self.handler_returned)
@@ -103,19 +111,37 @@ class RequestState:
             self._leave_pen()
             self.arm()
 
+    def client_left(self) -> None:
+        """The reader tells us."""
+        if self.is_closed:
+            return
+        self.has_left = True
+        self.token.cancel_nowait(CancelationReason.DISCONNECT)
+        assert self.token.cause is not None
+        self.log(self.token.cause.reason, self.token.cause)
+        if self._leaving is not None:
+            self._leaving.set()
+
     async def wait_disconnected(self) -> None:
         """Wait until the client has left."""
-        if not self._left:
+        if not self.has_left:
             if self._leaving is None:
                 self._leaving = anyio.Event()
             await self._leaving.wait()
 
+    @property
+    def is_stopping(self) -> bool:
+        return any(isinstance(watcher, RequestBlock) and watcher.is_cancelled for watcher in self._watchers)
+
     def close(self) -> None:
         """The response is complete, or the handler has returned: from here on a disconnect means nothing."""
-        self._closed = True
+        self.is_closed = True
         self.scope.pop(SCOPE_KEY, None)
         self._leave_pen()
         self.reader.stop()
+        # Or every request would be garbage of the kind that only the collector finds.
+        self.reader.owner = None
+        self._stack = None
 
     async def aclose(self) -> None:
         """As `close`, and wait until nothing of ours is left."""
@@ -132,15 +158,26 @@ class RequestState:
     def keep_through_response(self) -> None:
         """Somebody listens until the response has ended, and closes us then: the handler's return does not."""
         self._kept = True
+        # Unless an error on the way means that this response is never sent.
+        request_stack: AsyncExitStack | None = self.scope.get(_REQUEST_STACK_KEY)
+        if request_stack is not None:
+            request_stack.push_async_callback(self.aclose)
+
+    # FastAPI's stack of exits takes any context manager, and this is its cheapest form.
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *exc_info: object) -> None:
+        if not self._kept:
+            self.close()
+
+    async def handler_returned(self) -> None:
+        if not self._kept:
+            await self.aclose()
 
     async def settle(self) -> None:
         """Wait for a reader that was stopped."""
         if self._armed and not self.reader.is_armed:
             await self.reader.join()
-
-    @property
-    def is_closed(self) -> bool:
-        return self._closed
 
     def set_default(self, block: DoorBlock) -> None:
         """``block`` has the application's default timeout, which a route's own replaces."""
@@ -153,7 +190,7 @@ class RequestState:
             self._default.drop_timeout()
             self._default = None
 
-    def log(self, cause: Cause) -> None:
+    def log(self, reason: CancelationReason, cause: object) -> None:
         """The one line about this request."""
         if self._logged:
             return
@@ -161,25 +198,8 @@ class RequestState:
         method = self.scope.get("method", "")
         route = getattr(self.scope.get("route"), "path", None) or self.scope.get("path", "")
         elapsed = self.loop.time() - self.arrived
-        logger.info(
-            "%s %s cancelled after %.3f s: %s",
-            method,
-            route,
-            elapsed,
-            cause,
-            extra={"method": method, "route": route, "reason": str(cause.reason), "elapsed": elapsed},
-        )
-
-    # FastAPI's stack of exits takes any context manager, and this is its cheapest form.
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *exc_info: object) -> None:
-        if not self._kept:
-            self.close()
-
-    async def handler_returned(self) -> None:
-        if not self._kept:
-            await self.aclose()
+        extra = {"method": method, "route": route, "reason": str(reason), "elapsed": elapsed}
+        logger.info("%s %s cancelled after %.3f s: %s", method, route, elapsed, cause, extra=extra)
 
     def _wait_for_the_sweep(self) -> None:
         interval = settings.listen_after
@@ -193,25 +213,12 @@ class RequestState:
             self.pen.pop(self, None)
             self.pen = None
 
-    def _disconnected(self) -> None:
-        if self._closed:
-            return
-        self._left = True
-        self.token.cancel_nowait(CancelationReason.DISCONNECT)
-        if self.token.cause is not None:
-            self.log(self.token.cause)
-        if self._leaving is not None:
-            self._leaving.set()
-
 
 def request_state(request: Request) -> RequestState:
     """The state of ``request``, made by the first who asks."""
     state: RequestState | None = request.scope.get(SCOPE_KEY)
     if state is None:
-        state = RequestState(request.scope, request.receive)
-        if isinstance(getattr(request.receive, "__self__", None), Reader):
-            # An earlier state is closed and gone: this is a background task, whose client has its response.
-            state.close()
+        state = _earlier_state(request) or RequestState(request.scope, request.receive)
     if request.receive is state.reader.raw:
         # Private, and the only way to give back to `request.body()` what the reader has read: FastAPI hands the same
         # Request to all dependencies and the handler.
@@ -219,11 +226,29 @@ def request_state(request: Request) -> RequestState:
     return state
 
 
-def handler_state(request: Request) -> RequestState:
-    """As `request_state`, called from a dependency: closed when the handler has returned."""
+def _earlier_state(request: Request) -> RequestState | None:
+    reader = getattr(request.receive, "__self__", None)
+    if not isinstance(reader, Reader):
+        return None
+    state = reader.owner
+    if isinstance(state, RequestState):
+        request.scope[SCOPE_KEY] = state
+        return state
+    # The earlier one is closed: this is a background task, and its client has a response.
+    state = RequestState(request.scope, request.receive)
+    state.close()
+    return state
+
+
+def handler_state(request: HTTPConnection) -> RequestState:
+    """As `request_state`, called before the handler or in it: closed when the handler has returned."""
+    if not isinstance(request, Request):
+        raise TypeError(
+            "the handles of cancelable_deps serve HTTP requests: a WebSocket route cannot have one. Use a Cancelable."
+        )
     made = SCOPE_KEY not in request.scope
     state = request_state(request)
-    if made:
+    if made and not state.is_closed:
         state.close_with(request.scope.get(_HANDLER_STACK_KEY))
     return state
 
@@ -266,20 +291,19 @@ class RequestBlock(Cancelable):
         outcome = super()._outcome(exc, remaining)
         if isinstance(outcome, ClientDisconnect):
             # What Starlette raises to whoever was reading the body when the client left.
-            error = DisconnectCancelation()
-            error.__cause__ = outcome
-            return error
+            outcome = DisconnectCancelation()
+            outcome.__cause__ = exc
         return outcome
 
     def _stopped(self, exc: BaseException | None) -> BaseException:
         error = super()._stopped(exc)
         assert self._token.cause is not None
-        self._request.log(self._token.cause)
+        self._request.log(self._token.cause.reason, self._token.cause)
         return error
 
     def _refused(self) -> None:
         assert self._token.cause is not None
-        self._request.log(self._token.cause)
+        self._request.log(self._token.cause.reason, self._token.cause)
 
 
 class DoorBlock(RequestBlock):
@@ -288,16 +312,38 @@ class DoorBlock(RequestBlock):
     def _set_token(self, root: CancelationToken) -> None:
         self._token = root
 
+    def _runs_in(self, task: object) -> bool:
+        return task is self._task or task in self._request.main_tasks
+
+    def _outcome(self, exc: BaseException | None, remaining: BaseException | None) -> BaseException:
+        outcome = super()._outcome(exc, remaining)
+        if isinstance(outcome, CancelationError):
+            # Also that of a block which was opened by hand below, and knows nothing of the request.
+            self._request.log(outcome.reason, outcome.detail)
+        return outcome
+
     def drop_timeout(self) -> None:
         """No deadline from here on."""
-        self._deadline = float("inf")
+        self._deadline = math.inf
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if self._scope is not None:
-            self._scope.move_deadline(self._deadline)
+            self._scope.move_deadline(math.inf)
+
+    def hold(self) -> None:
+        """Until `resume`, nothing can stop the block: the handler is done, its response is on its way."""
+        if self._scope is not None:
+            self._scope.hold()
+
+    def resume(self) -> None:
+        if self._scope is not None:
+            self._scope.resume()
 
     def release(self) -> None:
         """Nothing can stop the block any more: the response is complete, and what follows is background work."""
-        self.drop_timeout()
+        self._deadline = math.inf
+        self._stop_timers()
         self._token.unlisten(self)
+        if self._scope is not None:
+            self._scope.release()

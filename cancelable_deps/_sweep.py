@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from ._backend import logger
+
 if TYPE_CHECKING:
     from ._backend import EventLoop, Timer
 
@@ -44,9 +46,15 @@ class Sweep:
             self._wind()
         else:
             self._timer = None
-        for item in due:
+        while due:
+            # One by one: arming one may end another that is due.
+            item = next(iter(due))
+            del due[item]
             item.pen = None
-            item.arm()
+            try:
+                item.arm()
+            except Exception:
+                logger.exception("a request could not be listened to")
 
 
 def sweep_of(loop: EventLoop, interval: float) -> Sweep:

@@ -13,7 +13,7 @@ import anyio.lowlevel
 from ._backend import EventLoop, Timer, Worker, current_loop, logger
 from ._exceptions import collapse, raise_as_it_is
 from ._polite import PoliteScope, polite_scope
-from .errors import ParentCancelation
+from .errors import CancelationError, ParentCancelation
 from .reasons import CancelationReason
 from .settings import seconds, settings
 from .token import Callback, CancelationToken, Cause, call_logged
@@ -69,13 +69,13 @@ class Cancelable:
     _timer: Timer | None = None
     _parent: Cancelable | None = None
     _children: list[Cancelable] | None = None
-    _spans_tasks = False
     _fired = False
     _deferred = False
     _only_marked = False
+    _late: Timer | None = None
     _outside: Token[Cancelable | None]
     _callbacks: tuple[Callback, ...] = ()
-    _awaited_callbacks: list[Callable[[Any], Awaitable[object]]] | None = None
+    _to_await: tuple[Awaitable[object], ...] = ()
     _progress_callbacks: list[Callable[[str | None, Mapping[str, Any]], object]] | None = None
 
     def __init__(
@@ -204,12 +204,19 @@ class Cancelable:
 
         For work that has no ``await``: it sees a deadline although the event loop had no chance to. From any thread.
         """
-        self._token.check()
-        if self._deadline < math.inf and self._loop is not None and self._loop.time() >= self._deadline:
+        loop = self._loop
+        if self._deadline < math.inf and loop is not None and loop.time() >= self._deadline:
             self._expire()
+        if self._token.is_cancelled:
+            if self._scope is not None and loop is not None and loop.is_running_here():
+                self._tell_by_exception(self._scope, loop)
             self._token.check()
         if self._parent is not None:
             self._parent.check()
+
+    def _tell_by_exception(self, scope: PoliteScope, loop: EventLoop) -> None:
+        if loop.current_task() is self._task:
+            scope.take_for_delivered()
 
     def shield(self) -> _Shield:
         """``with cancel.shield():`` (or ``async with``) finish this section: a cancellation waits until after it."""
@@ -218,23 +225,34 @@ class Cancelable:
     def on_cancel(self, callback: C) -> C:
         """Call ``callback(cancelable)`` when the block is cancelled; at once if it already is. Serves as a decorator.
 
-        A plain function runs at the moment of cancelling, in the thread that cancels. An ``async`` one is awaited when
-        the block is left, before the error is raised, shielded, with ``cleanup_grace`` seconds for all of them; if the
-        block was never entered it is not. What a callback raises is logged and goes no further.
+        It is called at the moment of cancelling, in the thread that cancels. What an ``async`` one returns is awaited
+        when the block is left, before the error is raised, shielded, with ``cleanup_grace`` seconds for all of them; if
+        the block is not entered it is closed. What a callback raises is logged and goes no further.
         """
-        if inspect.iscoroutinefunction(callback):
-            self._awaited_callbacks = [*(self._awaited_callbacks or ()), callback]
-        else:
-            listener = Callback(lambda token: callback(self))
-            self._callbacks = (*self._callbacks, listener)
-            self._token.listen(listener)
+        if not callable(callback):
+            raise TypeError(f"on_cancel takes a function of one argument, the Cancelable, not {callback!r}")
+        listener = Callback(lambda token: self._call_back(callback))
+        self._callbacks = (*self._callbacks, listener)
+        self._token.listen(listener)
         return callback
+
+    def _call_back(self, callback: Callable[..., object]) -> None:
+        result = callback(self)
+        if inspect.isawaitable(result):
+            if self._scope is None:
+                close = getattr(result, "close", None)
+                if close is not None:
+                    close()
+            else:
+                self._to_await = (*self._to_await, result)
 
     def on_progress(self, callback: C) -> C:
         """Call ``callback(message, metadata)`` at each `report_progress`; it may be ``async``. Serves as a decorator.
 
         What it raises is logged and goes no further: watching work must not end it.
         """
+        if not callable(callback):
+            raise TypeError(f"on_progress takes a function of a message and its metadata, not {callback!r}")
         self._progress_callbacks = [*(self._progress_callbacks or ()), callback]
         return callback
 
@@ -263,7 +281,9 @@ class Cancelable:
     async def _exit(self, exc: BaseException | None) -> BaseException | None:
         """Close the block, await its callbacks, and say which exception leaves it."""
         outcome = self._leave(exc)
-        if self._awaited_callbacks is not None and self._token.is_cancelled:
+        if self._condition is not None:
+            await self._condition.join()
+        if self._to_await:
             await self._settle()
         return outcome
 
@@ -292,13 +312,17 @@ class Cancelable:
 
     def _begin(self, loop: EventLoop) -> None:
         parent = _current.get()
-        if parent is not None and parent._scope is not None and (parent._spans_tasks or parent._task is self._task):
+        if parent is not None and parent._scope is not None and parent._runs_in(self._task):
             self._parent = parent
             parent._children = [*(parent._children or ()), self]
-        self._scope = polite_scope(loop, self._cleanup_grace)
+        self._scope = polite_scope(loop, self._cleanup_grace, self._expire)
         self._scope.begin(self._deadline)
         self._outside = _current.set(self)
         self._watch(loop)
+
+    def _runs_in(self, task: object) -> bool:
+        """Whether ``task`` is the one that a cancellation of this block reaches first."""
+        return task is self._task
 
     @property
     def _cleanup_grace(self) -> float:
@@ -311,11 +335,17 @@ class Cancelable:
             self._condition.start(self, loop)
 
     def _unwatch(self) -> None:
+        self._stop_timers()
+        if self._condition is not None:
+            self._condition.stop()
+
+    def _stop_timers(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._condition is not None:
-            self._condition.stop()
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
     def _start_timer(self) -> None:
         if self._deadline < math.inf and self._timer is None and self._loop is not None and self._scope is not None:
@@ -339,7 +369,7 @@ class Cancelable:
             return
         self._fired = True
         children = self._children or ()
-        if any(child._token.cause is cause for child in children):
+        if any(child._answers(cause) for child in children):
             # The innermost block of a task answers; the same cancellation twice would hit the cleanup of the first.
             self._deferred = True
             return
@@ -347,6 +377,13 @@ class Cancelable:
             self._scope.cancel_politely(str(cause))
         for child in children:
             child._mark(f"The enclosing {self!r}")
+
+    def _answers(self, cause: Cause) -> bool:
+        return self._token.cause is cause or any(child._answers(cause) for child in self._children or ())
+
+    def _fire_at_last(self) -> None:
+        if self._scope is not None:
+            self._scope.cancel_politely(str(self._token.cause))
 
     def _mark(self, message: str) -> None:
         # Its scopes stand inside those of the parent, which delivers; here only cause and callbacks are still missing.
@@ -363,11 +400,12 @@ class Cancelable:
         self._ended = self._loop.time()
         self._unlisten()
         remaining = scope.end(exc)
+        outcome = None
+        if exc is not None or scope.swallowed:
+            outcome = self._outcome(exc, remaining)
         if self._parent is not None:
-            self._leave_parent(self._parent)
-        if exc is None and not scope.swallowed:
-            return None
-        return self._outcome(exc, remaining)
+            self._leave_parents(isinstance(outcome, CancelationError))
+        return outcome
 
     def _outcome(self, exc: BaseException | None, remaining: BaseException | None) -> BaseException:
         if remaining is None:
@@ -396,18 +434,31 @@ class Cancelable:
         if self._upstream is not None:
             self._upstream.unlisten(self)
 
-    def _leave_parent(self, parent: Cancelable) -> None:
+    def _leave_parents(self, answered: bool) -> None:
+        parent = self._parent
+        assert parent is not None
         if parent._children is not None:
             parent._children = [child for child in parent._children if child is not self]
-        if parent._deferred and parent._scope is not None and parent._loop is not None:
-            # We have answered for it. Whoever catches our error and works on in the parent has as long as a cleanup.
-            parent._scope.cancel_firmly_at(parent._loop.time() + parent._cleanup_grace)
+        while parent is not None:
+            if parent._deferred and parent._token.cause is self._token.cause:
+                parent._stop_what_is_left(answered)
+                break
+            parent = parent._parent
+
+    def _stop_what_is_left(self, answered: bool) -> None:
+        """A block inside has stopped for the reason that is ours too, or has come to its end all the same."""
+        self._deferred = False
+        if not answered:
+            self._fire_at_last()
+        elif self._loop is not None:
+            # Whoever catches the error and works on here may do so for as long as a cleanup.
+            self._late = self._loop.call_at(self._loop.time() + self._cleanup_grace, self._fire_at_last)
 
     async def _settle(self) -> None:
         """Await the async callbacks of a block that was cancelled and has been left."""
         with anyio.move_on_after(self._cleanup_grace, shield=True):
-            for callback in self._awaited_callbacks or ():
-                await _logged(callback(self), callback)
+            for awaitable in self._to_await:
+                await _logged(awaitable, awaitable)
 
 
 async def _logged(awaitable: Awaitable[object], callback: object) -> None:
@@ -458,6 +509,11 @@ class _Condition:
     def stop(self) -> None:
         if self._worker is not None:
             self._worker.cancel()
+
+    async def join(self) -> None:
+        if self._worker is not None:
+            with anyio.CancelScope(shield=True):
+                await self._worker.join()
 
     async def _ask(self, block: Cancelable) -> None:
         try:

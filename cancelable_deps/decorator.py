@@ -23,7 +23,7 @@ from .settings import seconds
 if TYPE_CHECKING:
     from datetime import timedelta
 
-    from starlette.types import Receive
+    from starlette.types import Message, Receive, Send
 
 E = TypeVar("E", bound=Callable[..., Coroutine[Any, Any, Any]])
 
@@ -101,6 +101,10 @@ class _Options:
     ) -> None:
         self.replaces_default = not isinstance(timeout, _Unset)
         self.timeout = None if timeout is None or isinstance(timeout, _Unset) else seconds(timeout, "timeout")
+        if status_codes is not None and not isinstance(status_codes, Mapping):
+            raise TypeError(
+                f"status_codes maps reasons to statuses, as {{CancelationReason.TIMEOUT: 503}}, not {status_codes!r}"
+            )
         self.status_codes = {reason: _status(reason, code) for reason, code in (status_codes or {}).items()}
         if on_cancel is not None and not callable(on_cancel):
             raise TypeError(f"on_cancel must be a function that takes the Cancelable, not {on_cancel!r}")
@@ -190,6 +194,8 @@ def _listen_through(response: StreamingResponse, state: RequestState) -> None:
     if tuple(map(int, version.split("."))) >= (2, 4):
         return
 
+    stream_response = response.stream_response
+
     async def listen_for_disconnect(receive: Receive) -> None:
         try:
             await state.wait_disconnected()
@@ -197,15 +203,24 @@ def _listen_through(response: StreamingResponse, state: RequestState) -> None:
             with anyio.CancelScope(shield=True):
                 await state.aclose()
 
+    async def stream_until_the_end(send: Send) -> None:
+        async def send_and_close(message: Message) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                state.close()
+            await send(message)
+
+        await stream_response(send_and_close)
+
     state.keep_through_response()
     response.listen_for_disconnect = listen_for_disconnect  # type: ignore[method-assign]
+    response.stream_response = stream_until_the_end  # type: ignore[method-assign]
 
 
 class _RequestFinder:
     """Finds the request among the arguments that an endpoint is called with."""
 
     def __init__(self, endpoint: Any, signature: inspect.Signature) -> None:
-        namespace = getattr(inspect.unwrap(_without_partial(endpoint)), "__globals__", {})
+        namespace = getattr(_innermost(endpoint), "__globals__", {})
         self.annotations = {
             name: _resolve(parameter.annotation, namespace) for name, parameter in signature.parameters.items()
         }
@@ -260,7 +275,7 @@ def _refuse_what_cannot_be_covered(endpoint: Any) -> None:
             f"@with_cancelation takes an endpoint (an `async def` function), not {endpoint!r}. It stands below the "
             "route decorator, directly above the function."
         )
-    function = inspect.unwrap(_without_partial(endpoint))
+    function = _innermost(endpoint)
     if not inspect.isroutine(function):
         function = type(function).__call__
     if {"scope", "receive", "send"} <= set(inspect.signature(function).parameters):
@@ -280,14 +295,15 @@ def _refuse_what_cannot_be_covered(endpoint: Any) -> None:
         )
 
 
-def _without_partial(function: Any) -> Any:
-    while isinstance(function, functools.partial):
-        function = function.func
+def _innermost(function: Any) -> Any:
+    """What is left when all partials and wrappers are taken off."""
+    while isinstance(function, functools.partial) or hasattr(function, "__wrapped__"):
+        function = function.func if isinstance(function, functools.partial) else function.__wrapped__
     return function
 
 
 def _name(endpoint: Any) -> str:
-    return getattr(_without_partial(endpoint), "__qualname__", repr(endpoint))
+    return getattr(_innermost(endpoint), "__qualname__", repr(endpoint))
 
 
 def _resolve(annotation: Any, namespace: dict[str, Any]) -> Any:

@@ -9,9 +9,9 @@ from typing import Annotated, final
 import anyio
 from anyio.abc import TaskGroup
 from fastapi import Depends
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 
-from ._request import RequestBlock, RequestState, handler_state, request_state
+from ._request import RequestBlock, RequestState, handler_state
 from .cancelable import Cancelable
 from .reasons import CancelationReason
 from .settings import seconds
@@ -51,7 +51,7 @@ class RequestCancellationEvent:
         """Called by the request state when it starts to listen; not for users."""
 
 
-async def cancelable_dependency(request: Request) -> Cancelable:
+async def cancelable_dependency(request: HTTPConnection) -> Cancelable:
     """A `Cancelable` that the client's leaving stops. Enter it: ``async with cancel:``; leaving a stopped block raises.
 
     Each use in a signature gets its own through `RequestCancelable`; all stop with the same request.
@@ -61,7 +61,7 @@ async def cancelable_dependency(request: Request) -> Cancelable:
 
 def cancelable_with_timeout(
     timeout: float | timedelta, *, cleanup_grace: float | None = None
-) -> Callable[[Request], Awaitable[Cancelable]]:
+) -> Callable[[HTTPConnection], Awaitable[Cancelable]]:
     """A dependency for ``Annotated[Cancelable, Depends(cancelable_with_timeout(30))]``: as `cancelable_dependency`,
     stopped ``timeout`` seconds after it is entered as well. It replaces the default timeout of the middleware.
 
@@ -70,7 +70,7 @@ def cancelable_with_timeout(
     limit = seconds(timeout, "timeout")
     grace = None if cleanup_grace is None else seconds(cleanup_grace, "cleanup_grace")
 
-    async def cancelable_with_timeout_dependency(request: Request) -> Cancelable:
+    async def cancelable_with_timeout_dependency(request: HTTPConnection) -> Cancelable:
         state = handler_state(request)
         state.lift_default()
         return RequestBlock(state, timeout=limit, cleanup_grace=grace)
@@ -78,12 +78,12 @@ def cancelable_with_timeout(
     return cancelable_with_timeout_dependency
 
 
-async def request_task_group(request: Request) -> Callable[[], AbstractAsyncContextManager[TaskGroup]]:
+async def request_task_group(request: HTTPConnection) -> Callable[[], AbstractAsyncContextManager[TaskGroup]]:
     """A function that makes a task group of this request: ``async with get_task_group() as tg:``."""
     return partial(_task_group, handler_state(request))
 
 
-async def cancellation(request: Request) -> RequestCancellationEvent:
+async def cancellation(request: HTTPConnection) -> RequestCancellationEvent:
     """An event that is set when the request should stop. Listening starts now and ends when the handler returns."""
     state = handler_state(request)
     event = RequestCancellationEvent(state)
@@ -109,7 +109,7 @@ def create_request_task_group(request: Request) -> AbstractAsyncContextManager[T
     Listening ends with the group. The children are cancelled politely, each with its own grace for its cleanup. A
     child's ``HTTPException`` arrives as itself; leaving a group that we cancelled raises the `CancelationError`.
     """
-    return _task_group(request_state(request))
+    return _task_group(handler_state(request))
 
 
 async def wait_for_disconnect(request: Request) -> None:
@@ -118,7 +118,7 @@ async def wait_for_disconnect(request: Request) -> None:
     Listening starts at once, and ends when this returns or is cancelled. What is read meanwhile is replayed to
     ``request.body()``. Call it while the handler runs: a server also reports a client as gone when it has its response.
     """
-    state = request_state(request)
+    state = handler_state(request)
     if state.is_closed:
         raise RuntimeError(
             "wait_for_disconnect() was called after the handler had returned: by now the server reports every client "

@@ -49,6 +49,9 @@ class CancelationError(HTTPException):
         return CancelationError._classes.get(reason, CancelationError)(message)
 
 
+CancelationError._classes[CancelationReason.ERROR] = CancelationError
+
+
 class DisconnectCancelation(CancelationError):
     """The client left."""
 

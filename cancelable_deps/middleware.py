@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import JSONResponse
 
-from ._backend import current_loop
 from ._exchange import Limits, run_request
 from ._polite import polite_gate
 from ._request import SCOPE_KEY, RequestState
@@ -49,13 +48,13 @@ class RequestCancelationMiddleware:
         self,
         app: ASGIApp,
         default_timeout: float | timedelta | None = None,
-        exclude: Exclude | Iterable[Exclude] = (),
+        exclude: Exclude | Iterable[Exclude] | None = None,
         cleanup_grace: float | None = None,
     ) -> None:
         self.app = app
-        self._limits = Limits(default_timeout, cleanup_grace, spans_tasks=True)
+        self._limits = Limits(default_timeout, cleanup_grace)
         self._excluded = _matchers(exclude)
-        _protect_inside_base_http_middleware(app)
+        _guard_the_inside_of_base_http_middleware(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or (self._excluded and self._excludes(scope)):
@@ -74,8 +73,10 @@ async def _answer(error: CancelationError, scope: Scope, receive: Receive, send:
     await response(scope, receive, send)
 
 
-def _matchers(exclude: Exclude | Iterable[Exclude]) -> list[Callable[[Scope], bool]]:
-    if isinstance(exclude, str | re.Pattern) or callable(exclude):
+def _matchers(exclude: Any) -> list[Callable[[Scope], bool]]:
+    if exclude is None:
+        return []
+    if isinstance(exclude, str | bytes | re.Pattern) or not isinstance(exclude, Iterable):
         exclude = [exclude]
     return [_matcher(pattern) for pattern in exclude]
 
@@ -87,7 +88,7 @@ def _matcher(pattern: Any) -> Callable[[Scope], bool]:
                 f"exclude takes paths that begin with '/', such as '/health' or '/static/*', not {pattern!r}"
             )
         pattern = re.compile(translate(pattern))
-    if isinstance(pattern, re.Pattern):
+    if isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str):
         fullmatch = pattern.fullmatch
         return lambda scope: fullmatch(_route_path(scope)) is not None
     if callable(pattern):
@@ -103,13 +104,15 @@ def _route_path(scope: Scope) -> str:
     return path[len(root) :] if root and path.startswith(root + "/") else path
 
 
-def _protect_inside_base_http_middleware(app: Any) -> None:
-    """Put a `_Gateway` behind each ``BaseHTTPMiddleware`` below us.
+def _guard_the_inside_of_base_http_middleware(app: Any) -> None:
+    """Put a `_Gateway` behind each ``BaseHTTPMiddleware`` in the stack below us.
 
     It runs what is inside it in a task group of its own, which repeats a cancellation at every ``await``, also in the
     cleanup of a handler that we cancel politely.
     """
-    while hasattr(app, "app"):
+    seen: set[int] = set()
+    while hasattr(app, "app") and id(app) not in seen:
+        seen.add(id(app))
         if isinstance(app, BaseHTTPMiddleware) and not isinstance(app.app, _Gateway):
             app.app = _Gateway(app.app)
         app = app.app
@@ -125,8 +128,14 @@ class _Gateway:
         state: RequestState | None = scope.get(SCOPE_KEY)
         if state is None:
             await self.app(scope, receive, send)
-            return
-        gate = polite_gate(current_loop(), settings.cleanup_grace, lambda origin: state.token.is_cancelled)
+        else:
+            await self._run(state, scope, receive, send)
+
+    async def _run(self, state: RequestState, scope: Scope, receive: Receive, send: Send) -> None:
+        loop = state.loop
+        state.main_tasks += (loop.current_task(),)
+        grace = settings.cleanup_grace if state.cleanup_grace is None else state.cleanup_grace
+        gate = polite_gate(loop, grace, lambda origin: state.token.is_cancelled)
         gate.begin()
         try:
             await self.app(scope, receive, send)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastapi.routing import APIRoute
 
@@ -28,11 +28,11 @@ class CancelableRoute(APIRoute):
     cleanup_grace: ClassVar[float | None] = None
     """Seconds that cleanup may await undisturbed; the default is that of `configure`."""
 
-    _limits: ClassVar[Limits] = Limits(None, None, spans_tasks=False)
+    _limits: ClassVar[Limits] = Limits(None, None)
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        cls._limits = Limits(cls.default_timeout, cls.cleanup_grace, spans_tasks=False)
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._limits = Limits(cls.default_timeout, cls.cleanup_grace)
 
     @classmethod
     def with_timeout(

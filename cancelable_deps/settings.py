@@ -24,10 +24,10 @@ def configure(*, cleanup_grace: float | None = None, listen_after: float | None 
         request that is over by then costs no task. The listening starts between one and two of these later.
     :raises ValueError: for a negative number or NaN, :exc:`TypeError` for something that is no number.
     """
-    if cleanup_grace is not None:
-        settings.cleanup_grace = seconds(cleanup_grace, "cleanup_grace")
-    if listen_after is not None:
-        settings.listen_after = seconds(listen_after, "listen_after")
+    given = {"cleanup_grace": cleanup_grace, "listen_after": listen_after}
+    checked = {name: seconds(value, name) for name, value in given.items() if value is not None}
+    for name, value in checked.items():
+        setattr(settings, name, value)
 
 
 def seconds(value: Any, what: str) -> float:

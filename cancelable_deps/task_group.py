@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import anyio
@@ -12,7 +13,7 @@ from ._exceptions import raise_as_it_is
 from ._polite import Gate, polite_gate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable
     from contextvars import Context
     from types import TracebackType
 
@@ -30,6 +31,8 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
     only one or an ``HTTPException``. Each child has its own grace for its cleanup, whether the block, the group or a
     sibling's failure cancelled it.
     """
+
+    _is_open = False
 
     def __init__(self, block: Cancelable) -> None:
         self._block = block
@@ -53,6 +56,7 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
             raise
         self._gate = self._make_gate()
         self._gate.begin()
+        self._is_open = True
         return self
 
     async def __aexit__(
@@ -61,10 +65,11 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         # A child that has ended makes the group cancel its body, and so its cleanup, once more: hence a gate here too.
         raised = exc = self._gate.end(exc) or exc
         try:
-            if await self._group.__aexit__(exc and type(exc), exc, traceback):
+            if await self._group.__aexit__(exc_type, exc, traceback):
                 raised = None
         except BaseException as group_exc:
             raised = group_exc
+        self._is_open = False
         outcome = await self._block._exit(raised)
         if outcome is not None and outcome is not exc:
             raise_as_it_is(outcome)
@@ -73,6 +78,11 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
     def create_task(
         self, coro: Coroutine[Any, Any, T], *, name: object = None, context: Context | None = None
     ) -> TaskHandle[T]:
+        if not isinstance(coro, Coroutine):
+            raise TypeError(f"a task is made of a coroutine, not of {coro!r}")
+        if not self._is_open:
+            coro.close()
+            raise RuntimeError("this task group is not open: start tasks inside its `async with` block")
         name = name or getattr(coro, "__qualname__", None)
         return self._group.create_task(self._run(coro), name=name, context=context)
 
@@ -83,10 +93,14 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         name: object = None,
         return_handle: Any = False,
     ) -> Any:
+        if not self._is_open:
+            raise RuntimeError("this task group is not open: start tasks inside its `async with` block")
+
         async def run(*, task_status: Any) -> T:
             return await self._run(func(*args, task_status=task_status))
 
-        return await self._group.start(run, name=name or func.__qualname__, return_handle=return_handle)
+        name = name or getattr(func, "__qualname__", repr(func))
+        return await self._group.start(run, name=name, return_handle=return_handle)
 
     async def _run(self, coro: Coroutine[Any, Any, T]) -> T:
         gate = self._make_gate()

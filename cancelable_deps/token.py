@@ -135,6 +135,8 @@ class CancelationToken:
 
         What the callback raises is logged and goes no further. Returns the callback, so it serves as a decorator.
         """
+        if not callable(callback):
+            raise TypeError(f"on_cancel takes a function of one argument, the token, not {callback!r}")
         self.listen(Callback(callback))
         return callback
 

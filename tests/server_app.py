@@ -277,6 +277,14 @@ def add_answering_endpoints(
 
         return await run(lambda: recorded(request, work))
 
+    @router.get("/poll")
+    @decorate
+    async def poll(request: Request, run: Runner = chosen) -> Response:
+        async def work() -> Response:
+            return JSONResponse({"left": [await request.is_disconnected() for _ in range(3)]})
+
+        return await run(lambda: recorded(request, work))
+
     @router.get("/download")
     @decorate
     async def download(request: Request, run: Runner = chosen) -> Response:

@@ -18,14 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[1]
 APP = "tests.server_app:app"
 DOORS = ("mw", "route", "deco", "dep", "tg", "event")
 PATIENCE = 20
+RECORD = re.compile(r"^(?=\[|[A-Z]+:? )", re.MULTILINE)
 COMPLAINT = re.compile(r"WARN|ERROR|CRITICAL|Traceback|Exception|Warning|never retrieved")
+# hypercorn's own, on trio: a client closes while the empty end of its complete response is being sent.
+SERVERS_FAULT = "trio.BusyResourceError: another task is currently sending"
 _numbers = itertools.count()
 
 
@@ -176,8 +179,9 @@ class Server:
         return self._log.read_text()
 
     def complaints(self) -> list[str]:
-        """The lines of the log that an operator would have to look at."""
-        return [line for line in self.log().splitlines() if COMPLAINT.search(line)]
+        """The records of the log that an operator would have to look at."""
+        records = RECORD.split(self.log())
+        return [record for record in records if COMPLAINT.search(record) and SERVERS_FAULT not in record]
 
     def rss(self) -> int:
         """Resident bytes, of the workers too where the server has any."""
@@ -219,13 +223,10 @@ def free_port() -> int:
     return port
 
 
-@pytest.fixture(
-    scope="session",
-    params=[pytest.param(v, id=v.name, marks=pytest.mark.xdist_group(v.name)) for v in VARIANTS],
-)
+@pytest.fixture(scope="session", params=VARIANTS, ids=lambda variant: variant.name)
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     running = Server(request.param, tmp_path_factory.mktemp("server") / "log")
     yield running
     complaints = running.complaints()
     running.stop()
-    assert complaints == []
+    assert not complaints, f"{running.variant.name} complains: {''.join(complaints)}"

@@ -60,8 +60,8 @@ def test_a_hang_up_after_a_json_body(server: Server, door: str) -> None:
     server.journal(key, "started")
     connection.reset()
     events = server.journal(key, "ended")
-    assert events[1] == "cancelled:DISCONNECT"
-    assert ("status:499" in events) == (door != "event")
+    status = "status:200" if door == "event" else "status:499"
+    assert events == ["started", "cancelled:DISCONNECT", status, "ended"]
 
 
 @every_door
@@ -72,8 +72,8 @@ def test_a_handler_never_sees_half_a_json_body(server: Server, door: str) -> Non
     server.ask("/bare/work", x_before=WORKING)
     connection.reset()
     events = server.journal(key, "ended")
-    assert "started" not in events
-    assert "status:200" not in events
+    # Before the handler runs it is FastAPI that reads, and answers 400, unless a door around it all says why.
+    assert events == ["status:499" if door in ("mw", "route") else "status:400", "ended"]
 
 
 @pytest.mark.parametrize("work", ["0", WORKING])
@@ -101,8 +101,7 @@ def test_a_hang_up_in_the_middle_of_an_upload(server: Server, door: str) -> None
     server.ask("/bare/work", x_before=WORKING)
     connection.reset()
     events = server.journal(key, "ended")
-    assert "finished" not in events
-    assert "status:499" in events
+    assert events == ["started", "cancelled:DISCONNECT", "status:499", "ended"]
 
 
 @every_door
@@ -191,11 +190,12 @@ def expect_continue(server: Server, connection: Connection, target: str) -> Resp
 @every_door
 def test_a_refused_body_is_not_asked_for(server: Server, door: str) -> None:
     with closing(server.connect()) as connection:
-        first = expect_continue(server, connection, f"/{door}/refuse")
-        if server.variant.asks_for_bodies:
-            assert first.status == 413
-        else:
-            assert (first.status, connection.head().status) == (100, 413)
+        response = expect_continue(server, connection, f"/{door}/refuse")
+        if not server.variant.asks_for_bodies:
+            assert response.status == 100
+            response = connection.head()
+        assert response.status == 413
+        assert connection.finish(response).json() == {"detail": "too large"}
 
 
 @every_door
