@@ -53,6 +53,10 @@ class PoliteScope(Protocol):
     def take_for_delivered(self) -> None:
         """The task has been told by an exception, and cleans up."""
 
+    @property
+    def is_delivered(self) -> bool:
+        """Whether the task has seen the cancellation."""
+
     def hold(self) -> None:
         """Let no cancellation of ours through until `resume`."""
 
@@ -114,7 +118,7 @@ def _asyncio_classes() -> tuple[Any, Any]:
     scope_class: Any = type(anyio.CancelScope())
 
     class Inner(scope_class):  # type: ignore[misc]
-        __slots__ = ("_grace", "_held", "_loop")
+        __slots__ = ("_grace", "_held", "_loop", "is_delivered")
 
         def __new__(cls, *args: object) -> Any:
             return object.__new__(cls)
@@ -124,21 +128,31 @@ def _asyncio_classes() -> tuple[Any, Any]:
             self._loop = loop
             self._grace = grace
             self._held = False
+            self.is_delivered = False
 
         def _deliver_cancellation(self, origin: Any) -> bool:
             if origin is self:
                 # The grace is over; or this is anyio's last look at a scope that has been left.
                 firm: bool = scope_class._deliver_cancellation(self, origin)
                 return firm
+            if not self._is_ours(origin):
+                foreign: bool = scope_class._deliver_cancellation(self, origin)
+                return foreign
+            if self._pending_uncancellations and self._grace > 0:
+                # A scope further in, cancelled in the same tick, has let its cancellation pass for ours.
+                self.take_for_delivered()
+                return False
             task = self._host_task
             before = task.cancelling()
             retry: bool = scope_class._deliver_cancellation(self, origin)
-            if task.cancelling() > before and self._is_ours(origin):
+            if task.cancelling() > before:
                 self.take_for_delivered()
             return retry
 
         def take_for_delivered(self) -> None:
-            if self._grace > 0 and not self.shield:
+            self.is_delivered = True
+            shielded: bool = self.shield  # type: ignore[has-type]
+            if self._grace > 0 and not shielded:
                 self.deadline = self._loop.time() + self._grace  # type: ignore[misc]
                 self.shield = True  # type: ignore[misc]
 
@@ -241,7 +255,6 @@ class _TrioGate:
 
     __slots__ = (
         "_current_effective_deadline",
-        "_delivered",
         "_grace",
         "_held",
         "_inner",
@@ -252,6 +265,7 @@ class _TrioGate:
         "_opened_before",
         "_stepper",
         "_task",
+        "is_delivered",
     )
 
     def __init__(self, loop: EventLoop, grace: float, is_ours: IsOurs) -> None:
@@ -264,7 +278,7 @@ class _TrioGate:
         self._task = trio.lowlevel.current_task()
         self._current_effective_deadline = trio.current_effective_deadline
         self._nurseries: list[trio.Nursery] = []
-        self._delivered = False
+        self.is_delivered = False
         self._held = False
         self._lost = False
 
@@ -279,13 +293,16 @@ class _TrioGate:
 
     @property
     def _is_pending(self) -> bool:
-        return not self._delivered and not self._held and self._grace > 0 and self._is_ours(None)
+        return not self.is_delivered and not self._held and self._grace > 0 and self._is_ours(None)
 
     def before_step(self, value: Any) -> Any:
         if self._is_pending:
             is_exposed = self._current_effective_deadline() == -math.inf
             self._inner.shield = True
             self._nurseries = self._task.child_nurseries[self._opened_before :]
+            if self._current_effective_deadline() == -math.inf:
+                # A scope further in is cancelled as well, and takes this one for its own. Ours comes after it.
+                return value
             if self._is_delivery(value):
                 self._deliver()
             elif is_exposed and _stands_at_checkpoint(self._task):
@@ -296,7 +313,7 @@ class _TrioGate:
     def after_step(self) -> None:
         if self._nurseries and self.swallowed:
             self._lost = True
-            self._delivered = False
+            self.is_delivered = False
             self._nurseries = []
         if self._is_pending:
             self._inner.shield = False
@@ -305,10 +322,7 @@ class _TrioGate:
         import outcome
         import trio
 
-        return isinstance(value, outcome.Error) and isinstance(value.error, trio.Cancelled) and self._sent(value.error)
-
-    def _sent(self, exc: trio.Cancelled) -> bool:
-        return True
+        return isinstance(value, outcome.Error) and isinstance(value.error, trio.Cancelled)
 
     def take_for_delivered(self) -> None:
         if self._is_pending:
@@ -316,7 +330,7 @@ class _TrioGate:
             self._deliver()
 
     def _deliver(self) -> None:
-        self._delivered = True
+        self.is_delivered = True
         self._lost = False
         self._inner.deadline = self._loop.time() + self._grace
 
@@ -329,7 +343,7 @@ class _TrioGate:
 
 
 class _TrioPoliteScope(_TrioGate):
-    __slots__ = ("_outer", "_overdue", "_why")
+    __slots__ = ("_asked", "_outer", "_overdue")
 
     def __init__(self, loop: EventLoop, grace: float, overdue: Callable[[], object]) -> None:
         import trio
@@ -337,7 +351,7 @@ class _TrioPoliteScope(_TrioGate):
         super().__init__(loop, grace, self._is_cancelled)
         self._outer = trio.CancelScope()
         self._overdue = overdue
-        self._why: str | None = None
+        self._asked = False
 
     def begin(self, deadline: float = math.inf) -> None:
         self._outer.deadline = deadline + _TRAIL
@@ -348,21 +362,16 @@ class _TrioPoliteScope(_TrioGate):
         return leave(self._outer, super().end(exc))
 
     def cancel_politely(self, why: str) -> None:
-        # trio hands the text on to its `Cancelled`; only by it can ours be told from that of a scope further in.
-        if self._why is None:
-            self._why = f"{why} ({id(self):#x})"
-            self._outer.cancel(self._why)
+        self._asked = True
+        self._outer.cancel(why)
 
     def _is_cancelled(self, origin: object) -> bool:
         if not self._outer.cancel_called:
             return False
-        if self._why is None:
-            self._why = ""
+        if not self._asked:
+            self._asked = True
             self._overdue()
         return True
-
-    def _sent(self, exc: trio.Cancelled) -> bool:
-        return not self._why or exc.reason == self._why
 
     def hold(self) -> None:
         if not self._inner.shield:

@@ -72,6 +72,7 @@ class Cancelable:
     _fired = False
     _deferred = False
     _only_marked = False
+    _group_scope: anyio.CancelScope | None = None
     _late: Timer | None = None
     _outside: Token[Cancelable | None]
     _callbacks: tuple[Callback, ...] = ()
@@ -204,19 +205,23 @@ class Cancelable:
 
         For work that has no ``await``: it sees a deadline although the event loop had no chance to. From any thread.
         """
-        loop = self._loop
-        if self._deadline < math.inf and loop is not None and loop.time() >= self._deadline:
+        if self._deadline < math.inf and self._loop is not None and self._loop.time() >= self._deadline:
             self._expire()
-        if self._token.is_cancelled:
-            if self._scope is not None and loop is not None and loop.is_running_here():
-                self._tell_by_exception(self._scope, loop)
+        if self._token.cause is not None:
+            self._is_told(self._token.cause)
             self._token.check()
         if self._parent is not None:
             self._parent.check()
 
-    def _tell_by_exception(self, scope: PoliteScope, loop: EventLoop) -> None:
-        if loop.current_task() is self._task:
-            scope.take_for_delivered()
+    def _is_told(self, cause: Cause) -> None:
+        """The task has, or is about to get, the error; what it then cleans up is not to be hit as well."""
+        if self._loop is None or not self._loop.is_running_here() or self._loop.current_task() is not self._task:
+            return
+        block: Cancelable | None = self
+        while block is not None:
+            if block._scope is not None and block._token.cause is cause:
+                block._scope.take_for_delivered()
+            block = block._parent
 
     def shield(self) -> _Shield:
         """``with cancel.shield():`` (or ``async with``) finish this section: a cancellation waits until after it."""
@@ -307,6 +312,9 @@ class Cancelable:
             self._unlisten()
             self._ended = self._started
             self._refused()
+            parent = _current.get()
+            if parent is not None and self._token.cause is not None:
+                parent._is_told(self._token.cause)
             self._token.check()
         self._begin(loop)
 
@@ -373,17 +381,24 @@ class Cancelable:
             # The innermost block of a task answers; the same cancellation twice would hit the cleanup of the first.
             self._deferred = True
             return
-        if not self._only_marked:
-            self._scope.cancel_politely(str(cause))
+        # First: a gate further in looks whether its block is cancelled when the cancellation comes by.
         for child in children:
             child._mark(f"The enclosing {self!r}")
+        self._stop(self._scope, cause)
 
     def _answers(self, cause: Cause) -> bool:
         return self._token.cause is cause or any(child._answers(cause) for child in self._children or ())
 
     def _fire_at_last(self) -> None:
-        if self._scope is not None:
-            self._scope.cancel_politely(str(self._token.cause))
+        if self._scope is not None and self._token.cause is not None:
+            self._stop(self._scope, self._token.cause)
+
+    def _stop(self, scope: PoliteScope, cause: Cause) -> None:
+        if not self._only_marked:
+            scope.cancel_politely(str(cause))
+        if self._group_scope is not None:
+            # Or a child that is shielded just now would not be reached before the body has cleaned up.
+            self._group_scope.cancel()
 
     def _mark(self, message: str) -> None:
         # Its scopes stand inside those of the parent, which delivers; here only cause and callbacks are still missing.
@@ -394,17 +409,19 @@ class Cancelable:
         """Close the block; the exception that should leave it, which is ``exc`` itself if nothing is to be changed."""
         assert self._scope is not None
         assert self._loop is not None
-        _current.reset(self._outside)
         self._unwatch()
         scope, self._scope = self._scope, None
         self._ended = self._loop.time()
         self._unlisten()
+        _current.reset(self._outside)
         remaining = scope.end(exc)
         outcome = None
         if exc is not None or scope.swallowed:
             outcome = self._outcome(exc, remaining)
         if self._parent is not None:
-            self._leave_parents(isinstance(outcome, CancelationError))
+            self._leave_parents(scope.is_delivered or isinstance(outcome, CancelationError))
+            if isinstance(outcome, CancelationError) and self._token.cause is not None:
+                self._parent._is_told(self._token.cause)
         return outcome
 
     def _outcome(self, exc: BaseException | None, remaining: BaseException | None) -> BaseException:
@@ -440,13 +457,14 @@ class Cancelable:
         if parent._children is not None:
             parent._children = [child for child in parent._children if child is not self]
         while parent is not None:
-            if parent._deferred and parent._token.cause is self._token.cause:
-                parent._stop_what_is_left(answered)
-                break
+            parent._stop_what_is_left(answered)
             parent = parent._parent
 
     def _stop_what_is_left(self, answered: bool) -> None:
-        """A block inside has stopped for the reason that is ours too, or has come to its end all the same."""
+        """A block inside, which was to answer for this one, has been left."""
+        cause = self._token.cause
+        if not self._deferred or cause is None or any(child._answers(cause) for child in self._children or ()):
+            return
         self._deferred = False
         if not answered:
             self._fire_at_last()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import anyio
 import anyio.abc
+import anyio.lowlevel
 
 from ._backend import current_loop
 from ._exceptions import raise_as_it_is
@@ -48,6 +49,7 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
 
     async def __aenter__(self) -> Self:
         self._group = anyio.create_task_group()
+        self._loop = current_loop()
         self._block._enter()
         try:
             await self._group.__aenter__()
@@ -57,6 +59,7 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         self._gate = self._make_gate()
         self._gate.begin()
         self._is_open = True
+        self._block._group_scope = self._group.cancel_scope
         return self
 
     async def __aexit__(
@@ -70,6 +73,7 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         except BaseException as group_exc:
             raised = group_exc
         self._is_open = False
+        self._block._group_scope = None
         outcome = await self._block._exit(raised)
         if outcome is not None and outcome is not exc:
             raise_as_it_is(outcome)
@@ -100,7 +104,12 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
             return await self._run(func(*args, task_status=task_status))
 
         name = name or getattr(func, "__qualname__", repr(func))
-        return await self._group.start(run, name=name, return_handle=return_handle)
+        try:
+            return await self._group.start(run, name=name, return_handle=return_handle)
+        except RuntimeError:
+            # trio says so of a child that was cancelled before it had started. If we are cancelled too, that goes first.
+            await anyio.lowlevel.checkpoint()
+            raise
 
     async def _run(self, coro: Coroutine[Any, Any, T]) -> T:
         gate = self._make_gate()
@@ -114,7 +123,7 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         return result
 
     def _make_gate(self) -> Gate:
-        return polite_gate(current_loop(), self._block._cleanup_grace, self._is_ours)
+        return polite_gate(self._loop, self._block._cleanup_grace, self._is_ours)
 
     def _is_ours(self, origin: object) -> bool:
         return self._block.is_cancelled or self._group.cancel_scope.cancel_called
