@@ -105,7 +105,7 @@ OURS = [
     _ours("middleware(default_timeout=30)", _middleware(30, plain_handler), "middleware", 1.30, SEND_MIDDLEWARE),
     _ours("RequestCancelable", _cancelable, "handle", 1.55, DEPENDENCY),
     _ours("cancelable_with_timeout(30)", _cancelable_timeout, "handle", 1.55, DEPENDENCY),
-    _ours("RequestTaskGroup", _task_group, "handle", 1.55, DEPENDENCY),
+    _ours("RequestTaskGroup", _task_group, "task group", 1.55, DEPENDENCY),
     _ours("CancellationEvent", _event, "event", 1.85, DEPENDENCY),
     _ours("middleware + decorator", _middleware(None, _decorated_handler), None, floor=SEND_MIDDLEWARE),
     _ours("middleware + RequestCancelable", _middleware(None, _cancelable_handler), None, floor=SEND_MIDDLEWARE),

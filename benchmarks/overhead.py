@@ -136,8 +136,10 @@ def _print_table(table: Sequence[Row], loop: str, milliseconds: float, options: 
 
 
 def _best_rival(variant: Variant, table: Sequence[Row]) -> Row | None:
+    if variant.kind != "ours" or variant.door is None:
+        return None
     same_door = [row for row in table if row.variant.kind == "rival" and row.variant.door == variant.door]
-    return min(same_door, key=lambda row: row.ratio) if same_door and variant.kind == "ours" else None
+    return min(same_door, key=lambda row: row.ratio, default=None)
 
 
 def _line(row: Row, rival: Row | None) -> str:

@@ -289,6 +289,9 @@ class _TrioGate:
 
     def end(self, exc: BaseException | None) -> BaseException | None:
         self._stepper.remove()
+        # They know us: cycles, and there is no more to ask or tell.
+        del self._stepper
+        self._is_ours = _nothing_is_ours
         return leave(self._inner, exc)
 
     @property
@@ -359,6 +362,7 @@ class _TrioPoliteScope(_TrioGate):
         super().begin()
 
     def end(self, exc: BaseException | None) -> BaseException | None:
+        self._asked = True
         return leave(self._outer, super().end(exc))
 
     def cancel_politely(self, why: str) -> None:
@@ -389,6 +393,10 @@ class _TrioPoliteScope(_TrioGate):
 
     def move_deadline(self, deadline: float) -> None:
         self._outer.deadline = deadline + _TRAIL
+
+
+def _nothing_is_ours(origin: object) -> bool:
+    return False
 
 
 def _stands_at_checkpoint(task: Any) -> bool:

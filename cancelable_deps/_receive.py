@@ -28,6 +28,7 @@ class Owner(Protocol):
     @property
     def is_stopping(self) -> bool:
         """Whether a block around whoever reads is being cancelled."""
+        ...
 
 
 class Reader:
@@ -103,7 +104,8 @@ class Reader:
 
     def _start(self, loop: EventLoop) -> None:
         self._stopped = False
-        self._worker = loop.spawn(self._read, self._context)
+        # A copy: the worker before it may start this one from inside its own.
+        self._worker = loop.spawn(self._read, self._context.copy())
 
     async def _read(self) -> None:
         try:

@@ -142,6 +142,7 @@ class RequestState:
         # Or every request would be garbage of the kind that only the collector finds.
         self.reader.owner = None
         self._stack = None
+        self._watchers = ()
 
     async def aclose(self) -> None:
         """As `close`, and wait until nothing of ours is left."""

@@ -163,6 +163,7 @@ async def _run(endpoint: Any, args: Any, kwargs: Any, options: _Options, state: 
     except CancelationError as exc:
         raise options.translate(exc) from None
     raised: BaseException | None = None
+    result: Any = None
     try:
         result = await endpoint(*args, **kwargs)
     except BaseException as exc:

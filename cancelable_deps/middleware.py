@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from fnmatch import translate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import JSONResponse
@@ -92,8 +92,7 @@ def _matcher(pattern: Any) -> Callable[[Scope], bool]:
         fullmatch = pattern.fullmatch
         return lambda scope: fullmatch(_route_path(scope)) is not None
     if callable(pattern):
-        matcher: Callable[[Scope], bool] = pattern
-        return matcher
+        return cast("Callable[[Scope], bool]", pattern)
     raise TypeError(f"exclude takes paths, compiled patterns or functions of the scope, not {pattern!r}")
 
 

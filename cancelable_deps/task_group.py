@@ -67,6 +67,7 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
     ) -> bool:
         # A child that has ended makes the group cancel its body, and so its cleanup, once more: hence a gate here too.
         raised = exc = self._gate.end(exc) or exc
+        del self._gate  # It knows us: a cycle.
         try:
             if await self._group.__aexit__(exc_type, exc, traceback):
                 raised = None

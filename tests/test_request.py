@@ -1,0 +1,609 @@
+"""Races, driven message by message, and what is left after them."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, HTTPException, Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cancelable_deps import (
+    CancelableRoute,
+    CancelationError,
+    CancelationReason,
+    CancellationEvent,
+    DisconnectCancelation,
+    RequestCancelable,
+    RequestCancelationMiddleware,
+    RequestTaskGroup,
+    configure,
+    current_cancelable,
+    with_cancelation,
+)
+from cancelable_deps._request import _HANDLER_STACK_KEY, _REQUEST_STACK_KEY, SCOPE_KEY, RequestState
+from tests.asgi import CEILING, Call, get, hang_up_once, running
+from tests.leftovers import nothing_left
+
+pytestmark = pytest.mark.anyio
+
+DOORS = ["decorator", "cancelable", "task_group", "event", "middleware", "route", "all"]
+STOPPING_DOORS = [door for door in DOORS if door != "event"]
+
+
+@pytest.fixture
+def at_once() -> Iterator[None]:
+    """Listen from the handler's first moment, so that a race can be driven without waiting."""
+    configure(listen_after=0)
+    yield
+    configure(listen_after=0.005)
+
+
+def application(door: str, work: Any, **options: Any) -> FastAPI:
+    """An app whose ``GET /`` does ``await work()`` under the named door."""
+    app = FastAPI()
+    router = APIRouter(route_class=CancelableRoute) if door in {"route", "all"} else APIRouter()
+
+    async def plain() -> Any:
+        return await work()
+
+    async def cancelable(cancel: RequestCancelable) -> Any:
+        async with cancel:
+            return await work()
+
+    async def task_group(get_task_group: RequestTaskGroup) -> Any:
+        async with get_task_group():
+            return await work()
+
+    async def event(cancellation: CancellationEvent) -> Any:
+        return await work()
+
+    async def everything(
+        cancel: RequestCancelable, get_task_group: RequestTaskGroup, cancellation: CancellationEvent
+    ) -> Any:
+        async with cancel, get_task_group():
+            return await work()
+
+    endpoint: Any = {
+        "decorator": with_cancelation(plain),
+        "cancelable": cancelable,
+        "task_group": task_group,
+        "event": event,
+        "all": with_cancelation(everything),
+    }.get(door, plain)
+    router.get("/", **options)(endpoint)
+    app.include_router(router)
+    if door in {"middleware", "all"}:
+        app.add_middleware(RequestCancelationMiddleware)
+    return app
+
+
+async def run(call: Call) -> Call:
+    """Run the call, and see that nothing of ours is left."""
+    async with nothing_left():
+        with anyio.fail_after(CEILING):
+            await call.run()
+        # One more turn, for a server's own task would end here and ours with it.
+    assert SCOPE_KEY not in call.scope
+    assert call.readers == 0
+    return call
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("once", [False, True])
+async def test_disconnect_in_the_tick_of_the_handlers_return(door: str, once: bool) -> None:
+    async def work() -> str:
+        await anyio.lowlevel.checkpoint()
+        call.hang_up()
+        return "finished"
+
+    call = Call(application(door, work), once=once)
+    await run(call)
+    assert (call.status, call.json, call.error) == (200, "finished", None)
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("door", STOPPING_DOORS)
+@pytest.mark.parametrize("once", [False, True])
+async def test_disconnect_while_the_handler_waits(door: str, once: bool) -> None:
+    async def work() -> None:
+        await anyio.lowlevel.checkpoint()
+        call.hang_up()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            await anyio.sleep(0.001)
+            await anyio.sleep(0.001)
+            cleaned.append(True)
+
+    cleaned: list[bool] = []
+    call = Call(application(door, work), once=once)
+    await run(call)
+    assert (call.status, call.error, cleaned) == (499, None, [True])
+    assert call.most_readers == 1
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("door", STOPPING_DOORS)
+async def test_disconnect_in_a_shielded_section_is_acted_on_after_it(door: str) -> None:
+    order: list[str] = []
+
+    async def work() -> None:
+        with anyio.CancelScope(shield=True):
+            call.hang_up()
+            await anyio.wait_all_tasks_blocked()
+            order.append("section")
+        try:
+            await anyio.sleep_forever()
+        finally:
+            await anyio.sleep(0.001)
+            order.append("cleaned")
+
+    call = Call(application(door, work))
+    await run(call)
+    assert (call.status, order) == (499, ["section", "cleaned"])
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("door", STOPPING_DOORS)
+async def test_handler_that_swallows_the_cancellation_has_finished(door: str) -> None:
+    async def work() -> str:
+        call.hang_up()
+        try:
+            await anyio.sleep_forever()
+        except anyio.get_cancelled_exc_class():
+            return "finished anyway"
+        raise AssertionError
+
+    call = Call(application(door, work))
+    await run(call)
+    assert (call.status, call.json, call.error) == (200, "finished anyway", None)
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("door", STOPPING_DOORS)
+@pytest.mark.parametrize("error", [ValueError("a bug"), HTTPException(418)])
+async def test_what_the_cleanup_raises_is_not_replaced(door: str, error: Exception) -> None:
+    async def work() -> None:
+        call.hang_up()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            raise error
+
+    call = Call(application(door, work))
+    await run(call)
+    assert call.status == (418 if isinstance(error, HTTPException) else 500)
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("door", DOORS)
+async def test_cancelled_from_outside_is_not_ours(door: str) -> None:
+    async def work() -> None:
+        waiting.set()
+        await anyio.sleep_forever()
+
+    waiting = anyio.Event()
+    call = Call(application(door, work))
+    async with nothing_left():
+        with anyio.fail_after(CEILING):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(call.run)
+                await waiting.wait()
+                await anyio.wait_all_tasks_blocked()
+                tasks.cancel_scope.cancel()
+    assert call.sent == []
+    assert SCOPE_KEY not in call.scope
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("door", ["cancelable", "task_group", "all"])
+async def test_disconnect_before_the_block_is_entered(door: str) -> None:
+    async def work() -> None:
+        await anyio.sleep_forever()
+
+    async def slow() -> None:
+        call.hang_up()
+        with anyio.CancelScope(shield=True):
+            await anyio.wait_all_tasks_blocked()
+
+    call = Call(application(door, work, dependencies=[Depends(slow)]))
+    await run(call)
+    assert (call.status, call.error) == (499, None)
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("once", [False, True])
+async def test_disconnect_between_two_blocks(once: bool) -> None:
+    app = FastAPI()
+    order: list[str] = []
+
+    @app.get("/")
+    async def endpoint(first: RequestCancelable, second: RequestCancelable) -> None:
+        async with first:
+            await anyio.wait_all_tasks_blocked()
+        call.hang_up()
+        await anyio.wait_all_tasks_blocked()
+        order.append("between")
+        async with second:
+            order.append("second")
+
+    call = Call(app, once=once)
+    await run(call)
+    assert (call.status, order, call.most_readers) == (499, ["between"], 1)
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("door", DOORS)
+async def test_disconnect_while_dependencies_are_torn_down(door: str) -> None:
+    closed: list[str] = []
+
+    async def session() -> AsyncIterator[None]:
+        yield
+        call.hang_up()
+        with anyio.CancelScope(shield=True):
+            await anyio.wait_all_tasks_blocked()
+        closed.append("function")
+
+    async def work() -> str:
+        await anyio.wait_all_tasks_blocked()
+        return "finished"
+
+    call = Call(application(door, work, dependencies=[Depends(session, scope="function")]))
+    await run(call)
+    assert call.error is None
+    assert closed == ["function"]
+    # A door around the response may still stop it before it is sent; the handler is over, so it need not.
+    assert call.status in ({200, 499} if door in {"middleware", "route", "all"} else {200})
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("door", ["middleware", "route", "decorator"])
+async def test_timeout_in_the_tick_of_the_result(door: str) -> None:
+    """The loop is blocked past the deadline in the handler's last step: the result stands."""
+
+    async def work() -> str:
+        await anyio.lowlevel.checkpoint()
+        cancel = current_cancelable()
+        assert cancel is not None
+        while cancel.remaining():
+            pass
+        return "finished"
+
+    app = FastAPI()
+    router = APIRouter(route_class=CancelableRoute.with_timeout(0.05)) if door == "route" else APIRouter()
+    router.get("/")(with_cancelation(timeout=0.05)(work) if door == "decorator" else work)
+    app.include_router(router)
+    if door == "middleware":
+        app.add_middleware(RequestCancelationMiddleware, default_timeout=0.05)
+    call = Call(app)
+    await run(call)
+    assert (call.status, call.body, call.is_complete) == (200, b'"finished"', True)
+
+
+@pytest.mark.parametrize("door", ["middleware", "route"])
+async def test_timeout_while_the_result_is_on_its_way(door: str) -> None:
+    class Slow(Call):
+        async def send(self, message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await anyio.sleep(0.1)
+            await super().send(message)
+
+    router = APIRouter(route_class=CancelableRoute.with_timeout(0.05)) if door == "route" else APIRouter()
+
+    @router.get("/")
+    async def endpoint() -> str:
+        return "finished"
+
+    app = FastAPI()
+    app.include_router(router)
+    if door == "middleware":
+        app.add_middleware(RequestCancelationMiddleware, default_timeout=0.05)
+    call = Slow(app)
+    await run(call)
+    assert (call.status, call.body, call.is_complete) == (200, b'"finished"', True)
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("door", ["middleware", "decorator", "route", "cancelable"])
+async def test_rest_of_the_handler_is_stopped_when_the_inner_block_ends_in_that_tick(door: str) -> None:
+    order: list[str] = []
+    app = FastAPI()
+    router = APIRouter(route_class=CancelableRoute) if door == "route" else APIRouter()
+
+    async def work(cancel: Any) -> None:
+        async with cancel:
+            await anyio.lowlevel.checkpoint()
+            state: RequestState = call.scope[SCOPE_KEY]
+            state.client_left()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            await anyio.sleep(0.001)
+            order.append("cleaned")
+
+    async def nested(around: RequestCancelable, cancel: RequestCancelable) -> None:
+        async with around:
+            await work(cancel)
+
+    async def plain(cancel: RequestCancelable) -> None:
+        await work(cancel)
+
+    chosen: Any = {"decorator": with_cancelation(plain), "cancelable": nested}.get(door, plain)
+    router.get("/")(chosen)
+    app.include_router(router)
+    if door == "middleware":
+        app.add_middleware(RequestCancelationMiddleware)
+    call = Call(app)
+    await run(call)
+    assert (call.status, order) == (499, ["cleaned"])
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("door", ["middleware", "route"])
+async def test_background_task_of_a_cancelled_request_is_spared(door: str) -> None:
+    """The handler answers its departed client itself, and leaves work for afterwards."""
+    done: list[str] = []
+    router = APIRouter(route_class=CancelableRoute) if door == "route" else APIRouter()
+
+    async def afterwards() -> None:
+        await anyio.sleep(0.1)
+        done.append("done")
+
+    @router.get("/")
+    async def endpoint(tasks: BackgroundTasks, cancel: RequestCancelable) -> str:
+        tasks.add_task(afterwards)
+        try:
+            async with cancel:
+                call.hang_up()
+                await anyio.sleep_forever()
+        except CancelationError:
+            return "partial"
+        raise AssertionError
+
+    app = FastAPI()
+    app.include_router(router)
+    if door == "middleware":
+        app.add_middleware(RequestCancelationMiddleware)
+    configure(cleanup_grace=0.03)
+    try:
+        call = Call(app)
+        await run(call)
+    finally:
+        configure(cleanup_grace=5)
+    assert (call.status, call.json, done) == (200, "partial", ["done"])
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_reading_that_was_given_up_does_not_end_the_listening() -> None:
+    app = FastAPI()
+
+    @app.post("/")
+    @with_cancelation
+    async def endpoint(request: Request) -> None:
+        with anyio.move_on_after(0.02):
+            await request.body()
+        call.hang_up()
+        await anyio.sleep_forever()
+
+    call = Call(app, method="POST", body=b"x")
+    call._incoming[0]["more_body"] = True
+    await run(call)
+    assert call.status == 499
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_finished_stream_is_no_disconnect(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "cancelable_deps")
+    app = FastAPI()
+    seen: list[bool] = []
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b"one"
+        yield b"two"
+
+    @app.get("/")
+    @with_cancelation
+    async def endpoint(event: CancellationEvent, tasks: BackgroundTasks) -> Response:
+        async def afterwards() -> None:
+            await anyio.wait_all_tasks_blocked()
+            seen.append(event.is_set())
+
+        tasks.add_task(afterwards)
+        await anyio.wait_all_tasks_blocked()
+        return StreamingResponse(chunks())
+
+    call = Call(app)
+    await run(call)
+    assert (call.body, seen, caplog.records) == (b"onetwo", [False], [])
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("once", [False, True])
+async def test_stream_that_is_never_sent_leaves_nothing(once: bool) -> None:
+    app = FastAPI()
+
+    async def refusing() -> AsyncIterator[None]:
+        yield
+        raise HTTPException(409)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b"never"
+
+    @app.get("/", dependencies=[Depends(refusing, scope="function")])
+    @with_cancelation
+    async def endpoint() -> Response:
+        await anyio.wait_all_tasks_blocked()
+        return StreamingResponse(chunks())
+
+    call = Call(app, once=once)
+    await run(call)
+    assert call.status == 409
+
+
+class Buffering:
+    """A middleware that keeps the response back and works on it."""
+
+    def __init__(self, app: ASGIApp, started: anyio.Event) -> None:
+        self.app = app
+        self.started = started
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        messages: list[Message] = []
+
+        async def keep(message: Message) -> None:
+            messages.append(message)
+
+        await self.app(scope, receive, keep)
+        self.started.set()
+        await anyio.sleep_forever()
+
+
+@pytest.mark.parametrize("inner", ["none", "route", "middleware"])
+async def test_end_of_an_inner_response_does_not_blind_the_outer_door(inner: str) -> None:
+    started = anyio.Event()
+    router = APIRouter(route_class=CancelableRoute) if inner == "route" else APIRouter()
+
+    @router.get("/")
+    async def endpoint() -> int:
+        return 1
+
+    app = FastAPI()
+    app.include_router(router)
+    if inner == "middleware":
+        app.add_middleware(RequestCancelationMiddleware)
+    app.add_middleware(Buffering, started=started)
+    app.add_middleware(RequestCancelationMiddleware)
+    assert (await hang_up_once(app, started)).status == 499
+
+
+async def test_block_that_is_entered_while_another_stops_the_listening() -> None:
+    """Without FastAPI's stack nobody holds the reader between two blocks."""
+
+    async def bare(scope: Scope, receive: Receive, send: Send) -> None:
+        from cancelable_deps import create_request_task_group
+
+        request = Request(scope, receive)
+        async with create_request_task_group(request):
+            await call.listened_to()
+        with pytest.raises(DisconnectCancelation):  # noqa: PT012 - the block is what raises
+            async with create_request_task_group(request):
+                call.hang_up()
+                await anyio.sleep_forever()
+        await Response("stopped")(scope, receive, send)
+
+    call = Call(bare)
+    await run(call)
+    assert call.body == b"stopped"
+
+
+async def test_log_line_of_a_block_opened_by_hand(caplog: pytest.LogCaptureFixture) -> None:
+    from cancelable_deps import Cancelable
+
+    caplog.set_level(logging.INFO, "cancelable_deps")
+
+    async def work() -> None:
+        async with Cancelable.with_timeout(0.01):
+            await anyio.sleep_forever()
+
+    assert (await get(application("decorator", work))).status == 504
+    assert [record.__dict__["reason"] for record in caplog.records] == [CancelationReason.TIMEOUT]
+
+
+async def test_log_line_names_the_route(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "cancelable_deps")
+    app = FastAPI()
+    started = anyio.Event()
+
+    @app.get("/reports/{report_id}")
+    @with_cancelation
+    async def endpoint(report_id: int) -> None:
+        started.set()
+        await anyio.sleep_forever()
+
+    await hang_up_once(app, started, "/reports/7")
+    assert [record.__dict__["route"] for record in caplog.records] == ["/reports/{report_id}"]
+
+
+def states_alive() -> set[int]:
+    return {id(thing) for thing in gc.get_objects() if isinstance(thing, RequestState)}
+
+
+@pytest.mark.parametrize("door", DOORS)
+async def test_finished_requests_are_no_work_for_the_garbage_collector(door: str) -> None:
+    async def work() -> str:
+        return "done"
+
+    app = application(door, work)
+    await get(app)
+    gc.collect()
+    gc.disable()
+    try:
+        before = states_alive()
+        for _ in range(10):
+            await get(app)
+        left = states_alive() - before
+    finally:
+        gc.enable()
+    # The last one may still be held by the loop; a cycle would hold all.
+    assert len(left) <= 1
+
+
+async def test_fastapi_still_keeps_its_stacks_where_we_look() -> None:
+    app = FastAPI()
+    seen: list[bool] = []
+
+    @app.get("/")
+    async def endpoint(request: Request) -> None:
+        seen.extend(key in request.scope for key in (_HANDLER_STACK_KEY, _REQUEST_STACK_KEY))
+
+    await get(app)
+    assert seen == [True, True]
+
+
+async def test_starlette_still_reads_through_the_receive_that_we_replace() -> None:
+    app = FastAPI()
+
+    @app.post("/")
+    async def endpoint(request: Request, cancel: RequestCancelable) -> bool:
+        own = request._receive
+        return request.receive is own and own.__self__ is request.scope[SCOPE_KEY].reader  # type: ignore[attr-defined]
+
+    assert (await get(app, method="POST")).json is True
+
+
+@pytest.mark.parametrize("count", [50])
+async def test_many_at_once(count: int) -> None:
+    async def work() -> None:
+        await anyio.sleep_forever()
+
+    app = application("all", work)
+    async with nothing_left():
+        with anyio.fail_after(CEILING):
+            async with anyio.create_task_group() as tasks:
+                calls = [Call(app) for _ in range(count)]
+                for call in calls:
+                    tasks.start_soon(call.run)
+                for call in calls:
+                    await call.listened_to()
+                for call in calls:
+                    call.hang_up()
+    assert {call.status for call in calls} == {499}
+
+
+async def test_client_that_leaves_after_the_response_stops_nothing() -> None:
+    async def work() -> str:
+        await anyio.sleep(0.03)
+        return "done"
+
+    async with running(application("all", work)) as call:
+        await call.completed()
+        call.hang_up()
+    assert (call.status, call.error) == (200, None)
