@@ -32,7 +32,6 @@ _KIB_OVER_BARE = 5.0
 _HANG_UP = 60.0
 _GROWTH = 1.5
 _BARE_REQUEST = 40.0
-_BALLAST = 1_500
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,8 @@ Block = dict[str, Measurement]
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     if options.child is not None:
-        print(json.dumps(asdict(measure(_named(options.child), options.loop, options.counts[0], options.idle))))
+        variant = _named(options.child)
+        print(json.dumps(asdict(measure(variant, options.loop, options.counts[0], options.idle, options.ballast))))
         return
     variants = _chosen(options.only)
     for loop in loops(options.loop):
@@ -73,6 +73,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--counts", type=int, nargs="+", default=[500, 2_000, 10_000], help="requests in flight")
     parser.add_argument("--repeats", type=int, default=3, help="processes for each measurement")
     parser.add_argument("--idle", type=float, default=1.0, help="seconds to watch the waiting requests")
+    parser.add_argument(
+        "--ballast", type=int, default=1_500, help="requests that wait before memory is first looked at"
+    )
     parser.add_argument("--loop", choices=["asyncio", "uvloop", "both"], default="both")
     parser.add_argument("--only", nargs="+", default=[], help="parts of the names of the rows wanted (bare always)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -93,29 +96,29 @@ def _named(name: str) -> Variant:
     return next(variant for variant in _all() if variant.name == name)
 
 
-def measure(variant: Variant, loop: str, count: int, idle: float) -> Measurement:
+def measure(variant: Variant, loop: str, count: int, idle: float, ballast: int) -> Measurement:
     """Measure in this process; run it in a fresh one, for the memory's sake."""
-    measured: Measurement = run_on(loop, _measure(variant, count, idle))
+    measured: Measurement = run_on(loop, _measure(variant, count, idle, ballast))
     return measured
 
 
-async def _measure(variant: Variant, count: int, idle: float) -> Measurement:
+async def _measure(variant: Variant, count: int, idle: float, ballast: int) -> Measurement:
     app, process = variant.build(forever), psutil.Process()
     # Requests that fill what importing left free, or the next thousand would seem to cost nothing.
-    ballast = await _in_flight(variant, app, _BALLAST)
+    earlier = await _in_flight(variant, app, ballast)
     gc.collect()
     empty = process.memory_info().rss
     waiting = await _in_flight(variant, app, count)
     gc.collect()
     full = process.memory_info().rss
     cpu, wakes = await _idle(process, idle)
-    await _hang_up(variant, ballast)
+    await _hang_up(variant, earlier)
     before = await _bare_request()
     hang_up, wall = await _hang_up(variant, waiting)
     bare_request = (before + await _bare_request()) / 2
     return Measurement(
         kib=(full - empty) / 1024 / count,
-        idle=cpu * 1e6 / (count + _BALLAST),
+        idle=cpu * 1e6 / (count + ballast),
         wakes=wakes,
         hang_up=hang_up * 1e6 / count,
         scaled=hang_up * 1e6 / count * _BARE_REQUEST / bare_request,
@@ -192,13 +195,14 @@ def _block(variants: Sequence[Variant], loop: str, count: int, options: argparse
     samples: dict[str, list[Measurement]] = {variant.name: [] for variant in variants}
     for _ in range(options.repeats):
         for variant in variants:
-            samples[variant.name] += _in_child(variant, loop, count, options.idle)
+            samples[variant.name] += _in_child(variant, loop, count, options)
     return {name: _median(measurements) for name, measurements in samples.items() if measurements}
 
 
-def _in_child(variant: Variant, loop: str, count: int, idle: float) -> list[Measurement]:
+def _in_child(variant: Variant, loop: str, count: int, options: argparse.Namespace) -> list[Measurement]:
     """One measurement in a fresh process, or none and a message when that fails."""
-    flags = [f"--child={variant.name}", f"--loop={loop}", f"--counts={count}", f"--idle={idle}"]
+    flags = [f"--child={variant.name}", f"--loop={loop}", f"--counts={count}"]
+    flags += [f"--idle={options.idle}", f"--ballast={options.ballast}"]
     command = [sys.executable, "-m", "benchmarks.inflight", *flags]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
     if child.returncode:

@@ -56,6 +56,7 @@ class PoliteScope(Protocol):
     @property
     def is_delivered(self) -> bool:
         """Whether the task has seen the cancellation."""
+        ...
 
     def hold(self) -> None:
         """Let no cancellation of ours through until `resume`."""
@@ -70,6 +71,7 @@ class PoliteScope(Protocol):
     @property
     def swallowed(self) -> bool:
         """Whether a scope inside took our cancellation for its own, so that the work went on in error."""
+        ...
 
 
 class Gate(Protocol):

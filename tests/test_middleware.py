@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from typing import Any
 
@@ -294,7 +294,7 @@ async def test_cancel_through_current_cancelable_stops_the_request() -> None:
 async def test_cut_stream_is_not_completed() -> None:
     app = FastAPI()
 
-    async def chunks() -> Any:
+    async def chunks() -> AsyncIterator[bytes]:
         yield b"first"
         await anyio.sleep_forever()
 
@@ -313,7 +313,7 @@ async def test_stream_is_stopped_when_its_client_leaves(spec_version: str) -> No
     ended = anyio.Event()
     app = FastAPI()
 
-    async def chunks() -> Any:
+    async def chunks() -> AsyncIterator[bytes]:
         try:
             yield b"first"
             started.set()

@@ -146,6 +146,7 @@ async def test_is_disconnected_still_tells(door: str, once: bool) -> None:
     seen = anyio.Event()
 
     async def work(request: Request) -> bool:
+        told_again = False
         with anyio.CancelScope(shield=True):
             seen.set()
             while not await request.is_disconnected():  # noqa: ASYNC110 - how people ask it

@@ -585,10 +585,10 @@ async def test_many_at_once(count: int) -> None:
         await anyio.sleep_forever()
 
     app = application("all", work)
+    calls = [Call(app) for _ in range(count)]
     async with nothing_left():
         with anyio.fail_after(CEILING):
             async with anyio.create_task_group() as tasks:
-                calls = [Call(app) for _ in range(count)]
                 for call in calls:
                     tasks.start_soon(call.run)
                 for call in calls:

@@ -58,7 +58,7 @@ class Table:
     rows: int
 
     def connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        return sqlite3.connect(self.path, isolation_level=None)
 
 
 @dataclass(frozen=True)
@@ -106,15 +106,17 @@ def _spans(total: int, step: int) -> list[tuple[int, int]]:
 async def largest_sales(table: Table, advance: Advance) -> dict[str, list[int]]:
     """The three largest sales of each shop, in cents."""
     largest: dict[str, list[int]] = {}
-    with closing(table.connect()) as connection:
-        for span in _spans(table.rows, SLICE_ROWS):
-            for shop, cents in await anyio.to_thread.run_sync(_read_slice, connection, span, advance):
-                largest[shop] = nlargest(3, [*largest.get(shop, []), cents])
+    for span in _spans(table.rows, SLICE_ROWS):
+        for shop, cents in await anyio.to_thread.run_sync(_read_slice, table, span, advance):
+            largest[shop] = nlargest(3, [*largest.get(shop, []), cents])
     return largest
 
 
-def _read_slice(connection: sqlite3.Connection, span: tuple[int, int], advance: Advance) -> list[Sale]:
-    sales: list[Sale] = connection.execute(_LARGEST, span).fetchall()
+def _read_slice(table: Table, span: tuple[int, int], advance: Advance) -> list[Sale]:
+    # A connection for each slice: when the server itself cancels a task at shutdown, the thread goes on with its slice,
+    # and a connection that is closed under it would take the process down.
+    with closing(table.connect()) as connection:
+        sales: list[Sale] = connection.execute(_LARGEST, span).fetchall()
     advance(span[1] - span[0])
     return sales
 
@@ -172,8 +174,7 @@ async def take_in(stream: AsyncIterator[bytes], advance: Advance) -> dict[str, s
 
 async def sales_feed(table: Table, advance: Advance, events: int, pace: float) -> AsyncIterator[dict[str, int]]:
     """The largest sale of one slice of the table after another, `pace` seconds apart."""
-    with closing(table.connect()) as connection:
-        for span in _spans(table.rows, SLICE_ROWS)[:events]:
-            sales = await anyio.to_thread.run_sync(_read_slice, connection, span, advance)
-            yield {"sales": span[1], "largest": max(cents for _, cents in sales)}
-            await anyio.sleep(pace)
+    for span in _spans(table.rows, SLICE_ROWS)[:events]:
+        sales = await anyio.to_thread.run_sync(_read_slice, table, span, advance)
+        yield {"sales": span[1], "largest": max(cents for _, cents in sales)}
+        await anyio.sleep(pace)
