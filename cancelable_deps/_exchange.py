@@ -45,7 +45,8 @@ async def run_request(
         outcome = await exchange.run(app, scope, state.reader.receive if made else receive)
     finally:
         if made:
-            await state.aclose()
+            state.close()
+            await state.reader.join()
     if outcome is None and state.token.cause is not None and not exchange.started:
         # A middleware inside took our cancellation for its own, and sent nothing.
         outcome = state.token.cause.error()
@@ -116,4 +117,4 @@ class _Exchange:
 
 
 def _has_length(start: Message) -> bool:
-    return any(name == b"content-length" for name, _ in start.get("headers", ()))
+    return b"content-length" in dict(start.get("headers", ()))

@@ -190,9 +190,11 @@ def _asyncio_classes() -> tuple[Any, Any]:
                 self.shield = self._held = False  # type: ignore[misc]
 
         def release(self) -> None:
-            self.move_deadline(math.inf)
-            self.deadline = math.inf  # type: ignore[misc]
-            if self._outer.cancel_called:
+            # Setting a scope's deadline is not cheap, and few have one.
+            if self._outer.deadline < math.inf:
+                self.move_deadline(math.inf)
+            if self._outer.cancel_called or self.is_delivered:
+                self.deadline = math.inf  # type: ignore[misc]
                 self.shield = True  # type: ignore[misc]
 
         def move_deadline(self, deadline: float) -> None:
@@ -390,7 +392,7 @@ class _TrioPoliteScope(_TrioGate):
     def release(self) -> None:
         self.move_deadline(math.inf)
         self._inner.deadline = math.inf
-        if self._outer.cancel_called:
+        if self._outer.cancel_called or self.is_delivered:
             self._inner.shield = self._held = True
 
     def move_deadline(self, deadline: float) -> None:

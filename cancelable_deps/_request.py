@@ -175,9 +175,13 @@ class RequestState:
         if not self._kept:
             await self.aclose()
 
+    @property
+    def has_stopped_listening(self) -> bool:
+        return self._armed and not self.reader.is_armed
+
     async def settle(self) -> None:
         """Wait for a reader that was stopped."""
-        if self._armed and not self.reader.is_armed:
+        if self.has_stopped_listening:
             await self.reader.join()
 
     def set_default(self, block: DoorBlock) -> None:
@@ -284,8 +288,11 @@ class RequestBlock(Cancelable):
         self._request.unwatch(self)
 
     async def _exit(self, exc: BaseException | None) -> BaseException | None:
-        outcome = await super()._exit(exc)
-        await self._request.settle()
+        outcome = self._leave(exc)
+        if self._to_await:
+            await self._settle()
+        if self._request.has_stopped_listening:
+            await self._request.settle()
         return outcome
 
     def _outcome(self, exc: BaseException | None, remaining: BaseException | None) -> BaseException:

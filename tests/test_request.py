@@ -437,9 +437,9 @@ async def test_stream_that_is_never_sent_leaves_nothing(once: bool) -> None:
     async def chunks() -> AsyncIterator[bytes]:
         yield b"never"
 
-    @app.get("/", dependencies=[Depends(refusing, scope="function")])
+    @app.get("/")
     @with_cancelation
-    async def endpoint() -> Response:
+    async def endpoint(refused: None = Depends(refusing, scope="function")) -> Response:
         await anyio.wait_all_tasks_blocked()
         return StreamingResponse(chunks())
 
