@@ -143,6 +143,7 @@ class RequestState:
         self.reader.owner = None
         self._stack = None
         self._watchers = ()
+        self._default = None
 
     async def aclose(self) -> None:
         """As `close`, and wait until nothing of ours is left."""

@@ -542,6 +542,8 @@ async def test_finished_requests_are_no_work_for_the_garbage_collector(door: str
         return "done"
 
     app = application(door, work)
+    if door in {"middleware", "all"}:
+        app.add_middleware(RequestCancelationMiddleware, default_timeout=30)
     await get(app)
     gc.collect()
     gc.disable()
