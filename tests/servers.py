@@ -57,7 +57,8 @@ VARIANTS = [
     Variant("uvicorn-httptools-uvloop", f"{UVICORN} --http httptools --loop uvloop"),
     Variant("hypercorn-asyncio", f"{HYPERCORN} -k asyncio", asks_for_bodies=False, answers_half_closed=True),
     Variant("hypercorn-trio", f"{HYPERCORN} -k trio", asks_for_bodies=False, answers_half_closed=True),
-    Variant("granian", "granian --interface asgi --port {port}"),
+    # granian 2.8.0 now and then waits for ever for a worker that has nothing left to do.
+    Variant("granian", "granian --interface asgi --workers-kill-timeout 5 --port {port}"),
 ]
 
 
