@@ -45,8 +45,7 @@ async def run_request(
         outcome = await exchange.run(app, scope, state.reader.receive if made else receive)
     finally:
         if made:
-            state.close()
-            await state.reader.join()
+            await state.aclose()
     if outcome is None and state.token.cause is not None and not exchange.started:
         # A middleware inside took our cancellation for its own, and sent nothing.
         outcome = state.token.cause.error()

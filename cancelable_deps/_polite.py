@@ -133,20 +133,17 @@ def _asyncio_classes() -> tuple[Any, Any]:
             self.is_delivered = False
 
         def _deliver_cancellation(self, origin: Any) -> bool:
-            if origin is self:
-                # The grace is over; or this is anyio's last look at a scope that has been left.
-                firm: bool = scope_class._deliver_cancellation(self, origin)
-                return firm
-            if not self._is_ours(origin):
-                foreign: bool = scope_class._deliver_cancellation(self, origin)
-                return foreign
+            if origin is self or not self._is_ours(origin):
+                # Its own: the grace is over, or this is anyio's last look at a scope that has been left.
+                retry: bool = scope_class._deliver_cancellation(self, origin)
+                return retry
             if self._pending_uncancellations and self._grace > 0:
                 # A scope further in, cancelled in the same tick, has let its cancellation pass for ours.
                 self.take_for_delivered()
                 return False
             task = self._host_task
             before = task.cancelling()
-            retry: bool = scope_class._deliver_cancellation(self, origin)
+            retry = scope_class._deliver_cancellation(self, origin)
             if task.cancelling() > before:
                 self.take_for_delivered()
             return retry

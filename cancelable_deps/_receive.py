@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 import anyio
 import anyio.lowlevel
 
+from ._backend import current_loop
+
 if TYPE_CHECKING:
     from contextvars import Context
 
@@ -182,8 +184,6 @@ class Reader:
         )
 
     async def _pull_by_task(self) -> None:
-        from ._backend import current_loop
-
         self._start(current_loop())
         await self._change()
 
