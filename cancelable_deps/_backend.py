@@ -9,6 +9,8 @@ import asyncio
 import logging
 import sys
 import threading
+from asyncio import get_running_loop
+from contextlib import suppress
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     import trio
+
+    from ._polite import Mark
 
 logger = logging.getLogger("cancelable_deps")
 
@@ -38,16 +42,36 @@ class Worker(Protocol):
         """Wait until it has ended."""
 
 
+class Newcomer(Protocol):
+    """Somebody who has begun in the current step of a task."""
+
+    def step_is_over(self) -> None:
+        """Called once, when the task has come to wait for something."""
+
+
 class EventLoop(Protocol):
     """The running loop, asyncio's or trio's."""
 
     is_trio: bool
+    mark: Callable[[], Mark] | None
+    """Makes a mark for `PoliteScope.begin`; ``None`` where scopes are entered at once."""
+
     time: Callable[[], float]
     extras: dict[Any, Any]
+    drain: Any
+    """What ends the loop's requests at shutdown, if anything does: asked for each request, so no entry in `extras`."""
 
     def is_running_here(self) -> bool: ...
 
     def current_task(self) -> object: ...
+
+    newcomers: dict[Newcomer, None]
+    """Those who are told when the current step of their task is over; whoever has left by then takes itself out."""
+
+    is_awaiting_step: bool
+
+    def await_step(self) -> None:
+        """See to it that the `newcomers` are told. Only where there is a `mark`."""
 
     def call_at(self, when: float, callback: Callable[[], object]) -> Timer: ...
 
@@ -76,11 +100,18 @@ class _AsyncioWorker:
 
 class AsyncioLoop:
     is_trio = False
+    drain: Any = None
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        # The module behind it loads only where asyncio runs.
+        from ._polite_asyncio import make_marker
+
         self.time = loop.time
         self.extras: dict[Any, Any] = {}
+        self.mark = make_marker(loop)
+        self.newcomers: dict[Newcomer, None] = {}
+        self.is_awaiting_step = False
 
     def is_running_here(self) -> bool:
         try:
@@ -90,6 +121,20 @@ class AsyncioLoop:
 
     def current_task(self) -> object:
         return asyncio.current_task(self.loop)
+
+    def await_step(self) -> None:
+        self.is_awaiting_step = True
+        self.loop.call_soon(self._step_is_over, context=Context())
+
+    def _step_is_over(self) -> None:
+        self.is_awaiting_step = False
+        newcomers, self.newcomers = self.newcomers, {}
+        for newcomer in newcomers:
+            try:
+                newcomer.step_is_over()
+            except Exception:
+                # Or those after it could never be stopped.
+                logger.exception("a request could not be made cancelable")
 
     def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
         # An empty context, or the timer would keep the variables of whichever request happened to start it.
@@ -138,6 +183,7 @@ class _TrioWorker:
 
 class TrioLoop:
     is_trio = True
+    drain: Any = None
 
     def __init__(self, token: trio.lowlevel.TrioToken) -> None:
         import trio
@@ -146,6 +192,9 @@ class TrioLoop:
         self.time = trio.lowlevel.current_clock().current_time
         self.extras: dict[Any, Any] = {}
         self._current_task = trio.lowlevel.current_task
+        self.mark: Callable[[], Mark] | None = None
+        self.newcomers: dict[Newcomer, None] = {}
+        self.is_awaiting_step = False
         self._sleep_until = trio.sleep_until
 
     def is_running_here(self) -> bool:
@@ -159,7 +208,12 @@ class TrioLoop:
             await self._sleep_until(when)
             callback()
 
+        # Whoever looks at the tasks of a loop sees what this one is for.
+        call.__qualname__ = getattr(callback, "__qualname__", call.__qualname__)
         return _TrioWorker(call, None)
+
+    def await_step(self) -> None:
+        raise NotImplementedError
 
     def call_from_thread(self, callback: Callable[..., object], *args: object) -> None:
         import trio
@@ -196,14 +250,23 @@ def current_loop() -> EventLoop:
 
     :raises RuntimeError: if none does.
     """
-    token = _running_trio_token()
-    if token is not None:
+    if "trio" in sys.modules and (token := _running_trio_token()) is not None:
         seen_trio = _seen.trio
         if seen_trio is None or seen_trio.token is not token:
             seen_trio = _seen.trio = TrioLoop(token)
         return seen_trio
-    loop = asyncio.get_running_loop()
+    loop = get_running_loop()
     seen = _seen.asyncio
     if seen is None or seen.loop is not loop:
-        seen = _seen.asyncio = AsyncioLoop(loop)
+        seen = _seen.asyncio = _of_asyncio(loop)
     return seen
+
+
+def _of_asyncio(loop: Any) -> AsyncioLoop:
+    # Kept by the loop itself: several may take turns in one thread, as those of fixtures and tests in pytest-asyncio do.
+    known: AsyncioLoop | None = getattr(loop, "_cancelable_deps_loop", None)
+    if known is None:
+        known = AsyncioLoop(loop)
+        with suppress(AttributeError):
+            loop._cancelable_deps_loop = known
+    return known

@@ -10,13 +10,12 @@ import anyio
 import anyio.lowlevel
 
 from ._backend import current_loop
+from ._read_ahead import ReadAhead
 
 if TYPE_CHECKING:
     from contextvars import Context
 
     from starlette.types import Message, Receive, Scope
-
-    from ._backend import EventLoop, Worker
 
 READ_AHEAD_BYTES = 64 * 1024
 # What a message counts however short its body, or a client that sends single bytes would have us hold thousands.
@@ -31,8 +30,15 @@ class Owner(Protocol):
         """Whether a block around whoever reads is being cancelled."""
         ...
 
+    @property
+    def is_deferring(self) -> bool:
+        """Whether nobody is to be told of the client's leaving until `deferral_over`."""
+        ...
 
-class Reader:
+    async def deferral_over(self) -> None: ...
+
+
+class Reader(ReadAhead):
     """Reads ahead of the application to see the client leave, and replays what it read.
 
     Until it is armed, and after it is stopped, it passes on what the server's ``receive()`` says. While it is armed a
@@ -40,22 +46,14 @@ class Reader:
     so an upload is slowed down as it would be without us. Nobody else may await the server's ``receive()``.
     """
 
-    _worker: Worker | None = None
-    _wanted: EventLoop | None = None
-    _pulling = False
-    _held = 0
-    _end: Message | Exception | None = None
     _body_over = False
     _asked = False
-    _stopped = False
     _told = False
-    _changed: anyio.Event | None = None
 
-    def __init__(self, scope: Scope, raw: Receive, owner: Owner, context: Context) -> None:
+    def __init__(self, scope: Scope, raw: Receive, owner: Owner | None, context: Context) -> None:
+        super().__init__(raw, context)
         self._scope = scope
-        self.raw = raw
         self.owner: Owner | None = owner
-        self._context = context
         # A list: it is short, and an empty deque takes as much memory as all the rest of a reader.
         self._messages: list[Message] | None = None
 
@@ -65,8 +63,8 @@ class Reader:
         while True:
             if self._messages:
                 return self._next()
-            if self._end is not None:
-                return await self._ended(self._end)
+            if self.end is not None:
+                return await self._ended(self.end)
             if self._wanted is not None and self._worker is None and not self._pulling:
                 self._start(self._wanted)
             if self._worker is not None or self._pulling:
@@ -76,58 +74,18 @@ class Reader:
             else:
                 return await self._pull()
 
-    def arm(self, loop: EventLoop) -> None:
-        """Start to listen for the client's leaving."""
-        self._wanted = loop
-        if self._worker is None and self._end is None and not self._pulling and self._may_ask():
-            self._start(loop)
-
-    def stop(self) -> None:
-        """Stop listening; what has been read stays for the application."""
-        self._wanted = None
-        self._stopped = True
-        if self._worker is not None:
-            self._worker.cancel()
-
-    async def join(self) -> None:
-        """After `stop`: wait until no task of ours is left."""
-        if self._worker is not None:
-            await self._worker.join()
-
-    @property
-    def is_armed(self) -> bool:
-        return self._wanted is not None
-
     def _may_ask(self) -> bool:
         # The first receive() makes a server send `100 Continue`, and that is the application's to decide.
         return self._asked or not any(
             name == b"expect" and value.lower() == b"100-continue" for name, value in self._scope["headers"]
         )
 
-    def _start(self, loop: EventLoop) -> None:
-        self._stopped = False
-        # A copy: the worker before it may start this one from inside its own.
-        self._worker = loop.spawn(self._read, self._context.copy())
-
-    async def _read(self) -> None:
-        try:
-            while self._end is None:
-                while self._held >= READ_AHEAD_BYTES:
-                    await self._change()
-                self._keep(await self.raw())
-        except Exception as exc:
-            # A middleware may refuse a body that grows too long: that is for the application to see, in its turn.
-            self._end = exc
-        finally:
-            self._worker = None
-            if self._stopped and self._wanted is not None and self._end is None:
-                # Somebody asked again while we were being stopped.
-                self._start(self._wanted)
-            self._notify()
+    def _is_full(self) -> bool:
+        return self._held >= READ_AHEAD_BYTES
 
     def _keep(self, message: Message) -> None:
         if message["type"] == "http.disconnect":
-            self._end = message
+            self.end = message
             # Before anybody who awaits a message is woken: they are to be cancelled at that very await.
             self._tell_owner()
             return
@@ -148,6 +106,8 @@ class Reader:
     async def _ended(self, end: Message | Exception) -> Message:
         if isinstance(end, Exception):
             raise end
+        if self.owner is not None and self.owner.is_deferring:
+            await self.owner.deferral_over()
         if not self._told and self.owner is not None and self.owner.is_stopping:
             # The caller would make a ClientDisconnect of it; the cancellation that is on its way is the better answer.
             # Once: `Request.is_disconnected()` asks from a cancelled scope, and would never be told.
@@ -164,17 +124,17 @@ class Reader:
         try:
             message = await self.raw()
             if message["type"] == "http.disconnect":
-                self._end = message
+                self.end = message
             else:
                 self._note(message)
         finally:
             self._pulling = False
-            if self._wanted is not None and self._end is None:
+            if self._wanted is not None and self.end is None:
                 self._start(self._wanted)
             self._notify()
-        if self._end is not None:
+        if self.end is not None:
             self._tell_owner()
-            return await self._ended(self._end)
+            return await self._ended(self.end)
         return message
 
     def _is_fragile(self) -> bool:
@@ -190,16 +150,6 @@ class Reader:
     def _note(self, message: Message) -> None:
         if not message.get("more_body", False):
             self._body_over = True
-
-    def _notify(self) -> None:
-        if self._changed is not None:
-            self._changed.set()
-            self._changed = None
-
-    async def _change(self) -> None:
-        if self._changed is None:
-            self._changed = anyio.Event()
-        await self._changed.wait()
 
 
 def _size(message: Message) -> int:

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import math
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+from weakref import ref
 
 import anyio
-from starlette.requests import ClientDisconnect, HTTPConnection, Request
+from starlette.requests import ClientDisconnect, Request
 
 from ._backend import current_loop, logger
+from ._debugger import is_debugged
 from ._receive import Reader
 from ._sweep import sweep_of
 from .cancelable import Cancelable
 from .errors import CancelationError, DisconnectCancelation
 from .reasons import CancelationReason
 from .settings import settings
-from .token import CancelationToken
+from .token import CancelationToken, Cause
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Mapping
     from contextlib import AsyncExitStack
     from typing import Protocol
 
-    from starlette.types import Receive, Scope
+    from starlette.types import Message, Receive, Scope
 
     from ._backend import EventLoop
+    from ._drain import Drain
+    from .policies import TimeoutPolicy
 
     class Watcher(Protocol):
         def armed(self) -> None:
@@ -32,6 +37,8 @@ if TYPE_CHECKING:
 
 
 SCOPE_KEY = "cancelable_deps"
+PROBE_KEY = "cancelable_deps.probe"
+"""Under this key a test client puts a function that is told of each request state."""
 
 # FastAPI's exit stack around dependencies and handler, closed when the handler has returned. Private, but nothing
 # public tells a plain dependency of that moment, and a yield dependency costs a request as much as all the rest.
@@ -48,66 +55,115 @@ class RequestState:
     and someone watches.
     """
 
+    block_class: ClassVar[type[RequestBlock]]
+    door_class: ClassVar[type[DoorBlock]]
     pen: Any = None
     is_closed = False
     has_left = False
+    is_cut = False
+    """Nothing more of the response may be sent: it ends without its last chunk."""
+
     main_tasks: tuple[object, ...] = ()
     """The tasks, besides that of a door, in which the handler runs: a ``BaseHTTPMiddleware`` starts one."""
 
     cleanup_grace: float | None = None
-    _armed = False
+    policies: Mapping[str, TimeoutPolicy] | None = None
+    is_armed = False
+    _deferrals = 0
+    _deferred: anyio.Event | None = None
+    _reader: Reader | None = None
     _held = False
     _kept = False
-    _logged = False
+    _kept_for: ref[object] | None = None
+    reason: CancelationReason | None = None
+    """Why it was stopped, as far as there is a line about it in the log."""
     _leaving: anyio.Event | None = None
-    _default: DoorBlock | None = None
+    default: DoorBlock | None = None
+    """The block with the timeout that a route's own replaces."""
+
     _stack: AsyncExitStack | None = None
     _watchers: tuple[Watcher, ...] = ()
 
-    def __init__(self, scope: Scope, receive: Receive) -> None:
+    def __init__(self, scope: Scope, receive: Receive, *, held: bool = False) -> None:
+        if held:
+            self._held = True
         self.scope = scope
+        self.raw = receive
         self.token = CancelationToken()
-        self.loop: EventLoop = current_loop()
-        self.arrived = self.loop.time()
-        self.reader = Reader(scope, receive, self, copy_context())
+        loop = self.loop = current_loop()
+        self.arrived = loop.time()
+        self._context = copy_context()
         scope[SCOPE_KEY] = self
+        if PROBE_KEY in scope:
+            scope[PROBE_KEY](self)
+        if loop.drain is not None and loop.drain.refuses:
+            self.token.cancel_because(loop.drain.cause())
+
+    @property
+    def reader(self) -> Reader:
+        """Made for the first who asks: most requests are over before anybody reads or listens."""
+        if self._reader is None:
+            self._reader = Reader(self.scope, self.raw, None if self.is_closed else self, self._context)
+        return self._reader
+
+    def receive(self) -> Awaitable[Message]:
+        """The application's ``receive()``."""
+        return self.reader.receive()
 
     def watch(self, watcher: Watcher) -> None:
         self._watchers += (watcher,)
-        if self.is_closed:
+        if self.is_armed or self.is_closed:
             watcher.armed()
-        elif self._armed:
-            watcher.armed()
-            self.reader.arm(self.loop)
+            if not self.is_closed:
+                self.reader.arm(self.loop)
+            self._enter_drain()
         elif self.pen is None:
-            self._wait_for_the_sweep()
+            interval = settings.listen_after
+            if interval:
+                sweep = self.loop.extras.get(interval) or sweep_of(self.loop, interval)
+                pen = self.pen = sweep.young
+                pen[self] = None
+                if not sweep.is_wound:
+                    sweep.wind()
+            else:
+                self.arm()
 
     def unwatch(self, watcher: Watcher) -> None:
-        self._watchers = tuple(other for other in self._watchers if other is not watcher)
+        watchers = self._watchers
+        if len(watchers) == 1 and watchers[0] is watcher:
+            self._watchers = ()
+        else:
+            self._watchers = tuple(other for other in watchers if other is not watcher)
         if not self._watchers:
-            self._leave_pen()
+            if self.pen is not None:
+                self._leave_pen()
             if not self._held:
-                # Nobody will tell us of the request's end. A later block finds us by the reader, if there is one.
+                # Nobody will tell us of the request's end. A later block finds us by `receive`, if it is ours.
                 self.scope.pop(SCOPE_KEY, None)
-                self.reader.stop()
+                if self._reader is not None:
+                    self._reader.stop()
 
     def hold(self) -> None:
         """Somebody will call `close`; until then, listening does not end with the last block."""
         self._held = True
 
+    @property
+    def is_held(self) -> bool:
+        return self._held
+
     def arm(self) -> None:
-        self._armed = True
-        if self.is_closed:
-            return
-        if self._stack is not None:
-            self._stack.push_async_callback(self.handler_returned)
-        for watcher in self._watchers:
-            watcher.armed()
-        self.reader.arm(self.loop)
+        self.is_armed = True
+        if not self.is_closed:
+            if self._stack is not None:
+                self._stack.push_async_callback(self.handler_returned)
+            for watcher in self._watchers:
+                watcher.armed()
+            self.reader.arm(self.loop)
+        self._enter_drain()
 
     def arm_now(self) -> None:
         """Listen from now on: somebody waits for nothing else."""
-        if not self._armed:
+        if not self.is_armed:
             self._leave_pen()
             self.arm()
 
@@ -116,6 +172,34 @@ class RequestState:
         if self.is_closed:
             return
         self.has_left = True
+        if not self._deferrals:
+            self._disconnect()
+
+    def defer_disconnect(self, by: int) -> None:
+        """As long as there are more in than out, nobody is told that the client has left."""
+        self._deferrals += by
+        if not self._deferrals:
+            if self.has_left and not self.is_closed:
+                self._disconnect()
+            self._tell_those_deferred()
+
+    @property
+    def is_deferring(self) -> bool:
+        return self._deferrals > 0 and not self.is_closed
+
+    async def deferral_over(self) -> None:
+        """Wait until a disconnect may be told."""
+        while self.is_deferring:
+            if self._deferred is None:
+                self._deferred = anyio.Event()
+            await self._deferred.wait()
+
+    def _tell_those_deferred(self) -> None:
+        if self._deferred is not None:
+            self._deferred.set()
+            self._deferred = None
+
+    def _disconnect(self) -> None:
         self.token.cancel_nowait(CancelationReason.DISCONNECT)
         assert self.token.cause is not None
         self.log(self.token.cause.reason, self.token.cause)
@@ -133,22 +217,60 @@ class RequestState:
     def is_stopping(self) -> bool:
         return any(isinstance(watcher, RequestBlock) and watcher.is_cancelled for watcher in self._watchers)
 
-    def close(self) -> None:
+    def complete(self) -> None:
         """The response is complete, or the handler has returned: from here on a disconnect means nothing."""
         self.is_closed = True
+        if self._deferred is not None:
+            self._tell_those_deferred()
         self.scope.pop(SCOPE_KEY, None)
-        self._leave_pen()
-        self.reader.stop()
+        if self._reader is not None:
+            self._reader.stop()
+            self._reader.owner = None
+        if self._stack is not None:
+            self._stack = None
+        if self.default is not None:
+            self.default = None
+
+    def close(self) -> None:
+        """As `complete`, and no background task of ours runs on."""
+        if not self.is_closed:
+            self.complete()
+        if self.pen is not None:
+            self._leave_pen()
         # Or every request would be garbage of the kind that only the collector finds.
-        self.reader.owner = None
-        self._stack = None
-        self._watchers = ()
-        self._default = None
+        if self._watchers:
+            self._watchers = ()
+
+    @property
+    def _doors(self) -> list[DoorBlock]:
+        return [watcher for watcher in self._watchers if isinstance(watcher, DoorBlock)]
+
+    def spare_background(self) -> None:
+        """What still runs comes after the response: whatever has stopped that does not stop this."""
+        for door in self._doors:
+            door.release()
+        self.complete()
+
+    def stop(self, cause: Cause) -> None:
+        """Cancel the request; if its response is complete, what runs after that."""
+        self.token.cancel_because(cause)
+        if self.is_closed:
+            for innermost in self._doors[-1:]:
+                innermost.stop_background(cause)
 
     async def aclose(self) -> None:
         """As `close`, and wait until nothing of ours is left."""
         self.close()
-        await self.reader.join()
+        await self.join()
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether a task of ours is left to `join`, after `close`."""
+        return self._reader is not None and self._reader.is_reading
+
+    async def join(self) -> None:
+        if self._reader is not None:
+            await self._reader.join()
 
     def close_with(self, stack: AsyncExitStack | None) -> None:
         """Close when ``stack`` is closed; without one, listening ends with the last block."""
@@ -157,8 +279,15 @@ class RequestState:
             stack.push(self)
             self.hold()
 
-    def keep_through_response(self) -> None:
-        """Somebody listens until the response has ended, and closes us then: the handler's return does not."""
+    def keep_through_response(self, response: object = None) -> None:
+        """Somebody listens until the response has ended, and closes us then: the handler's return does not.
+
+        :param response: who that is, if the handler may throw it away.
+        """
+        if response is not None:
+            self._kept_for = ref(response)
+        if self._kept:
+            return
         self._kept = True
         # Unless an error on the way means that this response is never sent.
         request_stack: AsyncExitStack | None = self.scope.get(_REQUEST_STACK_KEY)
@@ -169,50 +298,76 @@ class RequestState:
     def __enter__(self) -> None: ...
 
     def __exit__(self, *exc_info: object) -> None:
-        if not self._kept:
+        if not self.is_kept:
             self.close()
 
     async def handler_returned(self) -> None:
-        if not self._kept:
+        if not self.is_kept:
             await self.aclose()
 
     @property
+    def ends_with_handler(self) -> bool:
+        """Whether FastAPI's stack around the handler closes us, unless a response of ours that is still there listens on."""
+        return self._stack is not None and not self.is_closed and (not self._kept or self._kept_for is not None)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether somebody listens until the response has ended."""
+        return self._kept and (self._kept_for is None or self._kept_for() is not None)
+
+    @property
+    def is_listening(self) -> bool:
+        return self._reader is not None and self._reader.is_armed
+
+    @property
     def has_stopped_listening(self) -> bool:
-        return self._armed and not self.reader.is_armed
+        return self.is_armed and not self.is_listening
 
     async def settle(self) -> None:
         """Wait for a reader that was stopped."""
         if self.has_stopped_listening:
-            await self.reader.join()
+            await self.join()
 
     def set_default(self, block: DoorBlock) -> None:
         """``block`` has the application's default timeout, which a route's own replaces."""
-        self.lift_default()
-        self._default = block
+        if self.default is not None:
+            self.lift_default()
+        self.default = block
+
+    def add_policies(self, policies: Mapping[str, TimeoutPolicy]) -> None:
+        """Those of one more door: a mounted application has those of the one around it, too."""
+        self.policies = policies if self.policies is None else {**self.policies, **policies}
+
+    def replace_default(self, policy: TimeoutPolicy) -> None:
+        """The route has chosen a policy."""
+        if self.default is None:
+            raise RuntimeError(
+                "timeout_policy() replaces the default of RequestCancelationMiddleware or CancelableRoute, and this "
+                "request has neither. Use @with_cancelation(policy=...), or cancelable_with_timeout()."
+            )
+        self.default.use_policy(policy)
 
     def lift_default(self) -> None:
         """The route has a timeout of its own, or wants none."""
-        if self._default is not None:
-            self._default.drop_timeout()
-            self._default = None
+        if self.default is not None:
+            self.default.drop_timeout()
+            self.default = None
 
     def log(self, reason: CancelationReason, cause: object) -> None:
         """The one line about this request."""
-        if self._logged:
+        if self.reason is not None:
             return
-        self._logged = True
-        method = self.scope.get("method", "")
+        self.reason = reason
+        method = self.scope.get("method", "WEBSOCKET")
         route = getattr(self.scope.get("route"), "path", None) or self.scope.get("path", "")
         elapsed = self.loop.time() - self.arrived
         extra = {"method": method, "route": route, "reason": str(reason), "elapsed": elapsed}
         logger.info("%s %s cancelled after %.3f s: %s", method, route, elapsed, cause, extra=extra)
 
-    def _wait_for_the_sweep(self) -> None:
-        interval = settings.listen_after
-        if interval:
-            sweep_of(self.loop, interval).add(self)
-        else:
-            self.arm()
+    def _enter_drain(self) -> None:
+        drain: Drain | None = self.loop.drain
+        if drain is not None and self.pen is None:
+            drain.add(self)
 
     def _leave_pen(self) -> None:
         if self.pen is not None:
@@ -220,38 +375,32 @@ class RequestState:
             self.pen = None
 
 
-def request_state(request: Request) -> RequestState:
-    """The state of ``request``, made by the first who asks."""
-    state: RequestState | None = request.scope.get(SCOPE_KEY)
+def request_state(request: Request, *, held: bool = False) -> RequestState:
+    """The state of ``request``, made by the first who asks, who holds it if ``held``."""
+    scope = request.scope
+    state: RequestState | None = scope.get(SCOPE_KEY)
+    # Private, and the only way to give back to `request.body()` what the reader has read: FastAPI hands the same
+    # Request to all dependencies and the handler.
+    receive = request._receive
     if state is None:
-        state = _earlier_state(request) or RequestState(request.scope, request.receive)
-    if request.receive is state.reader.raw:
-        # Private, and the only way to give back to `request.body()` what the reader has read: FastAPI hands the same
-        # Request to all dependencies and the handler.
-        request._receive = state.reader.receive
+        earlier = getattr(receive, "__self__", None)
+        if isinstance(earlier, RequestState) and not earlier.is_closed:
+            scope[SCOPE_KEY] = earlier
+            if held:
+                earlier.hold()
+            return earlier
+        state = RequestState(scope, receive, held=held)
+        if isinstance(earlier, RequestState):
+            # This is a background task, and its client has a response. Nor is it new, to be refused at shutdown.
+            state.token = CancelationToken()
+            state.close()
+    if receive is state.raw:
+        request._receive = state.receive
     return state
 
 
-def _earlier_state(request: Request) -> RequestState | None:
-    reader = getattr(request.receive, "__self__", None)
-    if not isinstance(reader, Reader):
-        return None
-    state = reader.owner
-    if isinstance(state, RequestState):
-        request.scope[SCOPE_KEY] = state
-        return state
-    # The earlier one is closed: this is a background task, and its client has a response.
-    state = RequestState(request.scope, request.receive)
-    state.close()
-    return state
-
-
-def handler_state(request: HTTPConnection) -> RequestState:
+def handler_state(request: Request) -> RequestState:
     """As `request_state`, called before the handler or in it: closed when the handler has returned."""
-    if not isinstance(request, Request):
-        raise TypeError(
-            "the handles of cancelable_deps serve HTTP requests: a WebSocket route cannot have one. Use a Cancelable."
-        )
     made = SCOPE_KEY not in request.scope
     state = request_state(request)
     if made and not state.is_closed:
@@ -259,70 +408,147 @@ def handler_state(request: HTTPConnection) -> RequestState:
     return state
 
 
+def _timeouts_are_off() -> bool:
+    """Somebody looks at a request in a debugger, who would find it cancelled."""
+    return is_debugged() and not settings.timeouts_under_debugger
+
+
 class RequestBlock(Cancelable):
-    """A `Cancelable` that the request's root token stops as well. Its limits were checked when the app was built."""
+    """A `Cancelable` that the request's root token stops as well. Its limits were checked when the app was built.
+
+    It has no scope until its task has come to wait for something: a handler that never does cannot be cancelled.
+    """
+
+    _may_begin_late = True
+    _is_whole = False
+    """Whether what stops the block stops the request."""
 
     def __init__(
         self, state: RequestState, *, timeout: float | None = None, cleanup_grace: float | None = None
     ) -> None:
         self._request = state
-        self._set_token(state.token)
+        if self._is_whole:
+            self._token = state.token
+        else:
+            self._token = CancelationToken()
+            self._upstream = state.token
         if timeout is not None:
             self._timeout = timeout
         if cleanup_grace is not None:
             self._grace = cleanup_grace
 
-    def _set_token(self, root: CancelationToken) -> None:
-        self._token = CancelationToken()
-        self._upstream = root
+    async def __aenter__(self) -> Self:
+        self._enter(self._request.loop)
+        return self
+
+    @property
+    def _owner_of_client(self) -> RequestState:
+        return self._request
 
     def armed(self) -> None:
         self._start_timer()
 
+    def _begin(self, loop: EventLoop) -> None:
+        if self._timeout is not None and _timeouts_are_off():
+            self._deadline = math.inf
+        super()._begin(loop)
+
+    def _expire(self) -> None:
+        if _timeouts_are_off():
+            self._deadline = math.inf
+            self._rearm()
+        else:
+            super()._expire()
+
+    def _home(self) -> EventLoop:
+        return self._request.loop
+
     def _watch(self, loop: EventLoop) -> None:
+        if self._request.is_closed and isinstance(self._parent, RequestBlock):
+            self._follow(self._parent._request)
         self._request.watch(self)
         if self._timeout is not None and self._timeout < 3 * settings.listen_after:
             self._start_timer()
 
+    def _follow(self, state: RequestState) -> None:
+        """Entered in the body of a response, after the handler's return had closed our own request state."""
+        if state.scope is self._request.scope and not state.is_closed:
+            self._request = state
+            self._upstream = state.token
+            state.token.listen(self)
+
     def _unwatch(self) -> None:
-        super()._unwatch()
         self._request.unwatch(self)
 
-    async def _exit(self, exc: BaseException | None) -> BaseException | None:
-        outcome = self._leave(exc)
+    def _forget(self) -> None:
+        if not self._request.is_held:
+            self._request.unwatch(self)
+
+    def _has_to_settle(self) -> bool:
+        return bool(self._to_await) or self._request.has_stopped_listening
+
+    async def _settle(self) -> None:
         if self._to_await:
-            await self._settle()
-        if self._request.has_stopped_listening:
-            await self._request.settle()
-        return outcome
+            await self._await_callbacks()
+        await self._request.settle()
 
     def _outcome(self, exc: BaseException | None, remaining: BaseException | None) -> BaseException:
         outcome = super()._outcome(exc, remaining)
         if isinstance(outcome, ClientDisconnect):
+            mistaken = outcome.__context__
+            if isinstance(mistaken, OSError) and not self._request.has_left:
+                # Starlette believes, under ASGI 2.4, that any OSError out of a stream was that of the server's send().
+                return mistaken
             # What Starlette raises to whoever was reading the body when the client left.
             outcome = DisconnectCancelation()
             outcome.__cause__ = exc
+        if isinstance(outcome, CancelationError) and self._token.cause is not None:
+            # Also one that `check()` has raised.
+            self._note(self._token.cause)
         return outcome
 
-    def _stopped(self, exc: BaseException | None) -> BaseException:
-        error = super()._stopped(exc)
-        assert self._token.cause is not None
-        self._request.log(self._token.cause.reason, self._token.cause)
-        return error
+    def _note(self, cause: Cause) -> None:
+        self._request.log(cause.reason, cause)
 
-    def _refused(self) -> None:
-        assert self._token.cause is not None
-        self._request.log(self._token.cause.reason, self._token.cause)
+
+class _PolicyCause(Cause):
+    """The cause that knows how its timeout is answered."""
+
+    __slots__ = ("_policy",)
+
+    def __init__(self, policy: TimeoutPolicy, message: str) -> None:
+        super().__init__(CancelationReason.TIMEOUT, message)
+        self._policy = policy
+
+    def error(self) -> CancelationError:
+        error = super().error()
+        error.status_code = self._policy.status_code
+        error.policy = self._policy  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+        return error
 
 
 class DoorBlock(RequestBlock):
     """The block of a door around the whole handler: its token is the root token, so what stops it stops the request."""
 
-    def _set_token(self, root: CancelationToken) -> None:
-        self._token = root
+    _is_whole = True
+    _is_on_hold = False
+    policy: TimeoutPolicy | None = None
+
+    def _expire(self) -> None:
+        if self.policy is None or _timeouts_are_off():
+            super()._expire()
+        else:
+            self._token.cancel_because(_PolicyCause(self.policy, f"Timed out after {self._timeout:g} seconds"))
+
+    def use_policy(self, policy: TimeoutPolicy) -> None:
+        """Instead of the timeout so far; it counts from the block's start."""
+        self.policy = policy
+        self._timeout = policy.enforced_timeout
+        self._deadline = math.inf if self._timeout is None else self._started + self._timeout
+        self._rearm()
 
     def _runs_in(self, task: object) -> bool:
-        return task is self._task or task in self._request.main_tasks
+        return self._task is task or (self.is_active and task in self._request.main_tasks)
 
     def _outcome(self, exc: BaseException | None, remaining: BaseException | None) -> BaseException:
         outcome = super()._outcome(exc, remaining)
@@ -333,26 +559,46 @@ class DoorBlock(RequestBlock):
 
     def drop_timeout(self) -> None:
         """No deadline from here on."""
+        self.policy = self._timeout = None
         self._deadline = math.inf
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._scope is not None:
-            self._scope.move_deadline(math.inf)
+        self._rearm()
 
     def hold(self) -> None:
         """Until `resume`, nothing can stop the block: the handler is done, its response is on its way."""
+        self._is_on_hold = True
         if self._scope is not None:
             self._scope.hold()
 
     def resume(self) -> None:
+        self._is_on_hold = False
         if self._scope is not None:
             self._scope.resume()
+
+    def _begin(self, loop: EventLoop) -> None:
+        super()._begin(loop)
+        if self._is_on_hold and self._scope is not None:
+            self._scope.hold()
 
     def release(self) -> None:
         """Nothing can stop the block any more: the response is complete, and what follows is background work."""
         self._deadline = math.inf
-        self._stop_timers()
+        self._is_on_hold = True
         self._token.unlisten(self)
-        if self._scope is not None:
+        if self._scope is None:
+            # At shutdown there must be something to stop background tasks by.
+            if self._loop is not None and self._loop.drain is None:
+                self._loop.newcomers.pop(self, None)
+        else:
+            self._stop_timers()
             self._scope.release()
+
+    def stop_background(self, cause: Cause) -> None:
+        """After `release`: stop what is left all the same."""
+        scope = self._begun_scope()
+        if scope is not None:
+            scope.resume()
+            scope.cancel_politely(str(cause))
+
+
+RequestState.block_class = RequestBlock
+RequestState.door_class = DoorBlock

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from ._backend import logger
 
 if TYPE_CHECKING:
-    from ._backend import EventLoop, Timer
+    from ._backend import EventLoop
 
 
 class Sweepable(Protocol):
@@ -27,25 +27,26 @@ class Sweep:
     def __init__(self, loop: EventLoop, interval: float) -> None:
         self._loop = loop
         self._interval = interval
-        self._young: dict[Sweepable, None] = {}
+        self.young: dict[Sweepable, None] = {}
         self._old: dict[Sweepable, None] = {}
-        self._timer: Timer | None = None
+        self.is_wound = False
 
     def add(self, item: Sweepable) -> None:
-        self._young[item] = None
-        item.pen = self._young
-        if self._timer is None:
-            self._wind()
+        self.young[item] = None
+        item.pen = self.young
+        if not self.is_wound:
+            self.wind()
 
-    def _wind(self) -> None:
-        self._timer = self._loop.call_at(self._loop.time() + self._interval, self._tick)
+    def wind(self) -> None:
+        self.is_wound = True
+        self._loop.call_at(self._loop.time() + self._interval, self._tick)
 
     def _tick(self) -> None:
-        due, self._old, self._young = self._old, self._young, {}
+        due, self._old, self.young = self._old, self.young, {}
         if self._old:
-            self._wind()
+            self.wind()
         else:
-            self._timer = None
+            self.is_wound = False
         while due:
             # One by one: arming one may end another that is due.
             item = next(iter(due))

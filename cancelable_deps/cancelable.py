@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 import math
 from contextvars import ContextVar, Token, copy_context
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self, TypeVar, TypeVarTuple
 
 import anyio
 import anyio.lowlevel
 
 from ._backend import EventLoop, Timer, Worker, current_loop, logger
 from ._exceptions import collapse, raise_as_it_is
-from ._polite import PoliteScope, polite_scope
+from ._polite import polite_scope
+from ._refusal import NotADependency
 from .errors import CancelationError, ParentCancelation
 from .reasons import CancelationReason
 from .settings import seconds, settings
@@ -23,7 +24,14 @@ if TYPE_CHECKING:
     from datetime import timedelta
     from types import TracebackType
 
+    from anyio import CapacityLimiter
+
+    from ._polite import Gate, Mark, PoliteScope
+    from .token import Listener
+
 C = TypeVar("C", bound="Callable[..., object]")
+R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
 
 _current: ContextVar[Cancelable | None] = ContextVar("cancelable_deps.current", default=None)
 
@@ -47,12 +55,20 @@ class Cancelable:
     A block that finishes all the same has finished, and one that raises something else during its cleanup raises that.
     A cancellation that is not ours (the server's, an outer scope's) passes through.
 
+    In a worker thread (a ``def`` endpoint or dependency, ``run_in_thread``, a thread of a script) it is entered by a
+    plain ``with``. A thread cannot be interrupted: there the work is stopped where it calls `check`.
+
     :param timeout: seconds (or a ``timedelta``) from entering the block; ``None`` for no limit.
     :param token: another source of cancellation, which several blocks may share.
     :param name: for your own logs and ``repr()``.
     :param cleanup_grace: seconds; the default is that of `configure`.
     :raises ValueError: for a timeout or grace that is negative or NaN, :exc:`TypeError` for one that is no number.
     """
+
+    __signature__ = NotADependency(
+        "Depends(Cancelable) would make query parameters of its limits. Write `cancel: RequestCancelable`, or "
+        "Annotated[Cancelable, Depends(cancelable_with_timeout(30))]."
+    )
 
     # Class attributes stand for what most blocks never set: a request pays for each attribute it writes.
     _name: str | None = None
@@ -61,10 +77,18 @@ class Cancelable:
     _upstream: CancelationToken | None = None
     _condition: _Condition | None = None
     _loop: EventLoop | None = None
-    _task: object = None
     _started: float = math.nan
     _ended: float | None = None
     _deadline: float = math.inf
+    _may_begin_late = False
+    _is_unsettled = False
+    """Whether something of this block, which has been left, is still to be awaited."""
+
+    _lends_itself = False
+    _inner: Cancelable | None = None
+    """While it is open already: the block of whoever may enter it once more."""
+
+    _position: Mark | None = None
     _scope: PoliteScope | None = None
     _timer: Timer | None = None
     _parent: Cancelable | None = None
@@ -73,7 +97,9 @@ class Cancelable:
     _deferred = False
     _only_marked = False
     _group_scope: anyio.CancelScope | None = None
+    _group_gates: dict[object, Gate] | None = None
     _late: Timer | None = None
+    _told_by_parent: Listener | None = None
     _outside: Token[Cancelable | None]
     _callbacks: tuple[Callback, ...] = ()
     _to_await: tuple[Awaitable[object], ...] = ()
@@ -134,7 +160,7 @@ class Cancelable:
     def _state(self) -> str:
         if self._loop is None:
             return "not entered"
-        return "active" if self._scope is not None else "left"
+        return "active" if self.is_active else "left"
 
     @property
     def name(self) -> str | None:
@@ -148,7 +174,7 @@ class Cancelable:
     @property
     def is_active(self) -> bool:
         """Whether the block has been entered and not yet left."""
-        return self._scope is not None
+        return self._scope is not None or self._position is not None
 
     @property
     def is_cancelled(self) -> bool:
@@ -185,6 +211,47 @@ class Cancelable:
             return math.inf if self._timeout is None else self._timeout
         return max(0.0, self.deadline - self._loop.time())
 
+    def extend(self, by: float | timedelta) -> bool:
+        """Give the block ``by`` more seconds; from any thread.
+
+        If it has no timeout of its own, the nearest block around it that has one is given them: in a handler that is the
+        timeout of the decorator, route class or middleware. A handle need not be entered for that.
+
+        :return: whether that came in time; ``False`` if there is no timeout, or the block was cancelled or left before.
+        """
+        return self._move_timeout(seconds(by, "extend"))
+
+    def disable_timeout(self) -> bool:
+        """Stop the timer, as `extend` by for ever."""
+        return self._move_timeout(math.inf)
+
+    def _move_timeout(self, by: float) -> bool:
+        block: Cancelable | None = self
+        while block is not None and block._timeout is None:
+            # A handle that is not entered stands for the handler that it was given to.
+            block = _current.get() if block._loop is None else block._parent
+        if block is None or block._timeout is None or block._ended is not None or block._token.cause is not None:
+            return False
+        block._timeout += by
+        loop = block._loop
+        if loop is not None:
+            block._deadline += by
+            if loop.is_running_here() and loop.current_task() is not None:
+                block._rearm()
+            else:
+                loop.call_from_thread(block._rearm)
+        return True
+
+    def _rearm(self) -> None:
+        """The deadline has been moved."""
+        if self._scope is None:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._scope.move_deadline(self._deadline)
+        self._start_timer()
+
     def cancel_nowait(self, reason: CancelationReason = CancelationReason.MANUAL, message: str | None = None) -> bool:
         """Stop the block, from any thread, without waiting for its end. Before it is entered: entering will raise.
 
@@ -215,17 +282,47 @@ class Cancelable:
 
     def _is_told(self, cause: Cause) -> None:
         """The task has, or is about to get, the error; what it then cleans up is not to be hit as well."""
-        if self._loop is None or not self._loop.is_running_here() or self._loop.current_task() is not self._task:
+        loop = self._loop
+        if loop is None or not loop.is_running_here():
             return
+        task = loop.current_task()
+        gate = None if self._group_gates is None else self._group_gates.get(task)
+        if gate is not None and self._token.cause is cause:
+            gate.take_for_delivered()
         block: Cancelable | None = self
+        while block is not None and not block.is_active:
+            block = block._parent
+        if block is None or block._task is not task:
+            return
         while block is not None:
-            if block._scope is not None and block._token.cause is cause:
-                block._scope.take_for_delivered()
+            if block._token.cause is cause and (scope := block._begun_scope()) is not None:
+                scope.take_for_delivered()
             block = block._parent
 
     def shield(self) -> _Shield:
         """``with cancel.shield():`` (or ``async with``) finish this section: a cancellation waits until after it."""
         return _Shield()
+
+    def defer_disconnect(self) -> _Deferral:
+        """``with cancel.defer_disconnect():`` past this point the client's leaving is recorded, and acted on at the end.
+
+        For what must be finished though nobody reads the result: an upstream that bills by its last frame. A timeout
+        and every other reason still act at once. Inside it, `is_cancelled` stays false and `client_has_left` tells. It
+        may be nested, and left in any order; the recorded disconnect acts when the last is left, at the next ``await``.
+        Outside of a request it does nothing.
+        """
+        return _Deferral(self._owner_of_client)
+
+    @property
+    def client_has_left(self) -> bool:
+        """Whether the client has been seen to leave, also while `defer_disconnect` keeps that from stopping the block."""
+        owner = self._owner_of_client
+        return self.reason is CancelationReason.DISCONNECT if owner is None else owner.has_left
+
+    @property
+    def _owner_of_client(self) -> _OwnerOfClient | None:
+        """The request that this block, or one around it in the same task, belongs to."""
+        return None if self._parent is None else self._parent._owner_of_client
 
     def on_cancel(self, callback: C) -> C:
         """Call ``callback(cancelable)`` when the block is cancelled; at once if it already is. Serves as a decorator.
@@ -244,7 +341,7 @@ class Cancelable:
     def _call_back(self, callback: Callable[..., object]) -> None:
         result = callback(self)
         if inspect.isawaitable(result):
-            if self._scope is None:
+            if not self.is_active:
                 close = getattr(result, "close", None)
                 if close is not None:
                     close()
@@ -279,58 +376,153 @@ class Cancelable:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        outcome = await self._exit(exc)
-        if outcome is not None and outcome is not exc:
-            raise_as_it_is(outcome)
-
-    async def _exit(self, exc: BaseException | None) -> BaseException | None:
-        """Close the block, await its callbacks, and say which exception leaves it."""
         outcome = self._leave(exc)
-        if self._condition is not None:
-            await self._condition.join()
-        if self._to_await:
+        if self._is_unsettled:
             await self._settle()
-        return outcome
+        if outcome is not None and outcome is not exc:
+            try:
+                raise_as_it_is(outcome)
+            finally:
+                del outcome  # Its traceback knows this frame: a cycle, as long as this frame knows it.
 
-    def _enter(self) -> None:
+    def __enter__(self) -> Self:
+        """In a worker thread: raises :exc:`TypeError` where an event loop runs."""
+        from .workers import enter
+
+        enter(self)
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        from .workers import leave
+
+        outcome = leave(self, exc)
+        if outcome is not None and outcome is not exc:
+            try:
+                raise_as_it_is(outcome)
+            finally:
+                del outcome  # Its traceback knows this frame: a cycle, as long as this frame knows it.
+
+    def _home(self) -> EventLoop | None:
+        """The event loop in which what stops this block happens, if it is entered in a thread."""
+        return None
+
+    async def run_in_thread(
+        self,
+        func: Callable[[*Ts], R],
+        *args: *Ts,
+        abandon_on_cancel: bool = False,
+        limiter: CapacityLimiter | None = None,
+    ) -> R:
+        """Run ``func(*args)`` in a worker thread, inside of this block: ``current_cancelable().check()`` works there.
+
+        A cancellation ends the waiting for a thread, but a thread that works is waited for; it ends at its next
+        `check` (or ``anyio.from_thread.check_cancelled()``). If it finishes anyway, its result is returned.
+
+        :param abandon_on_cancel: leave the thread alone instead, and be cancelled at once. It keeps its place in the
+            limiter until it has ended, unlike anyio's own. What it returns is dropped; what it raises is logged.
+        :param limiter: how many threads may run at once; the default is anyio's for all threads (40).
+        :raises RuntimeError: outside of the block.
+        """
+        from .workers import run_in_thread
+
+        result: R = await run_in_thread(self, func, args, abandon_on_cancel, limiter)
+        return result
+
+    async def run_in_process(self, func: Callable[[*Ts], R], *args: *Ts, limiter: CapacityLimiter | None = None) -> R:
+        """Run ``func(*args)`` in a process that runs nothing else; a cancellation kills it, and all it has started.
+
+        For work that never yields. Function, arguments and result are pickled; an exception arrives as itself, with the
+        traceback of the process as a note. What the function prints goes to the standard error. It has no access to
+        this block, nor to anything else of the server's memory. It is killed by SIGKILL: nothing of its cleanup runs.
+
+        A process that has finished its job is used again for the next one, or ended after a minute, or with the event
+        loop, or when the server is killed.
+
+        :param limiter: how many processes may work at once; the default is ``anyio.to_process``'s (one a CPU).
+        :raises RuntimeError: outside of the block.
+        :raises TypeError: for what cannot be pickled: a lambda, a closure, an open file.
+        :raises anyio.BrokenWorkerProcess: if the process ends by itself, as by a crash.
+        """
+        from .workers import run_in_process
+
+        result: R = await run_in_process(self, func, args, limiter)
+        return result
+
+    def _enter(self, loop: EventLoop | None = None) -> None:
         if self._loop is not None:
+            if self._lends_itself:
+                return self._enter_inner()
             raise RuntimeError(
                 f"{self!r} was entered before: a Cancelable serves one block. Make another one for another block, "
                 "or share a CancelationToken between several."
             )
-        loop = self._loop = current_loop()
+        loop = self._loop = current_loop() if loop is None else loop
         self._started = loop.time()
         if self._timeout is not None:
             self._deadline = self._started + self._timeout
-        self._task = loop.current_task()
         self._token.listen(self)
         if self._upstream is not None:
             self._upstream.listen(self)
         if self._timeout == 0:
             self._expire()
-        if self._token.is_cancelled:
-            self._unlisten()
-            self._ended = self._started
-            self._refused()
-            parent = _current.get()
-            if parent is not None and self._token.cause is not None:
-                parent._is_told(self._token.cause)
-            self._token.check()
-        self._begin(loop)
-
-    def _begin(self, loop: EventLoop) -> None:
         parent = _current.get()
-        if parent is not None and parent._scope is not None and parent._runs_in(self._task):
+        if self._token.cause is not None:
+            self._refuse(parent, self._token.cause)
+        if parent is not None and parent._runs_in(loop.current_task()):
             self._parent = parent
             parent._children = [*(parent._children or ()), self]
-        self._scope = polite_scope(loop, self._cleanup_grace, self._expire)
-        self._scope.begin(self._deadline)
         self._outside = _current.set(self)
+        if loop.mark is None or not self._may_begin_late:
+            self._begin(loop)
+        else:
+            self._position = loop.mark()
+            loop.newcomers[self] = None
+            if not loop.is_awaiting_step:
+                loop.await_step()
+
+    def _enter_inner(self) -> None:
+        """A streaming response has entered it around the generator that was to."""
+        self._lends_itself = False
+        self._inner = Cancelable(token=self._token, cleanup_grace=self._grace)
+        self._inner._enter()
+
+    def step_is_over(self) -> None:
+        """The loop tells us; not for users."""
+        self._begun_scope()
+
+    def _begun_scope(self) -> PoliteScope | None:
+        """The scope of an open block, begun now if it has not been yet."""
+        if self._scope is None and self._position is not None and self._loop is not None:
+            self._begin(self._loop)
+        return self._scope
+
+    def _begin(self, loop: EventLoop) -> None:
+        self._scope = polite_scope(loop, self._cleanup_grace, self._expire)
+        self._scope.begin(self._deadline, self._position)
+        self._position = None
         self._watch(loop)
+
+    @property
+    def _task(self) -> object:
+        """The task in which the block is open."""
+        if self._position is not None:
+            return self._position[0]
+        return None if self._scope is None else self._scope.task
+
+    def _refuse(self, parent: Cancelable | None, cause: Cause) -> NoReturn:
+        """The block was cancelled before it was entered."""
+        self._unlisten()
+        self._ended = self._started
+        self._note(cause)
+        if parent is not None:
+            parent._is_told(cause)
+        raise cause.error()
 
     def _runs_in(self, task: object) -> bool:
         """Whether ``task`` is the one that a cancellation of this block reaches first."""
-        return task is self._task
+        return self._task is task
 
     @property
     def _cleanup_grace(self) -> float:
@@ -343,7 +535,6 @@ class Cancelable:
             self._condition.start(self, loop)
 
     def _unwatch(self) -> None:
-        self._stop_timers()
         if self._condition is not None:
             self._condition.stop()
 
@@ -373,7 +564,8 @@ class Cancelable:
             self._fire(cause)
 
     def _fire(self, cause: Cause) -> None:
-        if self._scope is None or self._fired:
+        scope = self._begun_scope()
+        if scope is None or self._fired:
             return
         self._fired = True
         children = self._children or ()
@@ -384,7 +576,7 @@ class Cancelable:
         # First: a gate further in looks whether its block is cancelled when the cancellation comes by.
         for child in children:
             child._mark(f"The enclosing {self!r}")
-        self._stop(self._scope, cause)
+        self._stop(scope, cause)
 
     def _answers(self, cause: Cause) -> bool:
         return self._token.cause is cause or any(child._answers(cause) for child in self._children or ())
@@ -403,26 +595,48 @@ class Cancelable:
     def _mark(self, message: str) -> None:
         # Its scopes stand inside those of the parent, which delivers; here only cause and callbacks are still missing.
         self._only_marked = True
+        # First: one that listens to our token would take the cause for its own, and deliver a second time.
+        for child in self._children or ():
+            child._mark(f"The enclosing {self!r}")
         self._token.cancel_nowait(CancelationReason.PARENT, message)
 
     def _leave(self, exc: BaseException | None) -> BaseException | None:
         """Close the block; the exception that should leave it, which is ``exc`` itself if nothing is to be changed."""
-        assert self._scope is not None
         assert self._loop is not None
-        self._unwatch()
+        if self._inner is not None:
+            inner, self._inner = self._inner, None
+            return inner._leave(exc)
         scope, self._scope = self._scope, None
+        self._position = None
         self._ended = self._loop.time()
-        self._unlisten()
+        self._token.unlisten(self)
+        if self._upstream is not None or self._callbacks:
+            self._unlisten()
         _current.reset(self._outside)
-        remaining = scope.end(exc)
-        outcome = None
-        if exc is not None or scope.swallowed:
-            outcome = self._outcome(exc, remaining)
+        if scope is None:
+            self._loop.newcomers.pop(self, None)
+            self._forget()
+            outcome = None if exc is None else self._outcome(exc, exc)
+        else:
+            self._unwatch()
+            outcome = self._end(scope, exc)
+            self._is_unsettled = self._has_to_settle()
         if self._parent is not None:
-            self._leave_parents(scope.is_delivered or isinstance(outcome, CancelationError))
-            if isinstance(outcome, CancelationError) and self._token.cause is not None:
+            is_told = isinstance(outcome, CancelationError)
+            self._leave_parents(self._parent, is_told or (scope is not None and scope.is_delivered))
+            if is_told and self._token.cause is not None:
                 self._parent._is_told(self._token.cause)
         return outcome
+
+    def _forget(self) -> None:
+        """The block is left before it has begun in earnest."""
+
+    def _end(self, scope: PoliteScope, exc: BaseException | None) -> BaseException | None:
+        self._stop_timers()
+        remaining = scope.end(exc)
+        if exc is None and not scope.swallowed:
+            return None
+        return self._outcome(exc, remaining)
 
     def _outcome(self, exc: BaseException | None, remaining: BaseException | None) -> BaseException:
         if remaining is None:
@@ -437,24 +651,24 @@ class Cancelable:
             # The loop was blocked for so long that the scope's trailing deadline overtook our timer.
             self._expire()
         assert self._token.cause is not None
+        self._note(self._token.cause)
         error = self._token.cause.error()
         error.__cause__ = exc
         return error
 
-    def _refused(self) -> None:
-        """The block was cancelled before it was entered, and raises on entering."""
+    def _note(self, cause: Cause) -> None:
+        """The error of ``cause`` is about to leave the block, or is raised on entering it."""
 
     def _unlisten(self) -> None:
         self._token.unlisten(self)
-        for callback in self._callbacks:
-            self._token.unlisten(callback)
+        if self._callbacks:
+            for callback in self._callbacks:
+                self._token.unlisten(callback)
         if self._upstream is not None:
             self._upstream.unlisten(self)
 
-    def _leave_parents(self, answered: bool) -> None:
-        parent = self._parent
-        assert parent is not None
-        if parent._children is not None:
+    def _leave_parents(self, parent: Cancelable | None, answered: bool) -> None:
+        if parent is not None and parent._children is not None:
             parent._children = [child for child in parent._children if child is not self]
         while parent is not None:
             parent._stop_what_is_left(answered)
@@ -472,8 +686,16 @@ class Cancelable:
             # Whoever catches the error and works on here may do so for as long as a cleanup.
             self._late = self._loop.call_at(self._loop.time() + self._cleanup_grace, self._fire_at_last)
 
+    def _has_to_settle(self) -> bool:
+        return bool(self._to_await) or self._condition is not None
+
     async def _settle(self) -> None:
-        """Await the async callbacks of a block that was cancelled and has been left."""
+        if self._condition is not None:
+            await self._condition.join()
+        if self._to_await:
+            await self._await_callbacks()
+
+    async def _await_callbacks(self) -> None:
         with anyio.move_on_after(self._cleanup_grace, shield=True):
             for awaitable in self._to_await:
                 await _logged(awaitable, awaitable)
@@ -489,7 +711,14 @@ async def _logged(awaitable: Awaitable[object], callback: object) -> None:
 class _Shield:
     """An anyio scope with ``shield=True`` that ``with`` and ``async with`` both take."""
 
+    _scope: anyio.CancelScope | None = None
+
     def __enter__(self) -> Self:
+        try:
+            current_loop()
+        except RuntimeError:
+            # A worker thread, where nothing interrupts what does not ask.
+            return self
         self._scope = anyio.CancelScope(shield=True)
         self._scope.__enter__()
         return self
@@ -497,7 +726,8 @@ class _Shield:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._scope.__exit__(exc_type, exc, traceback)
+        if self._scope is not None:
+            self._scope.__exit__(exc_type, exc, traceback)
 
     async def __aenter__(self) -> Self:
         return self.__enter__()
@@ -506,6 +736,36 @@ class _Shield:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.__exit__(exc_type, exc, traceback)
+
+
+class _OwnerOfClient(Protocol):
+    """A request, to whoever must not know of requests."""
+
+    has_left: bool
+
+    def defer_disconnect(self, by: int) -> None: ...
+
+
+class _Deferral:
+    """Counts itself in and out; ``with`` and ``async with`` both take it."""
+
+    def __init__(self, owner: _OwnerOfClient | None) -> None:
+        self._owner = owner
+
+    def __enter__(self) -> Self:
+        if self._owner is not None:
+            self._owner.defer_disconnect(1)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._owner is not None:
+            self._owner.defer_disconnect(-1)
+
+    async def __aenter__(self) -> Self:
+        return self.__enter__()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.__exit__(*exc_info)
 
 
 class _Condition:

@@ -5,30 +5,39 @@ from __future__ import annotations
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Coroutine, Mapping
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast, overload
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, Protocol, TypeVar, cast, overload
 
 import anyio
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import StreamingResponse
 from starlette.websockets import WebSocket
 
+from ._backend import current_loop
 from ._exceptions import raise_as_it_is
-from ._request import SCOPE_KEY, DoorBlock, RequestState, request_state
+from ._generator import EndpointGenerator, GuardedGenerator, ThreadedGenerator
+from ._request import SCOPE_KEY, DoorBlock, RequestState
+from ._socket import connection_state
 from .cancelable import Cancelable
 from .errors import CancelationError
+from .policies import POLICY_ATTRIBUTE, TimeoutPolicy, checked_status, found, written
 from .reasons import CancelationReason
 from .settings import seconds
+from .streaming import CancelableStreamingResponse, keep_for_stream
 
 if TYPE_CHECKING:
     from datetime import timedelta
 
     from starlette.types import Message, Receive, Send
 
-E = TypeVar("E", bound=Callable[..., Coroutine[Any, Any, Any]])
+E = TypeVar("E", bound=Callable[..., Coroutine[Any, Any, Any] | AsyncIterator[Any]])
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Under this name the endpoint is given the request, if it has no parameter for it.
 _INJECTED: Final = "cancelable_deps_request"
+_COVERED: Final = "__cancelable_deps_covered__"
 
 
 class _Unset:
@@ -41,8 +50,31 @@ class _Unset:
 UNSET: Final = _Unset()
 
 
+class _Decorator(Protocol):
+    @overload
+    def __call__(self, endpoint: E, /) -> E: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, endpoint: Callable[P, Iterator[R]], /
+    ) -> Callable[P, AsyncIterator[R]]: ...
+
+    @overload
+    def __call__(self, endpoint: Callable[P, R], /) -> Callable[P, Coroutine[Any, Any, R]]: ...
+
+
 @overload
-def with_cancelation(endpoint: E, /) -> E: ...
+def with_cancelation(endpoint: E, /) -> E: ...  # type: ignore[overload-overlap]
+
+
+@overload
+def with_cancelation(  # type: ignore[overload-overlap]
+    endpoint: Callable[P, Iterator[R]], /
+) -> Callable[P, AsyncIterator[R]]: ...
+
+
+@overload
+def with_cancelation(endpoint: Callable[P, R], /) -> Callable[P, Coroutine[Any, Any, R]]: ...
 
 
 @overload
@@ -52,7 +84,9 @@ def with_cancelation(
     status_codes: Mapping[CancelationReason, int] | None = None,
     on_cancel: Callable[[Cancelable], object] | None = None,
     cleanup_grace: float | None = None,
-) -> Callable[[E], E]: ...
+    abandon_thread: bool = False,
+    policy: str | TimeoutPolicy | None = None,
+) -> _Decorator: ...
 
 
 def with_cancelation(
@@ -63,6 +97,8 @@ def with_cancelation(
     status_codes: Mapping[CancelationReason, int] | None = None,
     on_cancel: Callable[[Cancelable], object] | None = None,
     cleanup_grace: float | None = None,
+    abandon_thread: bool = False,
+    policy: str | TimeoutPolicy | None = None,
 ) -> Any:
     """Stop this handler when nobody needs its result, and answer with the status of the reason.
 
@@ -74,18 +110,36 @@ def with_cancelation(
 
     The handler is cancelled at the ``await`` where it stands, as by a `Cancelable`, which is `current_cancelable()`
     inside. A handler that finishes anyway has finished: its result is the response. An ``HTTPException`` from anywhere
-    below, a task group included, arrives as itself. Called without a request (your own test, a script), the handler
-    runs with the timeout alone.
+    below, a task group included, arrives as itself. Called without a request (your own test, a script), the handler runs
+    with the timeout alone.
 
-    :param timeout: seconds from the handler's start. It replaces the default of the middleware or route class;
-        ``None`` switches that off for this route.
+    Of a generator endpoint (with ``yield``), the generator is covered from its first step to its last, in one task of
+    ours, and may hold what it likes across its ``yield``. Its response has started by then: it is cut, or as an event
+    stream ends with ``event: cancelled``. A plain ``def`` generator makes each item in a worker thread; it is stopped
+    between two items, by being closed, or where it calls ``check()``, and is an async generator for those who call it
+    themselves.
+
+    On a WebSocket route a client that drops while the handler is busy stops it; one that leaves while the handler
+    waits for its message is told by ``WebSocketDisconnect``, as ever. A stop for another reason closes with the close
+    code of the reason and its message as the text; before ``accept`` it refuses the handshake with the status.
+
+    A plain ``def`` handler runs in a worker thread, as without the decorator, and becomes an ``async`` one for those who
+    call it themselves (FastAPI included, which therefore validates its result in the event loop). Nothing can interrupt
+    a thread: it is stopped where it calls ``current_cancelable().check()``, and the response waits for it. While it
+    waits for a free thread it can be cancelled at once.
+
+    :param timeout: seconds from the handler's start, of a WebSocket in all, for a ``def`` one the waiting for a thread
+        included. It replaces the default of the middleware or route class; ``None`` switches that off for this route.
     :param status_codes: other statuses for some reasons, as ``{CancelationReason.TIMEOUT: 503}``.
     :param on_cancel: called with the `Cancelable`, as by `Cancelable.on_cancel`.
     :param cleanup_grace: seconds that the handler's cleanup may await undisturbed; the default is that of `configure`.
-    :raises TypeError: when the app is built, for what is no ``async def`` endpoint.
+    :param abandon_thread: for a ``def`` handler: send the response of the reason at once, and leave the thread alone. It
+        keeps its place among the threads until it has ended; what it returns is dropped, what it raises is logged.
+    :param policy: a `TimeoutPolicy`, or the name of one of the middleware's, in place of ``timeout``.
+    :raises TypeError: when the app is built, for what is no endpoint.
     :raises ValueError: when the app is built, for limits or statuses that make no sense.
     """
-    options = _Options(timeout, status_codes, on_cancel, cleanup_grace)
+    options = _Options(timeout, status_codes, on_cancel, cleanup_grace, abandon_thread, policy)
     if endpoint is None:
         return lambda function: _decorate(function, options)
     return _decorate(endpoint, options)
@@ -98,8 +152,16 @@ class _Options:
         status_codes: Mapping[CancelationReason, int] | None,
         on_cancel: Callable[[Cancelable], object] | None,
         cleanup_grace: float | None,
+        abandon_thread: bool,
+        policy: str | TimeoutPolicy | None,
     ) -> None:
-        self.replaces_default = not isinstance(timeout, _Unset)
+        if policy is not None and not isinstance(policy, str | TimeoutPolicy):
+            raise TypeError(f"policy takes the name of a policy or a TimeoutPolicy, not {policy!r}")
+        if policy is not None and not isinstance(timeout, _Unset):
+            raise TypeError("give timeout or policy, not both: a policy has a timeout")
+        self.policy = policy
+        self.abandon_thread = abandon_thread
+        self.replaces_default = policy is not None or not isinstance(timeout, _Unset)
         self.timeout = None if timeout is None or isinstance(timeout, _Unset) else seconds(timeout, "timeout")
         if status_codes is not None and not isinstance(status_codes, Mapping):
             raise TypeError(
@@ -111,6 +173,25 @@ class _Options:
         self.on_cancel = on_cancel
         self.cleanup_grace = None if cleanup_grace is None else seconds(cleanup_grace, "cleanup_grace")
 
+    def make_block(self, state: RequestState) -> DoorBlock:
+        if self.replaces_default:
+            state.lift_default()
+        block = state.door_class(state, timeout=self.timeout, cleanup_grace=self.cleanup_grace)
+        if self.on_cancel is not None:
+            block.on_cancel(self.on_cancel)
+        if self.policy is not None:
+            policy = block.policy = found(self.policy, state)
+            block._timeout = policy.enforced_timeout
+        return block
+
+    def make_lone_block(self) -> Cancelable:
+        """For an endpoint that is called without a request."""
+        timeout = self.policy.enforced_timeout if isinstance(self.policy, TimeoutPolicy) else self.timeout
+        block = Cancelable(timeout=timeout, cleanup_grace=self.cleanup_grace)
+        if self.on_cancel is not None:
+            block.on_cancel(self.on_cancel)
+        return block
+
     def translate(self, exc: BaseException) -> BaseException:
         if isinstance(exc, CancelationError):
             exc.status_code = self.status_codes.get(exc.reason, exc.status_code)
@@ -120,68 +201,137 @@ class _Options:
 def _status(reason: object, code: object) -> int:
     if not isinstance(reason, CancelationReason):
         raise TypeError(f"status_codes maps CancelationReason to a status, and {reason!r} is no CancelationReason")
-    if isinstance(code, bool) or not isinstance(code, int):
-        raise TypeError(f"the status for {reason} must be a number such as 503, not {code!r}")
-    if not 400 <= code <= 599:
-        raise ValueError(f"the status for {reason} must tell of an error (400 to 599), not {code}")
-    if code == 408:
-        raise ValueError(f"408 for {reason} makes clients send the request again (RFC 9110); use 503 or 504")
-    return code
+    return checked_status(code, reason)
 
 
 def _decorate(endpoint: Any, options: _Options) -> Any:
     _refuse_what_cannot_be_covered(endpoint)
     signature = inspect.signature(endpoint)
     find = _RequestFinder(endpoint, signature)
+    if _yields(endpoint):
+        return _decorate_generator(endpoint, signature, options)
+    work = _awaitable(endpoint, options)
 
     async def guarded(*args: Any, **kwargs: Any) -> Any:
         request = find(args, kwargs)
         if request is None:
-            return await _run_alone(endpoint, args, kwargs, options)
+            return await _run_alone(work, args, kwargs, options)
         made = SCOPE_KEY not in request.scope
-        state = request_state(request)
-        if made:
-            state.hold()
+        state = connection_state(request, held=True)
+        raised: BaseException | None = None
+        result: Any = None
         try:
-            return await _run(endpoint, args, kwargs, options, state)
+            block = options.make_block(state)
+            try:
+                block._enter(state.loop)
+            except CancelationError as exc:
+                raise options.translate(exc) from None
+            try:
+                result = await work(*args, **kwargs)
+            except BaseException as exc:
+                raised = exc
+            raised = block._leave(raised)
+            if block._is_unsettled:
+                await block._settle()
+            if raised is None and isinstance(result, StreamingResponse):
+                if isinstance(result, CancelableStreamingResponse):
+                    keep_for_stream(state, result, made=made)
+                elif state.is_listening:
+                    _listen_through(result, state)
         finally:
-            if made:
-                await state.handler_returned()
+            if made and not state.is_kept:
+                state.close()
+                if state.is_reading:
+                    await state.join()
+        if options.policy is not None:
+            if block.policy is not None:
+                block.policy.judge(block)
+            response = await written(raised, request) if isinstance(request, Request) else None
+            if response is not None:
+                return response
+        if raised is not None:
+            try:
+                raise_as_it_is(options.translate(raised))
+            finally:
+                del raised  # Its traceback knows this frame: a cycle, as long as this frame knows it.
+        return result
 
+    if options.policy is not None:
+        setattr(guarded, POLICY_ATTRIBUTE, options.policy)
     _dress(guarded, endpoint, signature, find)
     return guarded
 
 
-async def _run(endpoint: Any, args: Any, kwargs: Any, options: _Options, state: RequestState) -> Any:
-    if options.replaces_default:
-        state.lift_default()
-    block = DoorBlock(state, timeout=options.timeout, cleanup_grace=options.cleanup_grace)
-    if options.on_cancel is not None:
-        block.on_cancel(options.on_cancel)
-    try:
-        block._enter()
-    except CancelationError as exc:
-        raise options.translate(exc) from None
-    raised: BaseException | None = None
-    result: Any = None
-    try:
-        result = await endpoint(*args, **kwargs)
-    except BaseException as exc:
-        raised = exc
-    outcome = await block._exit(raised)
-    if outcome is not None:
-        raise_as_it_is(options.translate(outcome))
-    if isinstance(result, StreamingResponse) and state.reader.is_armed:
-        _listen_through(result, state)
-    return result
+def cover_generator(endpoint: Any) -> Any:
+    """``endpoint``, under a door that gives it its limits; as a bare decorator does if it is an async generator."""
+    if not inspect.isasyncgenfunction(_what_runs(endpoint)) or find_spec("fastapi.sse") is None:
+        return endpoint
+    # Older versions of FastAPI make the routes of an included router anew.
+    return endpoint if hasattr(endpoint, _COVERED) else with_cancelation(endpoint)
+
+
+def _yields(endpoint: Any) -> bool:
+    function = _what_runs(endpoint)
+    return inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function)
+
+
+def _decorate_generator(endpoint: Any, signature: inspect.Signature, options: _Options) -> Any:
+    if options.abandon_thread:
+        raise TypeError(f"abandon_thread is for `def` handlers that return, and {_name(endpoint)}() is a generator")
+    find = _RequestFinder(endpoint, signature)
+    in_threads = inspect.isgeneratorfunction(_what_runs(endpoint))
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        request = find(args, kwargs)
+        generator = endpoint(*args, **kwargs)
+        return _guard_generator(request, ThreadedGenerator(generator) if in_threads else generator, options)
+
+    if options.policy is not None:
+        setattr(guarded, POLICY_ATTRIBUTE, options.policy)
+    _dress(guarded, endpoint, signature, find)
+    if in_threads:
+        # Or FastAPI would take it for what it wraps, and iterate it in threads of its own.
+        guarded.__wrapped__ = _yields_in_the_event_loop  # type: ignore[attr-defined]
+    setattr(guarded, _COVERED, True)
+    return guarded
+
+
+async def _yields_in_the_event_loop() -> AsyncIterator[Any]:
+    raise NotImplementedError
+    yield
+
+
+def _guard_generator(request: HTTPConnection | None, generator: Any, options: _Options) -> GuardedGenerator:
+    if request is None:
+        return GuardedGenerator(generator, options.make_lone_block(), current_loop())
+    made = SCOPE_KEY not in request.scope
+    state = connection_state(request, held=True)
+    if state.token.cause is not None:
+        # While there is still a status to choose: the response starts before the first item.
+        if made:
+            state.close()
+        raise options.translate(state.token.cause.error())
+    # One that a handle has made would be closed when FastAPI has got its generator.
+    ours = made or state.ends_with_handler
+    return EndpointGenerator(generator, options.make_block(state), state, ours=ours)
+
+
+def _awaitable(endpoint: Any, options: _Options) -> Any:
+    if _is_async(endpoint):
+        if options.abandon_thread:
+            raise TypeError(f"abandon_thread is for `def` handlers, and {_name(endpoint)}() is `async def`")
+        return endpoint
+    from .workers import call_in_thread
+
+    async def run_in_thread(*args: Any, **kwargs: Any) -> Any:
+        return await call_in_thread(functools.partial(endpoint, *args, **kwargs), options.abandon_thread)
+
+    return run_in_thread
 
 
 async def _run_alone(endpoint: Any, args: Any, kwargs: Any, options: _Options) -> Any:
-    block = Cancelable(timeout=options.timeout, cleanup_grace=options.cleanup_grace)
-    if options.on_cancel is not None:
-        block.on_cancel(options.on_cancel)
     try:
-        async with block:
+        async with options.make_lone_block():
             return await endpoint(*args, **kwargs)
     except CancelationError as exc:
         options.translate(exc)
@@ -226,31 +376,32 @@ class _RequestFinder:
             name: _resolve(parameter.annotation, namespace) for name, parameter in signature.parameters.items()
         }
         self.returns = _resolve(signature.return_annotation, namespace)
-        for name, annotation in self.annotations.items():
-            if _is_a(annotation, WebSocket):
-                raise TypeError(
-                    f"{_name(endpoint)}() takes a WebSocket ({name}): @with_cancelation covers HTTP endpoints only"
-                )
         names = list(signature.parameters)
         self.own = next((name for name in names if _is_a(self.annotations[name], HTTPConnection)), None)
-        if self.own is None and _is_starlette_endpoint(signature):
-            self.own = names[-1]
+        if self.own is None:
+            self.own = _starlettes_own(signature)
         self.index = None if self.own is None else names.index(self.own)
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request | None:
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HTTPConnection | None:
         if self.own is None:
             found = kwargs.pop(_INJECTED, None)
         elif self.own in kwargs:
             found = kwargs[self.own]
         else:
             found = args[self.index] if self.index is not None and len(args) > self.index else None
-        return found if isinstance(found, Request) else None
+        return found if isinstance(found, (Request, WebSocket)) else None
 
 
-def _is_starlette_endpoint(signature: inspect.Signature) -> bool:
-    """``async def endpoint(request)``, which Starlette allows to have no annotation."""
+def _starlettes_own(signature: inspect.Signature) -> str | None:
+    """The request of ``async def endpoint(request)`` or ``on_receive(self, websocket, data)``.
+
+    Starlette allows it to have no annotation. To FastAPI, which knows no ``self``, it would be a query parameter.
+    """
     names = [name for name in signature.parameters if name != "self"]
-    return names == ["request"] and signature.parameters["request"].annotation is inspect.Parameter.empty
+    is_method = len(names) < len(signature.parameters)
+    if names[:1] not in (["request"], ["websocket"]) or (len(names) > 1 and not is_method):
+        return None
+    return names[0] if signature.parameters[names[0]].annotation is inspect.Parameter.empty else None
 
 
 def _dress(guarded: Any, endpoint: Any, signature: inspect.Signature, find: _RequestFinder) -> None:
@@ -264,7 +415,7 @@ def _dress(guarded: Any, endpoint: Any, signature: inspect.Signature, find: _Req
         parameter.replace(annotation=find.annotations[parameter.name]) for parameter in signature.parameters.values()
     ]
     if find.own is None:
-        ours = inspect.Parameter(_INJECTED, inspect.Parameter.KEYWORD_ONLY, annotation=Request, default=None)
+        ours = inspect.Parameter(_INJECTED, inspect.Parameter.KEYWORD_ONLY, annotation=HTTPConnection, default=None)
         at = len(parameters) - (bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
         parameters.insert(at, ours)
     guarded.__signature__ = signature.replace(parameters=parameters, return_annotation=find.returns)
@@ -273,27 +424,39 @@ def _dress(guarded: Any, endpoint: Any, signature: inspect.Signature, find: _Req
 def _refuse_what_cannot_be_covered(endpoint: Any) -> None:
     if inspect.isclass(endpoint) or not callable(endpoint):
         raise TypeError(
-            f"@with_cancelation takes an endpoint (an `async def` function), not {endpoint!r}. It stands below the "
-            "route decorator, directly above the function."
+            f"@with_cancelation takes an endpoint (a function), not {endpoint!r}. It stands below the route decorator, "
+            "directly above the function."
         )
-    function = _innermost(endpoint)
-    if not inspect.isroutine(function):
-        function = type(function).__call__
+    function = _what_runs(endpoint)
     if {"scope", "receive", "send"} <= set(inspect.signature(function).parameters):
         raise TypeError(
             f"{_name(endpoint)} is an ASGI application, and @with_cancelation takes an endpoint. Wrap an application in "
             "RequestCancelationMiddleware."
         )
-    if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
+    if _yields(endpoint):
+        if find_spec("fastapi.sse") is None:
+            raise TypeError(f"{_name(endpoint)}() is a generator: as endpoints, FastAPI has these since 0.135")
+        return
+    if not _is_async(endpoint) and any(
+        _is_a(kind, WebSocket) for kind in _RequestFinder(endpoint, inspect.signature(endpoint)).annotations.values()
+    ):
         raise TypeError(
-            f"{_name(endpoint)}() is a generator, which runs after the handler has returned: @with_cancelation does "
-            "not cover it. Use RequestCancelationMiddleware or CancelableRoute."
+            f"{_name(endpoint)}() is a plain `def`, and a WebSocket endpoint is awaited: make it `async def`."
         )
-    if not inspect.iscoroutinefunction(function):
-        raise TypeError(
-            f"{_name(endpoint)}() is a plain `def`, which runs in a worker thread and cannot be cancelled. Make it "
-            "`async def`, or ask `CancellationEvent.is_set()` in it where it can stop."
-        )
+
+
+def _is_async(endpoint: Any) -> bool:
+    """Whether it or, as FastAPI looks at it, what it wraps is ``async def``."""
+    if inspect.iscoroutinefunction(_what_runs(endpoint)):
+        return True
+    while isinstance(endpoint, functools.partial):
+        endpoint = endpoint.func
+    return inspect.iscoroutinefunction(endpoint)
+
+
+def _what_runs(endpoint: Any) -> Any:
+    function = _innermost(endpoint)
+    return function if inspect.isroutine(function) else type(function).__call__
 
 
 def _innermost(function: Any) -> Any:

@@ -9,9 +9,11 @@ from typing import Annotated, final
 import anyio
 from anyio.abc import TaskGroup
 from fastapi import Depends
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import HTTPConnection
 
-from ._request import RequestBlock, RequestState, handler_state
+from ._refusal import not_a_dependency
+from ._request import RequestState
+from ._socket import handler_state
 from .cancelable import Cancelable
 from .reasons import CancelationReason
 from .settings import seconds
@@ -56,9 +58,14 @@ async def cancelable_dependency(request: HTTPConnection) -> Cancelable:
 
     Each use in a signature gets its own through `RequestCancelable`; all stop with the same request.
     """
-    return RequestBlock(handler_state(request))
+    state = handler_state(request)
+    return state.block_class(state)
 
 
+@not_a_dependency(
+    "Depends(cancelable_with_timeout) would let the client choose the timeout. Call it, with the seconds: "
+    "Annotated[Cancelable, Depends(cancelable_with_timeout(30))]."
+)
 def cancelable_with_timeout(
     timeout: float | timedelta, *, cleanup_grace: float | None = None
 ) -> Callable[[HTTPConnection], Awaitable[Cancelable]]:
@@ -73,7 +80,7 @@ def cancelable_with_timeout(
     async def cancelable_with_timeout_dependency(request: HTTPConnection) -> Cancelable:
         state = handler_state(request)
         state.lift_default()
-        return RequestBlock(state, timeout=limit, cleanup_grace=grace)
+        return state.block_class(state, timeout=limit, cleanup_grace=grace)
 
     return cancelable_with_timeout_dependency
 
@@ -103,7 +110,7 @@ CancellationEvent = Annotated[RequestCancellationEvent, Depends(cancellation)]
 """``event.is_set()`` and ``await event.wait()`` in the handler, which stops where it likes."""
 
 
-def create_request_task_group(request: Request) -> AbstractAsyncContextManager[TaskGroup]:
+def create_request_task_group(request: HTTPConnection) -> AbstractAsyncContextManager[TaskGroup]:
     """A task group whose tasks are cancelled when the client leaves; for use without ``Depends``, Starlette included.
 
     Listening ends with the group. The children are cancelled politely, each with its own grace for its cleanup. A
@@ -112,7 +119,7 @@ def create_request_task_group(request: Request) -> AbstractAsyncContextManager[T
     return _task_group(handler_state(request))
 
 
-async def wait_for_disconnect(request: Request) -> None:
+async def wait_for_disconnect(request: HTTPConnection) -> None:
     """Return when the client has left; for use without ``Depends``, Starlette included.
 
     Listening starts at once, and ends when this returns or is cancelled. What is read meanwhile is replayed to
@@ -136,4 +143,4 @@ async def wait_for_disconnect(request: Request) -> None:
 
 
 def _task_group(state: RequestState) -> AbstractAsyncContextManager[TaskGroup]:
-    return CancelableTaskGroup(RequestBlock(state))
+    return CancelableTaskGroup(state.block_class(state))

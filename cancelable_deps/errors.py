@@ -27,6 +27,9 @@ class CancelationError(HTTPException):
     Starlette and FastAPI answer it with ``status_code`` and ``{"detail": ...}``, with nothing installed. The detail is
     ``message``, so what you pass to ``cancel(message=...)`` reaches the client; of ``ERROR`` it is a fixed sentence,
     because the message there tells of the failure inside.
+
+    On a WebSocket it is a ``WebSocketException`` too, with the close code of the reason as its ``code``, and once the
+    socket is accepted as its ``status_code``.
     """
 
     reason: CancelationReason = CancelationReason.ERROR

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import translate
 from typing import TYPE_CHECKING, Any, cast
 
 from starlette.middleware.base import BaseHTTPMiddleware
-from starlette.responses import JSONResponse
 
 from ._exchange import Limits, run_request
 from ._polite import polite_gate
 from ._request import SCOPE_KEY, RequestState
+from ._socket import run_socket
+from .policies import TimeoutPolicy, answer, check_names_at_start
 from .settings import settings
 
 if TYPE_CHECKING:
     from datetime import timedelta
 
     from starlette.types import ASGIApp, Receive, Scope, Send
-
-    from .errors import CancelationError
 
 Exclude = str | re.Pattern[str] | Callable[["Scope"], bool]
 
@@ -33,6 +32,9 @@ class RequestCancelationMiddleware:
     gone. One whose response has started is cut: nothing more is sent. What runs after a complete response (background
     tasks) is spared.
 
+    A WebSocket is stopped when its client drops while the handler is busy, and closed for the reason; ``default_timeout``
+    does not apply to it, for it may live long.
+
     Place it outside of (add it after) middleware that may take long. Other doors below find its request state: one
     reader, one reason.
 
@@ -41,6 +43,9 @@ class RequestCancelationMiddleware:
     :param exclude: paths that are left alone: a path or a pattern (``"/health"``, ``"/static/*"``), a compiled regular
         expression that must match the whole path, or a function of the ASGI scope.
     :param cleanup_grace: seconds that cleanup may await undisturbed; the default is that of `configure`.
+    :param policies: `TimeoutPolicy` objects by name, which routes choose from. A name that a route has chosen and that
+        is not here is reported when the application starts.
+    :param default_policy: one of them, or another one, in place of ``default_timeout``.
     :raises ValueError: for limits that are negative or NaN, :exc:`TypeError` for what is no number or no pattern.
     """
 
@@ -50,27 +55,32 @@ class RequestCancelationMiddleware:
         default_timeout: float | timedelta | None = None,
         exclude: Exclude | Iterable[Exclude] | None = None,
         cleanup_grace: float | None = None,
+        policies: Mapping[str, TimeoutPolicy] | None = None,
+        default_policy: str | TimeoutPolicy | None = None,
     ) -> None:
         self.app = app
-        self._limits = Limits(default_timeout, cleanup_grace)
+        self._limits = Limits(default_timeout, cleanup_grace, policies, default_policy)
         self._excluded = _matchers(exclude)
         _guard_the_inside_of_base_http_middleware(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or (self._excluded and self._excludes(scope)):
-            await self.app(scope, receive, send)
+            if scope["type"] == "websocket" and not self._excludes(scope):
+                await run_socket(self.app, scope, receive, send, self._limits)
+            else:
+                if scope["type"] == "lifespan":
+                    await check_names_at_start(scope, receive, send, self._limits.policies or {})
+                await self.app(scope, receive, send)
             return
         error = await run_request(self.app, scope, receive, send, self._limits)
         if error is not None:
-            await _answer(error, scope, receive, send)
+            try:
+                await answer(error, scope, receive, send)
+            finally:
+                del error  # Its traceback knows this frame, too, as the caller of those that it has left: a cycle.
 
     def _excludes(self, scope: Scope) -> bool:
         return any(matches(scope) for matches in self._excluded)
-
-
-async def _answer(error: CancelationError, scope: Scope, receive: Receive, send: Send) -> None:
-    response = JSONResponse({"detail": error.detail}, status_code=error.status_code, headers=error.headers)
-    await response(scope, receive, send)
 
 
 def _matchers(exclude: Any) -> list[Callable[[Scope], bool]]:
@@ -132,7 +142,8 @@ class _Gateway:
 
     async def _run(self, state: RequestState, scope: Scope, receive: Receive, send: Send) -> None:
         loop = state.loop
-        state.main_tasks += (loop.current_task(),)
+        task = loop.current_task()
+        state.main_tasks += (task,)
         grace = settings.cleanup_grace if state.cleanup_grace is None else state.cleanup_grace
         gate = polite_gate(loop, grace, lambda origin: state.token.is_cancelled)
         gate.begin()
@@ -140,4 +151,7 @@ class _Gateway:
             await self.app(scope, receive, send)
         except BaseException as exc:
             raise gate.end(exc) or exc  # noqa: B904
+        finally:
+            # The task knows its context, which knows our block, and so us: a cycle.
+            state.main_tasks = tuple(other for other in state.main_tasks if other is not task)
         gate.end(None)

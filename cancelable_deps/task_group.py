@@ -50,7 +50,7 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
     async def __aenter__(self) -> Self:
         self._group = anyio.create_task_group()
         self._loop = current_loop()
-        self._block._enter()
+        self._block._enter(self._loop)
         try:
             await self._group.__aenter__()
         except BaseException as exc:
@@ -60,6 +60,7 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         self._gate.begin()
         self._is_open = True
         self._block._group_scope = self._group.cancel_scope
+        self._block._group_gates = self._gates = {self._block._task: self._gate}
         return self
 
     async def __aexit__(
@@ -67,18 +68,23 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
     ) -> bool:
         # A child that has ended makes the group cancel its body, and so its cleanup, once more: hence a gate here too.
         raised = exc = self._gate.end(exc) or exc
-        del self._gate  # It knows us: a cycle.
+        del self._gate, self._gates[self._block._task]  # It knows us: a cycle.
         try:
             if await self._group.__aexit__(exc_type, exc, traceback):
                 raised = None
         except BaseException as group_exc:
             raised = group_exc
         self._is_open = False
-        self._block._group_scope = None
-        outcome = await self._block._exit(raised)
-        if outcome is not None and outcome is not exc:
-            raise_as_it_is(outcome)
-        return outcome is None
+        self._block._group_scope = self._block._group_gates = None
+        outcome = self._block._leave(raised)
+        if self._block._is_unsettled:
+            await self._block._settle()
+        try:
+            if outcome is not None and outcome is not exc:
+                raise_as_it_is(outcome)
+            return outcome is None
+        finally:
+            del outcome, raised, exc  # Their tracebacks know this frame: cycles, as long as this frame knows them.
 
     def create_task(
         self, coro: Coroutine[Any, Any, T], *, name: object = None, context: Context | None = None
@@ -113,14 +119,19 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
             raise
 
     async def _run(self, coro: Coroutine[Any, Any, T]) -> T:
-        gate = self._make_gate()
+        task = self._loop.current_task()
+        gate = self._gates[task] = self._make_gate()
         gate.begin()
         try:
             result = await coro
         except BaseException as exc:
             # The gate takes the cancellation that ends a grace for its own; to the group the child was cancelled.
             raise gate.end(exc) or exc  # noqa: B904
+        finally:
+            del self._gates[task]
         gate.end(None)
+        if gate.swallowed:
+            await anyio.lowlevel.checkpoint()
         return result
 
     def _make_gate(self) -> Gate:

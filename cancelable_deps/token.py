@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-@final
 class Cause:
     """The first reason, as it was recorded at the moment of cancelling. Two causes are the same if they are one object."""
 
@@ -25,7 +24,8 @@ class Cause:
 
     def __init__(self, reason: CancelationReason, message: str | None) -> None:
         self.reason = reason
-        self.message = message
+        # Half a surrogate pair, as JSON may bring it in, can go into no response, close frame or log.
+        self.message = message.encode(errors="replace").decode() if message else message
         self.at = datetime.now(UTC)
 
     def error(self) -> CancelationError:

@@ -1,4 +1,9 @@
-"""A client at the level of ASGI messages: what a server would send, when the test says so."""
+"""A server's end of one request, message by message, for the tests of our own reader.
+
+Other tests use `cancelable_deps.testing`, by way of `tests.calls`. That client hides what these count: how many messages
+were taken and how they were cut, all of them there from the beginning. And it keeps what it knows of a request, so that
+nothing can be said of what is left as garbage.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import anyio.lowlevel
 
+from tests.calls import CEILING
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from starlette.types import ASGIApp, Message, Scope
-
-CEILING = 10
-"""Seconds after which a state that a test waits for will not come any more."""
 
 
 class Call:
@@ -25,13 +29,10 @@ class Call:
     def __init__(
         self,
         app: ASGIApp,
-        path: str = "/",
         *,
         method: str = "GET",
         body: bytes | Iterable[bytes] = b"",
         headers: dict[str, str] | None = None,
-        query: str = "",
-        spec_version: str = "2.3",
         once: bool = False,
     ) -> None:
         self.app = app
@@ -48,14 +49,14 @@ class Call:
         self._changed = anyio.Event()
         self.scope: Scope = {
             "type": "http",
-            "asgi": {"version": "3.0", "spec_version": spec_version},
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
             "http_version": "1.1",
             "method": method,
             "scheme": "http",
-            "path": path,
-            "raw_path": path.encode(),
+            "path": "/",
+            "raw_path": b"/",
             "root_path": "",
-            "query_string": query.encode(),
+            "query_string": b"",
             "headers": [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()],
             "client": ("127.0.0.1", 50000),
             "server": ("127.0.0.1", 80),
@@ -102,10 +103,6 @@ class Call:
         self.gone = True
         self._notify()
 
-    def deliver(self, body: bytes, *, more_body: bool = True) -> None:
-        self._incoming.append({"type": "http.request", "body": body, "more_body": more_body})
-        self._notify()
-
     async def run(self) -> Call:
         """Run the application to its end, and keep what it raises."""
         try:
@@ -113,11 +110,6 @@ class Call:
         except Exception as exc:
             self.error = exc
         return self
-
-    async def completed(self) -> None:
-        """Wait until the application has sent the last byte."""
-        while not self._complete:
-            await self._changed.wait()
 
     async def listened_to(self) -> None:
         """Wait until the application, or we for it, awaits ``receive()`` and stands still."""
@@ -130,11 +122,6 @@ class Call:
         return next((message["status"] for message in self.sent if message["type"] == "http.response.start"), None)
 
     @property
-    def response_headers(self) -> dict[str, str]:
-        start = next(message for message in self.sent if message["type"] == "http.response.start")
-        return {name.decode(): value.decode() for name, value in start["headers"]}
-
-    @property
     def body(self) -> bytes:
         return b"".join(m.get("body", b"") for m in self.sent if m["type"] == "http.response.body")
 
@@ -142,30 +129,18 @@ class Call:
     def json(self) -> Any:
         return json.loads(self.body)
 
-    @property
-    def is_complete(self) -> bool:
-        return self._complete
 
-
-async def get(app: ASGIApp, path: str = "/", **options: Any) -> Call:
+async def get(app: ASGIApp, **options: Any) -> Call:
     """A request whose client stays."""
     with anyio.fail_after(CEILING):
-        return await Call(app, path, **options).run()
+        return await Call(app, **options).run()
 
 
 @asynccontextmanager
-async def running(app: ASGIApp, path: str = "/", **options: Any) -> AsyncGenerator[Call]:
+async def running(app: ASGIApp, **options: Any) -> AsyncGenerator[Call]:
     """A request that runs beside the test; leaving waits for its end."""
-    call = Call(app, path, **options)
+    call = Call(app, **options)
     with anyio.fail_after(CEILING):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(call.run)
             yield call
-
-
-async def hang_up_once(app: ASGIApp, started: anyio.Event, path: str = "/", **options: Any) -> Call:
-    """A request whose client leaves as soon as the handler has set ``started``."""
-    async with running(app, path, **options) as call:
-        await started.wait()
-        call.hang_up()
-    return call

@@ -26,7 +26,13 @@ async def nothing_left() -> AsyncGenerator[None]:
     """
     before = _tasks()
     timers = _handles()
-    yield
+    try:
+        yield
+    finally:
+        await _look(before, timers)
+
+
+async def _look(before: set[Any], timers: list[asyncio.Handle]) -> None:
     for _ in range(_ITERATIONS):
         await anyio.lowlevel.checkpoint()
     tasks = [task for task in _tasks() - before if not _is_sweep(_called_by(task))]

@@ -7,11 +7,13 @@ The journal and the gates are served under no door.
 
 import hashlib
 import logging
+import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Annotated, Any, TypeVar
 
 import anyio
+import anyio.from_thread
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
@@ -20,19 +22,24 @@ from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
+from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cancelable_deps import (
     Cancelable,
     CancelableRoute,
+    CancelationError,
     CancellationEvent,
     RequestCancelable,
     RequestCancelationMiddleware,
     RequestTaskGroup,
+    cancelable_streaming_response,
     cancelable_with_timeout,
     current_cancelable,
     with_cancelation,
 )
+from tests.server_policies import policies_app
+from tests.server_workers import add_worker_endpoints
 
 DOWNLOAD = [hashlib.sha512(bytes([number])).digest() * 1024 for number in range(128)]
 DOWNLOAD_DIGEST = hashlib.sha256(b"".join(DOWNLOAD)).hexdigest()
@@ -350,6 +357,109 @@ def build() -> FastAPI:
 
 
 root = build()
+add_worker_endpoints(root, journal.add)
+root.mount("/policies", policies_app(journal.add))
+
+
+async def endless(key: str) -> AsyncIterator[bytes]:
+    try:
+        yield b"first"
+        await anyio.sleep_forever()
+    except anyio.get_cancelled_exc_class():
+        journal.add(key, "cancelled")
+        raise
+    finally:
+        await anyio.sleep(0.01)
+        journal.add(key, "cleaned up")
+
+
+async def flood(key: str) -> AsyncIterator[bytes]:
+    """More than any buffer between us and a client that does not read."""
+    try:
+        for _ in range(48):
+            yield bytes(1024 * 1024)
+        journal.add(key, "all sent")
+    finally:
+        journal.add(key, "cleaned up")
+
+
+def add_streams(app: FastAPI) -> None:
+    @app.get("/flood")
+    async def flooding(request: Request) -> StreamingResponse:
+        return cancelable_streaming_response(flood(key_of(request)), send_timeout=0.5)
+
+    @app.get("/stream")
+    async def stream(request: Request, kind: str = "application/octet-stream", timeout: float | None = None) -> Any:
+        return cancelable_streaming_response(endless(key_of(request)), media_type=kind, timeout=timeout)
+
+    @app.get("/starlette-stream")
+    async def starlette_stream(request: Request) -> StreamingResponse:
+        return StreamingResponse(endless(key_of(request)))
+
+
+def add_generators(app: FastAPI) -> None:
+    """FastAPI's own generator endpoints, decorated; older ones of it have none."""
+    try:
+        from fastapi.sse import EventSourceResponse
+    except ImportError:
+        return
+
+    def add(kind: str, timeout: float | None, **options: Any) -> None:
+        @app.get(f"/generated/{kind}", **options)
+        @with_cancelation(timeout=timeout)
+        async def generate(request: Request) -> AsyncIterator[str]:
+            async for chunk in endless(key_of(request)):
+                yield chunk.decode()
+
+    def add_plain(kind: str, **options: Any) -> None:
+        @app.get(f"/generated/plain-{kind}", **options)
+        @with_cancelation
+        def generate(request: Request) -> Iterator[str]:
+            cancel = current_cancelable()
+            assert cancel is not None
+            try:
+                yield "first"
+                while True:
+                    cancel.check()
+                    time.sleep(0.001)
+            except CancelationError:
+                anyio.from_thread.run_sync(journal.add, key_of(request), "cancelled")
+                raise
+            finally:
+                anyio.from_thread.run_sync(journal.add, key_of(request), "cleaned up")
+
+    for name, timeout in (("", None), ("timed-", SHORT)):
+        add(f"{name}sse", timeout, response_class=EventSourceResponse)
+        add(f"{name}jsonl", timeout)
+        add(f"{name}raw", timeout, response_class=StreamingResponse)
+    add_plain("sse", response_class=EventSourceResponse)
+    add_plain("jsonl")
+    add_plain("raw", response_class=StreamingResponse)
+
+    @app.get("/guarded", response_class=StreamingResponse)
+    @with_cancelation
+    async def guarded(request: Request) -> AsyncIterator[str]:
+        cancel = current_cancelable()
+        assert cancel is not None
+        with cancel.defer_disconnect():
+            yield "first"
+            while not cancel.client_has_left:  # noqa: ASYNC110
+                await anyio.sleep(0.01)
+            journal.add(key_of(request), "past the point")
+            yield "second"
+        async for chunk in endless(key_of(request)):
+            yield chunk.decode()
+
+
+def streaming_apps() -> list[Any]:
+    stacks = {route.path: route.app for route in root.routes if isinstance(route, Mount)}
+    return [root, *(stacks[path] for path in ("/mounted", "/timed", "/inside", "/outside"))]
+
+
+for streaming in streaming_apps():
+    assert isinstance(streaming, FastAPI)
+    add_streams(streaming)
+    add_generators(streaming)
 
 
 @root.get("/journal/{key}")

@@ -15,6 +15,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 import trio
+import uvloop
 
 from cancelable_deps._backend import AsyncioLoop, EventLoop, TrioLoop, current_loop
 
@@ -65,6 +66,17 @@ def test_each_loop_has_its_own() -> None:
     assert isinstance(second, TrioLoop)
     assert third is not first
     assert not any(loop.is_running_here() for loop in (first, second, third))
+
+
+@pytest.mark.parametrize("options", [{}, {"loop_factory": uvloop.new_event_loop}])
+def test_loops_that_take_turns_in_a_thread_stay_what_they_are(options: dict[str, Any]) -> None:
+    async def ask() -> EventLoop:
+        return current_loop()
+
+    with asyncio.Runner(**options) as one, asyncio.Runner(**options) as other:
+        first, second = one.run(ask()), other.run(ask())
+        assert one.run(ask()) is first
+        assert other.run(ask()) is second
 
 
 def test_trio_as_a_guest_of_asyncio_is_trio() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import inflight, overhead
+from benchmarks import check, inflight, overhead
 from benchmarks._doors import OURS
 from benchmarks._variants import BARE, FLOORS, REFERENCES, Variant
 
@@ -93,3 +93,10 @@ def test_inflight_prints_a_row_for_each_number_of_requests(
 )
 def test_inflight_marks_a_missed_target(over_bare: float, hang_up: float, growth: float, words: str) -> None:
     assert inflight.missed(over_bare, hang_up, growth).removeprefix("  MISSED: ") == words
+
+
+def test_check_prints_a_row_for_each_block(capsys: pytest.CaptureFixture[str]) -> None:
+    check.main(["--calls=100"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:28].rstrip() for line in lines[1:]] == list(check.BLOCKS)
+    assert all(float(line.split()[-2]) > 0 for line in lines[1:])

@@ -7,7 +7,9 @@ import asyncio
 import gc
 import math
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -1184,3 +1186,39 @@ async def test_nothing_is_left_of_a_block(end: Callable[[Cancelable], Awaitable[
     assert not block.token._listeners
     assert current_cancelable() is None
     assert not block.is_active
+
+
+async def test_a_block_that_shares_the_token_of_one_around_it_delivers_once() -> None:
+    cleaned = False
+    with pytest.raises(TimeoutCancelation):
+        async with Cancelable(timeout=0.02), Cancelable() as middle:
+            try:
+                async with Cancelable(token=middle.token):
+                    await anyio.sleep_forever()
+            finally:
+                await anyio.sleep(0.02)
+                cleaned = True
+    assert cleaned
+
+
+async def test_a_stopped_block_is_no_work_for_the_garbage_collector() -> None:
+    """The traceback of its error knows the frames that it has left, and these must not know the error."""
+
+    class Held:
+        pass
+
+    async def work(held: Held) -> None:
+        async with Cancelable() as block:
+            await block.cancel()
+
+    held = Held()
+    alive = weakref.ref(held)
+    gc.disable()
+    try:
+        with suppress(ManualCancelation):
+            await work(held)
+        del held
+        await anyio.wait_all_tasks_blocked()
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -63,5 +63,17 @@ def test_hang_up_by_hand(page: Page) -> None:
     assert errors == []
 
 
+@pytest.mark.xdist_group("demo")
+def test_process_is_shown_and_gone(page: Page) -> None:
+    card = page.locator("[data-work=collatz]")
+    covered = card.locator("[data-lane=with]")
+    card.get_by_role("button", name="Start").click()
+    expect(covered.locator("[data-is=cpu]")).to_have_text(re.compile(r"^[\d,]+ ms$"), timeout=30_000)
+    card.get_by_role("button", name="Hang up").click()
+    expect(covered.locator("[data-is=reason]")).to_have_text("DISCONNECT", timeout=30_000)
+    expect(covered.locator("[data-is=process]")).to_have_text(re.compile(r"^\d+, gone$"))
+    expect(page.locator("[data-work=report] [data-is=process]")).to_have_count(0)
+
+
 def number(text: str) -> int:
     return int(text.split()[0].replace(",", ""))

@@ -1,31 +1,46 @@
+# ruff: noqa: SIM117 - the client is one thing, a call another
 """Every file in `examples/` does what its docstring says."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import re
 import runpy
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.to_thread
+import httpx
+import psutil
 import pytest
+import trio.testing
 import uvicorn
 
-from cancelable_deps import CancelationReason, CancelationToken
+from cancelable_deps import CancelationReason, CancelationToken, begin_shutdown
+from cancelable_deps.testing import CancelableClient, HangUp, SocketClosed, advance, assert_cancelled
 from examples import (
     background_worker,
     disconnect,
     middleware,
     partial_result,
+    policies,
+    processes,
     route_class,
+    shutdown,
+    streaming,
+    sync_handlers,
     task_group,
+    testing,
     timeout,
     upload,
+    websocket,
 )
+from tests.calls import connected, running
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -35,69 +50,28 @@ if TYPE_CHECKING:
     Message = MutableMapping[str, Any]
 
 pytestmark = pytest.mark.anyio
+in_no_time = pytest.mark.parametrize("anyio_backend", ["asyncio", ("trio", {"clock": trio.testing.MockClock()})])
 
 EXAMPLES = sorted(path.stem for path in Path(__file__).parent.with_name("examples").glob("[!_]*.py"))
 
 
-class Client:
-    """One request by plain ASGI; it hangs up as soon as somebody listens for that, or stays to the end."""
-
-    def __init__(self, method: str, path: str, *, body: tuple[bytes, ...] = (b"",), stays: bool = False) -> None:
-        path, _, query = path.partition("?")
-        self.scope = {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "http_version": "1.1",
-            "method": method,
-            "path": path,
-            "raw_path": path.encode(),
-            "query_string": query.encode(),
-            "root_path": "",
-            "scheme": "http",
-            "headers": [(b"host", b"test")],
-            "client": ("127.0.0.1", 1),
-            "server": ("127.0.0.1", 80),
-        }
-        self.pieces = list(body)
-        self.stays = stays
-        self.status = 0
-        self.body = b""
-        self.complete = anyio.Event()
-
-    async def receive(self) -> Message:
-        if self.pieces:
-            piece = self.pieces.pop(0)
-            unfinished = bool(piece) and not self.stays
-            return {"type": "http.request", "body": piece, "more_body": bool(self.pieces) or unfinished}
-        if self.stays:
-            await self.complete.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            return
-        self.body += message["body"]
-        if not message.get("more_body"):
-            self.complete.set()
-
-    async def request(self, app: FastAPI) -> int:
-        with anyio.fail_after(20):
-            await app(self.scope, self.receive, self.send)
-        return self.status
-
-    def json(self) -> Any:
-        return json.loads(self.body)
+async def hang_up(app: FastAPI, method: str, path: str, *body: bytes) -> int | None:
+    """The status of a request whose client leaves before its last byte, as soon as somebody listens for that."""
+    size = sum(map(len, body))
+    async with CancelableClient(app, ceiling=20) as client:
+        async with client.start(method, path, content=body or None, hang_up=HangUp.after_request(size - 1)) as call:
+            pass
+    return call.status
 
 
-async def hang_up(app: FastAPI, method: str, path: str, *body: bytes) -> int:
-    return await Client(method, path, body=body or (b"",)).request(app)
-
-
-async def stay(app: FastAPI, method: str, path: str, *body: bytes) -> Client:
-    client = Client(method, path, body=body or (b"",), stays=True)
-    await client.request(app)
-    return client
+async def stay(app: FastAPI, method: str, path: str, *body: bytes, after: float = 0) -> httpx.Response:
+    """The response to a client that stays, when the clock has gone on by so many seconds."""
+    async with CancelableClient(app, ceiling=20) as client:
+        async with client.start(method, path, content=body or None) as call:
+            if after:
+                await call.running()
+                await advance(after)
+        return await call.response()
 
 
 async def test_disconnect(capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,10 +79,11 @@ async def test_disconnect(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "the query is over, its connection is back in the pool\n"
 
 
+@in_no_time
 @pytest.mark.parametrize(("path", "status"), [("/decorated", 504), ("/dependency", 504), ("/own-status", 503)])
 async def test_timeout(path: str, status: int) -> None:
-    client = await stay(timeout.app, "GET", path)
-    assert (client.status, client.json()) == (status, {"detail": "Timed out after 0.5 seconds"})
+    client = await stay(timeout.app, "GET", path, after=0.5)
+    assert (client.status_code, client.json()) == (status, {"detail": "Timed out after 0.5 seconds"})
 
 
 async def test_task_group_hang_up(capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +93,7 @@ async def test_task_group_hang_up(capsys: pytest.CaptureFixture[str]) -> None:
 
 async def test_task_group_refusal(capsys: pytest.CaptureFixture[str]) -> None:
     client = await stay(task_group.app, "GET", "/offers?article=sold-out")
-    assert (client.status, client.json()) == (409, {"detail": "near has sold out"})
+    assert (client.status_code, client.json()) == (409, {"detail": "near has sold out"})
     assert capsys.readouterr().out == "far was not waited for\n"
 
 
@@ -132,9 +107,13 @@ async def test_partial_result(monkeypatch: pytest.MonkeyPatch) -> None:
     assert client.json() == {"from": done, "imported": 5}
 
 
-async def test_middleware(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@in_no_time
+async def test_middleware_timeout() -> None:
+    assert (await stay(middleware.app, "GET", "/report", after=2)).status_code == 504
+
+
+async def test_middleware(capsys: pytest.CaptureFixture[str]) -> None:
     assert await hang_up(middleware.app, "GET", "/report") == 499
-    assert (await stay(middleware.app, "GET", "/report")).status == 504
     assert (await stay(middleware.app, "GET", "/health")).json() == "alive"
     assert (await stay(middleware.app, "POST", "/orders")).json() == "ordered"
     assert capsys.readouterr().out == "the invoice is on its way\n"
@@ -179,6 +158,93 @@ async def test_background_worker_is_interrupted() -> None:
     assert outcomes == {"endless": "interrupted"}
 
 
+async def test_websocket(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(websocket, "THINKING", 0.001)
+    monkeypatch.setattr(websocket, "IDLE", 0.2)
+    async with connected(websocket.app, "/ask") as socket:
+        await socket.send_text("Why?")
+        words = [await socket.receive_text() for _ in range(5)]
+        with pytest.raises(SocketClosed, match=r"4504: No message for 0\.2 seconds"):
+            await socket.receive_text()
+    assert " ".join(words) == "I have thought about 'Why?'"
+    assert capsys.readouterr().out == "Why? is answered\n"
+    assert (await stay(websocket.app, "GET", "/")).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/ask", "/report"])
+async def test_websocket_dropped(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    async with connected(websocket.app, path) as socket:
+        await socket.send_text("Why?")
+        await socket.running()
+    assert_cancelled(socket, CancelationReason.DISCONNECT)
+    assert capsys.readouterr().out.endswith(" was stopped: nobody listens any more\n")
+
+
+@in_no_time
+async def test_shutdown(capsys: pytest.CaptureFixture[str]) -> None:
+    async with CancelableClient(shutdown.app, ceiling=20) as client:
+        async with (
+            client.start("GET", "/report") as report,
+            client.start("GET", "/ticks") as ticks,
+            client.start("POST", "/orders") as orders,
+        ):
+            await orders.running()
+            begin_shutdown()
+            assert (await ticks.response()).content == b"tick\ngoodbye\n"
+            await advance(2.9)
+            assert report.status is None
+            await advance(0.1)
+            assert report.status == 503
+    assert [call.status for call in (report, ticks, orders)] == [503, 200, 200]
+    assert capsys.readouterr().out == ("the e-mail waits for the next start, because of a signal\nthe pool is closed\n")
+
+
+async def test_sync_handlers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert await hang_up(sync_handlers.app, "GET", "/primes") == 499
+    assert re.fullmatch(r"stopped after \d+ primes: disconnect\n", capsys.readouterr().out)
+    assert (await stay(sync_handlers.app, "GET", "/primes/limited")).status_code == 504
+    assert re.fullmatch(r"stopped after \d+ primes: timeout\n", capsys.readouterr().out)
+
+
+async def test_sync_handlers_legacy(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_end = threading.Event()
+    monkeypatch.setattr(sync_handlers, "time", SimpleNamespace(sleep=lambda seconds: may_end.wait(20)))
+    assert (await stay(sync_handlers.app, "GET", "/legacy")).status_code == 504
+    assert anyio.to_thread.current_default_thread_limiter().borrowed_tokens == 1
+    may_end.set()
+
+
+async def test_processes(capfd: pytest.CaptureFixture[str]) -> None:
+    client = await stay(processes.app, "GET", "/collatz?below=1000")
+    answer = client.json()
+    assert (answer["start"], answer["steps"]) == (871, 178)
+    # The next job finds this process waiting, and is killed with it.
+    assert await hang_up(processes.app, "GET", "/collatz?below=100000000") == 499
+    assert not psutil.pid_exists(answer["process"])
+    assert (await stay(processes.app, "GET", "/collatz/limited?below=100000000")).status_code == 504
+    assert not [child for child in psutil.Process().children() if "_child.py" in " ".join(child.cmdline())]
+
+
+@in_no_time
+async def test_policies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policies.REPORT, "exceeded", 0)
+    assert (await stay(policies.app, "GET", "/search?thorough=true", after=3)).json() == ["found"]
+    assert (await stay(policies.app, "GET", "/report?seconds=5", after=5)).json() == "the report"
+    assert (await stay(policies.app, "GET", "/stats")).json() == {"reports that took longer than 2 seconds": 1}
+    response = await stay(policies.app, "GET", "/search", after=1)
+    assert (response.status_code, response.json()["hint"]) == (503, "ask for less")
+
+
+async def test_testing() -> None:
+    await testing.test_hang_up()
+    await testing.test_hang_up_by_itself()
+
+
+@in_no_time
+async def test_testing_in_no_time() -> None:
+    await testing.test_timeout()
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_runs_as_a_program(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[object] = []
@@ -193,7 +259,7 @@ def test_runs_as_a_program(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tells_how_to_run_it(name: str) -> None:
     docstring = importlib.import_module(f"examples.{name}").__doc__ or ""
     assert f"python -m examples.{name}\n" in docstring
-    assert "curl" in docstring
+    assert "curl" in docstring or name == "testing"
 
 
 def test_every_example_is_tested() -> None:
@@ -201,3 +267,31 @@ def test_every_example_is_tested() -> None:
     untested = [name for name in EXAMPLES if not any(test.startswith(f"test_{name}") for test in tested)]
     assert EXAMPLES
     assert untested == []
+
+
+async def test_streaming() -> None:
+    streaming.journal.clear()
+    async with running(streaming.app, "/chat", hang_up=HangUp.after_response()):
+        pass
+    assert streaming.journal == ["upstream closed"]
+
+
+async def test_streaming_past_the_point_of_cancelling() -> None:
+    streaming.journal.clear()
+    async with running(streaming.app, "/chat") as call:
+        async for chunk in call.chunks():
+            if b"finish" in chunk:
+                break
+        await call.hang_up()
+    assert streaming.journal == ["usage: 3 tokens", "upstream closed"]
+
+
+@in_no_time
+async def test_streaming_events_and_report() -> None:
+    streaming.journal.clear()
+    ticks = await stay(streaming.app, "GET", "/ticks", after=1.1)
+    assert streaming.journal == ["ticks closed"]
+    assert 'event: cancelled\ndata: {"reason": "timeout"' in ticks.text
+    report = await stay(streaming.app, "GET", "/report", after=1)
+    assert report.text.count("event: progress\n") == 2
+    assert report.text.endswith('event: result\ndata: {"pages": 2}\n\n')

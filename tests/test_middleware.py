@@ -23,7 +23,8 @@ from cancelable_deps import (
     current_cancelable,
     with_cancelation,
 )
-from tests.asgi import Call, get, hang_up_once, running
+from cancelable_deps.testing import CancelableClient
+from tests.calls import get, hang_up, running
 
 pytestmark = pytest.mark.anyio
 
@@ -46,12 +47,11 @@ class Metrics:
         await self.app(scope, receive, note)
 
 
-def waiting_app(started: anyio.Event, **options: Any) -> FastAPI:
+def waiting_app(**options: Any) -> FastAPI:
     app = FastAPI()
 
     @app.get("/")
     async def wait() -> None:
-        started.set()
         await anyio.sleep_forever()
 
     app.add_middleware(RequestCancelationMiddleware, **options)
@@ -59,32 +59,29 @@ def waiting_app(started: anyio.Event, **options: Any) -> FastAPI:
 
 
 async def test_client_that_leaves_stops_the_handler() -> None:
-    started = anyio.Event()
-    call = await hang_up_once(waiting_app(started), started)
-    assert (call.status, call.json) == (499, {"detail": "Client closed the request"})
+    call = await hang_up(waiting_app())
+    assert (call.status, call.json()) == (499, {"detail": "Client closed the request"})
 
 
 @pytest.mark.parametrize("timeout", [0.02, timedelta(milliseconds=20), 0])
 async def test_default_timeout(timeout: Any) -> None:
-    call = await get(waiting_app(anyio.Event(), default_timeout=timeout))
+    call = await get(waiting_app(default_timeout=timeout))
     assert call.status == 504
-    assert call.json["detail"].startswith("Timed out after")
+    assert call.json()["detail"].startswith("Timed out after")
 
 
 async def test_outer_middleware_sees_the_status() -> None:
     statuses: list[int] = []
-    started = anyio.Event()
-    app = waiting_app(started, default_timeout=0.05)
+    app = waiting_app(default_timeout=0.05)
     app.add_middleware(Metrics, statuses=statuses)
-    await hang_up_once(app, started)
+    await hang_up(app)
     await get(app)
     assert statuses == [499, 504]
 
 
 async def test_one_line_is_logged_and_nothing_louder(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    started = anyio.Event()
-    await hang_up_once(waiting_app(started), started)
+    await hang_up(waiting_app())
     ours = [record for record in caplog.records if record.name == "cancelable_deps"]
     assert len(ours) == 1
     assert re.fullmatch(r"GET / cancelled after \d+\.\d+ s: disconnect", ours[0].getMessage())
@@ -109,23 +106,20 @@ async def test_background_tasks_are_spared(handler_seconds: float) -> None:
 
     app.add_middleware(RequestCancelationMiddleware, default_timeout=0.06)
     async with running(app) as call:
-        await call.completed()
-        call.hang_up()
+        await call.response()
+        await call.hang_up()
     assert call.status == 200
     assert done.is_set()
 
 
 async def test_plain_starlette_application() -> None:
-    started = anyio.Event()
-
     async def wait(request: Request) -> Response:
-        started.set()
         await anyio.sleep_forever()
         raise AssertionError
 
     app = RequestCancelationMiddleware(Starlette(routes=[Route("/", wait)]))
-    call = await hang_up_once(app, started)
-    assert call.json == {"detail": "Client closed the request"}
+    call = await hang_up(app)
+    assert call.json() == {"detail": "Client closed the request"}
 
 
 async def test_bare_application_may_raise_our_errors() -> None:
@@ -156,7 +150,7 @@ async def test_excluded_paths_are_left_alone(exclude: Any, path: str, is_covered
         return current_cancelable() is not None
 
     app.add_middleware(RequestCancelationMiddleware, exclude=exclude)
-    assert (await get(app, path)).json is is_covered
+    assert (await get(app, path)).json() is is_covered
 
 
 @pytest.mark.parametrize(
@@ -186,7 +180,7 @@ async def test_the_route_wins_over_the_default(timeout: float | None) -> None:
         return "finished"
 
     app.add_middleware(RequestCancelationMiddleware, default_timeout=0.03)
-    assert (await get(app)).json == "finished"
+    assert (await get(app)).json() == "finished"
 
 
 async def test_bare_decorator_keeps_the_default() -> None:
@@ -204,12 +198,11 @@ async def test_bare_decorator_keeps_the_default() -> None:
 @pytest.mark.parametrize("where", ["inside", "outside", "both", "twice inside"])
 @pytest.mark.parametrize("ending", ["hang up", "time out", "finish"])
 async def test_base_http_middleware_anywhere(where: str, ending: str) -> None:
-    started, cleaned = anyio.Event(), anyio.Event()
+    cleaned = anyio.Event()
     app = FastAPI()
 
     @app.post("/")
     async def endpoint(request: Request) -> int:
-        started.set()
         try:
             await anyio.sleep(0.03 if ending == "finish" else 100)
         finally:
@@ -227,22 +220,19 @@ async def test_base_http_middleware_anywhere(where: str, ending: str) -> None:
     app.add_middleware(RequestCancelationMiddleware, default_timeout=0.3 if ending == "time out" else None)
     if where in {"outside", "both"}:
         app.middleware("http")(passing)
-    async with running(app, method="POST", body=b"12345") as call:
-        await started.wait()
+    async with running(app, method="POST", content=b"12345") as call:
+        await call.running()
         if ending == "hang up":
-            call.hang_up()
-    assert call.error is None
+            await call.hang_up()
     assert call.status == {"hang up": 499, "time out": 504, "finish": 200}[ending]
     assert cleaned.is_set()
 
 
 async def test_gzip_and_cors_inside_and_outside() -> None:
-    started = anyio.Event()
     app = FastAPI()
 
     @app.get("/wait")
     async def wait() -> None:
-        started.set()
         await anyio.sleep_forever()
 
     @app.get("/text")
@@ -254,27 +244,26 @@ async def test_gzip_and_cors_inside_and_outside() -> None:
     app.add_middleware(RequestCancelationMiddleware)
     app.add_middleware(CORSMiddleware, allow_origins=["*"])
     headers = {"origin": "http://example.org", "accept-encoding": "gzip"}
-    call = await hang_up_once(app, started, "/wait", headers=headers)
-    assert (call.status, call.response_headers["access-control-allow-origin"]) == (499, "*")
+    call = await hang_up(app, "/wait", headers=headers)
+    assert (call.status, call.headers["access-control-allow-origin"]) == (499, "*")
     call = await get(app, "/text", headers=headers)
-    assert (call.status, call.response_headers["content-encoding"]) == (200, "gzip")
+    assert (call.status, call.headers["content-encoding"]) == (200, "gzip")
 
 
 async def test_mounted_application_shares_the_request() -> None:
-    started = anyio.Event()
     app = FastAPI()
-    app.mount("/sub", waiting_app(started, default_timeout=None))
+    app.mount("/sub", waiting_app(default_timeout=None))
     app.add_middleware(RequestCancelationMiddleware, default_timeout=5)
-    call = await hang_up_once(app, started, "/sub/")
+    call = await hang_up(app, "/sub/")
     assert (call.status, call.most_readers) == (499, 1)
 
 
 async def test_default_of_a_mounted_application_replaces_the_outer_one() -> None:
     app = FastAPI()
-    app.mount("/sub", waiting_app(anyio.Event(), default_timeout=0.02))
+    app.mount("/sub", waiting_app(default_timeout=0.02))
     app.add_middleware(RequestCancelationMiddleware, default_timeout=100)
     call = await get(app, "/sub/")
-    assert call.json == {"detail": "Timed out after 0.02 seconds"}
+    assert call.json() == {"detail": "Timed out after 0.02 seconds"}
 
 
 async def test_cancel_through_current_cancelable_stops_the_request() -> None:
@@ -288,7 +277,7 @@ async def test_cancel_through_current_cancelable_stops_the_request() -> None:
 
     app.add_middleware(RequestCancelationMiddleware)
     call = await get(app)
-    assert (call.status, call.json) == (499, {"detail": "replaced by a newer request"})
+    assert (call.status, call.json()) == (499, {"detail": "replaced by a newer request"})
 
 
 async def test_cut_stream_is_not_completed() -> None:
@@ -309,14 +298,12 @@ async def test_cut_stream_is_not_completed() -> None:
 
 @pytest.mark.parametrize("spec_version", ["2.3", "2.4"])
 async def test_stream_is_stopped_when_its_client_leaves(spec_version: str) -> None:
-    started = anyio.Event()
     ended = anyio.Event()
     app = FastAPI()
 
     async def chunks() -> AsyncIterator[bytes]:
         try:
             yield b"first"
-            started.set()
             await anyio.sleep_forever()
         finally:
             ended.set()
@@ -326,8 +313,7 @@ async def test_stream_is_stopped_when_its_client_leaves(spec_version: str) -> No
         return StreamingResponse(chunks())
 
     app.add_middleware(RequestCancelationMiddleware)
-    call = await hang_up_once(app, started, spec_version=spec_version)
-    assert call.error is None
+    await hang_up(app, spec_version=spec_version)
     assert ended.is_set()
 
 
@@ -344,9 +330,9 @@ async def test_errors_of_the_application_pass() -> None:
 
     app.add_middleware(RequestCancelationMiddleware)
     assert (await get(app, "/404")).status == 404
-    call = await get(app, "/bug")
+    call = await get(app, "/bug", raise_app_exceptions=False)
     assert call.status == 500
-    assert isinstance(call.error, ValueError)
+    assert isinstance(call.exception, ValueError)
 
 
 async def test_lifespan_and_websocket_pass() -> None:
@@ -355,7 +341,6 @@ async def test_lifespan_and_websocket_pass() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         seen.append(scope["type"])
 
-    middleware = RequestCancelationMiddleware(app)
-    for kind in ("lifespan", "websocket"):
-        await middleware({"type": kind}, Call(app).receive, Call(app).send)
+    async with CancelableClient(RequestCancelationMiddleware(app)) as client, client.websocket("/"):
+        pass
     assert seen == ["lifespan", "websocket"]

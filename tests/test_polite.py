@@ -8,7 +8,8 @@ import inspect
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -20,8 +21,9 @@ import anyio.to_thread
 import pytest
 import trio
 
-from cancelable_deps import Cancelable, CancelationError, ManualCancelation, TimeoutCancelation
-from cancelable_deps._polite import _Stepper
+from cancelable_deps import Cancelable, CancelationError, CancelationToken, ManualCancelation, TimeoutCancelation
+from cancelable_deps._polite_trio import _Stepper
+from cancelable_deps.task_group import CancelableTaskGroup
 
 from .leftovers import nothing_left
 
@@ -457,6 +459,20 @@ async def test_asyncio_timeout_in_the_cleanup_keeps_working() -> None:
 
 
 @on_asyncio
+async def test_a_cleanup_after_asyncio_timeout_that_we_interrupt_may_raise_what_it_cleans_up_for() -> None:
+    """That is the timeout's, which withdraws it for ours: nobody else has asked for an end."""
+    async with nothing_left():
+        with pytest.raises(ManualCancelation):
+            async with Cancelable() as block, asyncio.timeout(0):
+                try:
+                    await anyio.sleep_forever()
+                finally:
+                    with suppress(asyncio.CancelledError):
+                        await block.cancel()
+    assert asyncio.current_task().cancelling() == 0  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@on_asyncio
 async def test_asyncio_wait_for_in_the_cleanup_keeps_working() -> None:
     async with nothing_left():
         with pytest.raises(ManualCancelation):
@@ -513,6 +529,34 @@ async def test_the_cleanup_after_check_has_raised_is_not_disturbed(
     assert journal == CLEANED
 
 
+async def check_in_a_block_that_answers(token: CancelationToken) -> None:
+    with pytest.raises(ManualCancelation):
+        async with Cancelable(token=token, cleanup_grace=SOON) as block:
+            token.cancel_nowait()
+            block.check()
+    await anyio.sleep_forever()
+
+
+async def check_in_a_block_inside(token: CancelationToken) -> None:
+    async with Cancelable(cleanup_grace=SOON) as block:
+        token.cancel_nowait()
+        try:
+            block.check()
+        finally:
+            await anyio.sleep_forever()
+
+
+@pytest.mark.parametrize("stand", [check_in_a_block_that_answers, check_in_a_block_inside])
+async def test_work_that_goes_on_after_check_has_raised_is_stopped_after_the_grace(
+    stand: Callable[[CancelationToken], Awaitable[None]],
+) -> None:
+    token = CancelationToken()
+    async with nothing_left():
+        with anyio.fail_after(10), pytest.raises(ManualCancelation):
+            async with Cancelable(token=token, cleanup_grace=SOON):
+                await stand(token)
+
+
 async def test_the_children_of_a_plain_group_are_stopped_with_the_block() -> None:
     """Without a gate of their own they may be cancelled more than once, but none is forgotten."""
     ended: list[int] = []
@@ -562,6 +606,92 @@ async def test_results_of_children_are_not_taken_for_complete_when_they_were_can
             await work()
 
 
+async def in_a_block_of_its_own(token: CancelationToken) -> None:
+    async with Cancelable(token=token):
+        try:
+            await anyio.sleep_forever()
+        finally:
+            await anyio.wait_all_tasks_blocked()
+
+
+async def in_the_cleanup_of_its_own_scope(token: CancelationToken) -> None:
+    with anyio.CancelScope() as own:
+        own.cancel()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await token.wait()
+                await anyio.wait_all_tasks_blocked()
+    await anyio.sleep_forever()
+
+
+@pytest.mark.parametrize("child", [in_a_block_of_its_own, in_the_cleanup_of_its_own_scope])
+@pytest.mark.parametrize("of_ours", [True, False])
+async def test_a_group_does_not_end_well_because_of_a_child_that_was_cancelled_by_itself(
+    child: Callable[[CancelationToken], Coroutine[Any, Any, None]], of_ours: bool
+) -> None:
+    """What was asked of the child's task must not count for that of the group."""
+    token = CancelationToken()
+
+    async def work() -> str:
+        block = Cancelable(token=token)
+        if of_ours:
+            async with CancelableTaskGroup(block) as tasks:
+                tasks.start_soon(child, token)
+        else:
+            async with block, anyio.create_task_group() as tasks:
+                tasks.start_soon(child, token)
+        return "without the child's result"
+
+    async def cancel() -> None:
+        await anyio.wait_all_tasks_blocked()
+        token.cancel_nowait()
+
+    async with nothing_left():
+        with anyio.fail_after(10):
+            async with anyio.create_task_group() as others:
+                others.start_soon(cancel)
+                with pytest.raises(ManualCancelation):
+                    await work()
+
+
+@on_asyncio
+async def test_a_native_cancellation_in_the_tick_of_ours_counts_beside_that_of_a_child() -> None:
+    token = CancelationToken()
+    counts: list[int] = []
+
+    async def work() -> None:
+        try:
+            async with Cancelable(token=token), anyio.create_task_group() as tasks:
+                tasks.start_soon(in_a_block_of_its_own, token)
+        finally:
+            counts.append(asyncio.current_task().cancelling())  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
+
+    async with nothing_left():
+        task = asyncio.create_task(work())
+        await anyio.wait_all_tasks_blocked()
+        token.cancel_nowait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert counts == [1]
+
+
+@on_asyncio
+async def test_a_scope_around_knows_a_cancellation_that_came_in_the_tick_of_ours() -> None:
+    async with nothing_left():
+        with anyio.CancelScope() as around:
+            async with Cancelable() as block:
+                block.cancel_nowait()
+                try:
+                    await anyio.sleep_forever()
+                finally:
+                    around.cancel()
+        assert around.cancelled_caught
+        assert asyncio.current_task().cancelling() == 0  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
+
+
 def test_on_uvloop() -> None:
     work: list[Work] = []
 
@@ -571,6 +701,38 @@ def test_on_uvloop() -> None:
 
     anyio.run(main, backend="asyncio", backend_options={"use_uvloop": True})
     assert work[0].journal == ["cancelled", *CLEANED, "TimeoutCancelation"]
+
+
+@on_asyncio
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="before, no task starts eagerly")
+@pytest.mark.parametrize("how", ["result", "check"])
+async def test_a_task_that_starts_eagerly_and_cancels_is_as_good_as_the_block_itself(how: str) -> None:
+    journal: list[str] = []
+
+    async def work() -> str:
+        async with Cancelable() as block:
+            canceller = loop.create_task(block.cancel())
+            assert block.is_cancelled
+            if how == "check":
+                try:
+                    block.check()
+                finally:
+                    await cleanup(journal)
+        await canceller
+        return "finished"
+
+    loop = asyncio.get_running_loop()
+    async with nothing_left():
+        loop.set_task_factory(vars(asyncio)["eager_task_factory"])
+        try:
+            if how == "result":
+                assert await loop.create_task(work()) == "finished"
+            else:
+                with pytest.raises(ManualCancelation):
+                    await loop.create_task(work())
+                assert journal == CLEANED
+        finally:
+            loop.set_task_factory(None)
 
 
 @on_asyncio

@@ -5,28 +5,39 @@ from __future__ import annotations
 import subprocess
 import sys
 import types
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, assert_type
 
 import pytest
+from anyio import CapacityLimiter
 from anyio.abc import TaskGroup
-from fastapi import Depends, FastAPI
+from fastapi import APIRouter, Depends, FastAPI, WebSocket
+from starlette.applications import Starlette
 from starlette.requests import Request
 
 import cancelable_deps
 from cancelable_deps import (
     Cancelable,
+    CancelableStreamingResponse,
+    CancelableWebSocket,
     CancelationReason,
     CancelationToken,
     CancellationEvent,
     RequestCancelable,
     RequestCancelationMiddleware,
     RequestTaskGroup,
+    begin_shutdown,
+    cancelable_streaming_response,
     cancelable_with_timeout,
+    cancelation_lifespan,
     create_request_task_group,
     current_cancelable,
+    progress_response,
+    shutdown_token,
     wait_for_disconnect,
     with_cancelation,
 )
@@ -80,6 +91,46 @@ async def configured(item_id: int) -> list[int]:
     return [item_id]
 
 
+@with_cancelation
+def bare_def(item_id: int, *, flag: bool = False) -> str:
+    """A user's endpoint, which runs in a thread."""
+    return f"{item_id} {flag}"
+
+
+@with_cancelation(timeout=3, abandon_thread=True)
+def configured_def(item_id: int) -> list[int]:
+    return [item_id]
+
+
+def plain_work(number: int, text: str) -> float:
+    with Cancelable() as entered:
+        assert_type(entered, Cancelable)
+        entered.check()
+    return number / len(text)
+
+
+async def generator(item_id: int) -> AsyncIterator[str]:
+    yield f"{item_id}"
+
+
+# FastAPI has generators as endpoints since 0.135.
+generated = with_cancelation(timeout=3)(generator) if find_spec("fastapi.sse") else generator
+
+
+async def reporting(cancel: Cancelable) -> int:
+    await cancel.report_progress("half", {"percent": 50})
+    return 1
+
+
+def streaming_code(cancel: RequestCancelable) -> None:
+    assert_type(generated(1), AsyncIterator[str])
+    assert_type(cancelable_streaming_response(generated(1), cancel, gap_timeout=3), CancelableStreamingResponse)
+    assert_type(CancelableStreamingResponse([b"x"], 200, cancel=cancel), CancelableStreamingResponse)
+    assert_type(progress_response(reporting, cancel, timeout=3), CancelableStreamingResponse)
+    with cancel.defer_disconnect():
+        assert_type(cancel.client_has_left, bool)
+
+
 async def user_code(
     request: Request,
     cancel: RequestCancelable,
@@ -89,6 +140,13 @@ async def user_code(
 ) -> None:
     assert_type(await bare(1, flag=True), str)
     assert_type(await configured(1), list[int])
+    assert_type(await bare_def(1, flag=True), str)
+    assert_type(await configured_def(1), list[int])
+    assert_type(await cancel.run_in_thread(plain_work, 1, "a"), float)
+    assert_type(
+        await cancel.run_in_thread(plain_work, 1, "a", abandon_on_cancel=True, limiter=CapacityLimiter(1)), float
+    )
+    assert_type(await cancel.run_in_process(plain_work, 1, "a"), float)
     async with cancel as entered:
         assert_type(entered, Cancelable)
     assert_type(cancel.reason, CancelationReason | None)
@@ -114,6 +172,43 @@ async def user_code(
     def told(block: Cancelable) -> None: ...
 
     told(cancel)
+
+
+@with_cancelation(timeout=3)
+async def on_a_socket(websocket: WebSocket, cancel: RequestCancelable) -> None:
+    async with CancelableWebSocket(websocket, cancel, timeout=timedelta(hours=1), idle_timeout=30) as socket:
+        assert_type(socket, CancelableWebSocket)
+        await socket.accept(subprotocol="chat")
+        assert_type(await socket.receive_text(), str)
+        assert_type(await socket.receive_bytes(), bytes)
+        async for text in socket.iter_text():
+            await socket.send_text(assert_type(text, str))
+        assert_type(socket.cancelable.remaining(), float)
+        assert_type(socket.websocket, WebSocket)
+        await socket.close(code=1000, reason="done")
+    assert_type(await wait_for_disconnect(websocket), None)
+    assert_type(create_request_task_group(websocket), AbstractAsyncContextManager[TaskGroup])
+
+
+@asynccontextmanager
+async def own_lifespan(app: FastAPI) -> AsyncIterator[dict[str, int]]:
+    yield {"pool": 1}
+
+
+@asynccontextmanager
+async def lifespan_of_starlette(app: Starlette) -> AsyncIterator[None]:
+    assert_type(shutdown_token(), CancelationToken)
+    assert_type(begin_shutdown("by order"), bool)
+    yield
+
+
+def test_lifespan_is_accepted_by_the_applications() -> None:
+    wrapped = cancelation_lifespan(own_lifespan, grace=timedelta(seconds=10), retry_after=30)
+    assert_type(wrapped(FastAPI()), AbstractAsyncContextManager[dict[str, int]])
+    assert FastAPI(lifespan=cancelation_lifespan(grace=10, background_grace=5, refuse_new=True))
+    assert FastAPI(lifespan=wrapped)
+    assert Starlette(lifespan=cancelation_lifespan(lifespan_of_starlette))
+    assert APIRouter(lifespan=cancelation_lifespan(lifespan_of_starlette))
 
 
 def test_middleware_is_accepted_by_add_middleware() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import anyio
@@ -12,10 +13,12 @@ import anyio.lowlevel
 import pytest
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cancelable_deps import (
     CancelableRoute,
+    CancelableStreamingResponse,
     CancelationError,
     CancelationReason,
     CancellationEvent,
@@ -28,7 +31,9 @@ from cancelable_deps import (
     with_cancelation,
 )
 from cancelable_deps._request import _HANDLER_STACK_KEY, _REQUEST_STACK_KEY, SCOPE_KEY, RequestState
-from tests.asgi import CEILING, Call, get, hang_up_once, running
+from cancelable_deps.testing import Call, CancelableClient
+from tests import asgi
+from tests.calls import get, hang_up, running
 from tests.leftovers import nothing_left
 
 pytestmark = pytest.mark.anyio
@@ -84,38 +89,35 @@ def application(door: str, work: Any, **options: Any) -> FastAPI:
     return app
 
 
-async def run(call: Call) -> Call:
-    """Run the call, and see that nothing of ours is left."""
-    async with nothing_left():
-        with anyio.fail_after(CEILING):
-            await call.run()
-        # One more turn, for a server's own task would end here and ours with it.
+@asynccontextmanager
+async def checked(app: ASGIApp, **options: Any) -> AsyncGenerator[Call]:
+    """A request that runs beside the test, and leaves nothing of ours."""
+    async with nothing_left(), running(app, **options) as call:
+        yield call
     assert SCOPE_KEY not in call.scope
-    assert call.readers == 0
-    return call
 
 
 @pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("once", [False, True])
-async def test_disconnect_in_the_tick_of_the_handlers_return(door: str, once: bool) -> None:
+@pytest.mark.parametrize("disconnect", ["repeats", "once"])
+async def test_disconnect_in_the_tick_of_the_handlers_return(door: str, disconnect: str) -> None:
     async def work() -> str:
         await anyio.lowlevel.checkpoint()
-        call.hang_up()
+        call.hang_up_nowait()
         return "finished"
 
-    call = Call(application(door, work), once=once)
-    await run(call)
-    assert (call.status, call.json, call.error) == (200, "finished", None)
+    async with checked(application(door, work), disconnect=disconnect) as call:
+        pass
+    assert (call.status, call.json()) == (200, "finished")
 
 
 @pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("door", STOPPING_DOORS)
-@pytest.mark.parametrize("once", [False, True])
-async def test_disconnect_while_the_handler_waits(door: str, once: bool) -> None:
+@pytest.mark.parametrize("disconnect", ["repeats", "once"])
+async def test_disconnect_while_the_handler_waits(door: str, disconnect: str) -> None:
     async def work() -> None:
         await anyio.lowlevel.checkpoint()
-        call.hang_up()
+        call.hang_up_nowait()
         try:
             await anyio.sleep_forever()
         finally:
@@ -124,9 +126,9 @@ async def test_disconnect_while_the_handler_waits(door: str, once: bool) -> None
             cleaned.append(True)
 
     cleaned: list[bool] = []
-    call = Call(application(door, work), once=once)
-    await run(call)
-    assert (call.status, call.error, cleaned) == (499, None, [True])
+    async with checked(application(door, work), disconnect=disconnect) as call:
+        pass
+    assert (call.status, cleaned) == (499, [True])
     assert call.most_readers == 1
 
 
@@ -137,7 +139,7 @@ async def test_disconnect_in_a_shielded_section_is_acted_on_after_it(door: str) 
 
     async def work() -> None:
         with anyio.CancelScope(shield=True):
-            call.hang_up()
+            call.hang_up_nowait()
             await anyio.wait_all_tasks_blocked()
             order.append("section")
         try:
@@ -146,8 +148,8 @@ async def test_disconnect_in_a_shielded_section_is_acted_on_after_it(door: str) 
             await anyio.sleep(0.001)
             order.append("cleaned")
 
-    call = Call(application(door, work))
-    await run(call)
+    async with checked(application(door, work)) as call:
+        pass
     assert (call.status, order) == (499, ["section", "cleaned"])
 
 
@@ -155,16 +157,16 @@ async def test_disconnect_in_a_shielded_section_is_acted_on_after_it(door: str) 
 @pytest.mark.parametrize("door", STOPPING_DOORS)
 async def test_handler_that_swallows_the_cancellation_has_finished(door: str) -> None:
     async def work() -> str:
-        call.hang_up()
+        call.hang_up_nowait()
         try:
             await anyio.sleep_forever()
         except anyio.get_cancelled_exc_class():
             return "finished anyway"
         raise AssertionError
 
-    call = Call(application(door, work))
-    await run(call)
-    assert (call.status, call.json, call.error) == (200, "finished anyway", None)
+    async with checked(application(door, work)) as call:
+        pass
+    assert (call.status, call.json()) == (200, "finished anyway")
 
 
 @pytest.mark.usefixtures("at_once")
@@ -172,14 +174,14 @@ async def test_handler_that_swallows_the_cancellation_has_finished(door: str) ->
 @pytest.mark.parametrize("error", [ValueError("a bug"), HTTPException(418)])
 async def test_what_the_cleanup_raises_is_not_replaced(door: str, error: Exception) -> None:
     async def work() -> None:
-        call.hang_up()
+        call.hang_up_nowait()
         try:
             await anyio.sleep_forever()
         finally:
             raise error
 
-    call = Call(application(door, work))
-    await run(call)
+    async with checked(application(door, work), raise_app_exceptions=False) as call:
+        pass
     assert call.status == (418 if isinstance(error, HTTPException) else 500)
 
 
@@ -191,16 +193,11 @@ async def test_cancelled_from_outside_is_not_ours(door: str) -> None:
         await anyio.sleep_forever()
 
     waiting = anyio.Event()
-    call = Call(application(door, work))
-    async with nothing_left():
-        with anyio.fail_after(CEILING):
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(call.run)
-                await waiting.wait()
-                await anyio.wait_all_tasks_blocked()
-                tasks.cancel_scope.cancel()
-    assert call.sent == []
-    assert SCOPE_KEY not in call.scope
+    async with checked(application(door, work)) as call:
+        await waiting.wait()
+        await anyio.wait_all_tasks_blocked()
+        call.give_up()
+    assert (call.outcome, call.sent) == ("cancelled", [])
 
 
 @pytest.mark.usefixtures("at_once")
@@ -210,18 +207,18 @@ async def test_disconnect_before_the_block_is_entered(door: str) -> None:
         await anyio.sleep_forever()
 
     async def slow() -> None:
-        call.hang_up()
+        call.hang_up_nowait()
         with anyio.CancelScope(shield=True):
             await anyio.wait_all_tasks_blocked()
 
-    call = Call(application(door, work, dependencies=[Depends(slow)]))
-    await run(call)
-    assert (call.status, call.error) == (499, None)
+    async with checked(application(door, work, dependencies=[Depends(slow)])) as call:
+        pass
+    assert call.status == 499
 
 
 @pytest.mark.usefixtures("at_once")
-@pytest.mark.parametrize("once", [False, True])
-async def test_disconnect_between_two_blocks(once: bool) -> None:
+@pytest.mark.parametrize("disconnect", ["repeats", "once"])
+async def test_disconnect_between_two_blocks(disconnect: str) -> None:
     app = FastAPI()
     order: list[str] = []
 
@@ -229,14 +226,14 @@ async def test_disconnect_between_two_blocks(once: bool) -> None:
     async def endpoint(first: RequestCancelable, second: RequestCancelable) -> None:
         async with first:
             await anyio.wait_all_tasks_blocked()
-        call.hang_up()
+        call.hang_up_nowait()
         await anyio.wait_all_tasks_blocked()
         order.append("between")
         async with second:
             order.append("second")
 
-    call = Call(app, once=once)
-    await run(call)
+    async with checked(app, disconnect=disconnect) as call:
+        pass
     assert (call.status, order, call.most_readers) == (499, ["between"], 1)
 
 
@@ -247,7 +244,7 @@ async def test_disconnect_while_dependencies_are_torn_down(door: str) -> None:
 
     async def session() -> AsyncIterator[None]:
         yield
-        call.hang_up()
+        call.hang_up_nowait()
         with anyio.CancelScope(shield=True):
             await anyio.wait_all_tasks_blocked()
         closed.append("function")
@@ -256,9 +253,8 @@ async def test_disconnect_while_dependencies_are_torn_down(door: str) -> None:
         await anyio.wait_all_tasks_blocked()
         return "finished"
 
-    call = Call(application(door, work, dependencies=[Depends(session, scope="function")]))
-    await run(call)
-    assert call.error is None
+    async with checked(application(door, work, dependencies=[Depends(session, scope="function")])) as call:
+        pass
     assert closed == ["function"]
     # A door around the response may still stop it before it is sent; the handler is over, so it need not.
     assert call.status in ({200, 499} if door in {"middleware", "route", "all"} else {200})
@@ -278,24 +274,18 @@ async def test_timeout_in_the_tick_of_the_result(door: str) -> None:
         return "finished"
 
     app = FastAPI()
-    router = APIRouter(route_class=CancelableRoute.with_timeout(0.05)) if door == "route" else APIRouter()
-    router.get("/")(with_cancelation(timeout=0.05)(work) if door == "decorator" else work)
+    router = APIRouter(route_class=CancelableRoute.with_timeout(0.15)) if door == "route" else APIRouter()
+    router.get("/")(with_cancelation(timeout=0.15)(work) if door == "decorator" else work)
     app.include_router(router)
     if door == "middleware":
-        app.add_middleware(RequestCancelationMiddleware, default_timeout=0.05)
-    call = Call(app)
-    await run(call)
+        app.add_middleware(RequestCancelationMiddleware, default_timeout=0.15)
+    async with checked(app) as call:
+        pass
     assert (call.status, call.body, call.is_complete) == (200, b'"finished"', True)
 
 
 @pytest.mark.parametrize("door", ["middleware", "route"])
 async def test_timeout_while_the_result_is_on_its_way(door: str) -> None:
-    class Slow(Call):
-        async def send(self, message: Message) -> None:
-            if message["type"] == "http.response.start":
-                await anyio.sleep(0.1)
-            await super().send(message)
-
     router = APIRouter(route_class=CancelableRoute.with_timeout(0.05)) if door == "route" else APIRouter()
 
     @router.get("/")
@@ -306,8 +296,10 @@ async def test_timeout_while_the_result_is_on_its_way(door: str) -> None:
     app.include_router(router)
     if door == "middleware":
         app.add_middleware(RequestCancelationMiddleware, default_timeout=0.05)
-    call = Slow(app)
-    await run(call)
+    async with checked(app) as call:
+        call.stop_reading()
+        await anyio.sleep(0.1)
+        call.resume_reading()
     assert (call.status, call.body, call.is_complete) == (200, b'"finished"', True)
 
 
@@ -341,8 +333,8 @@ async def test_rest_of_the_handler_is_stopped_when_the_inner_block_ends_in_that_
     app.include_router(router)
     if door == "middleware":
         app.add_middleware(RequestCancelationMiddleware)
-    call = Call(app)
-    await run(call)
+    async with checked(app) as call:
+        pass
     assert (call.status, order) == (499, ["cleaned"])
 
 
@@ -362,7 +354,7 @@ async def test_background_task_of_a_cancelled_request_is_spared(door: str) -> No
         tasks.add_task(afterwards)
         try:
             async with cancel:
-                call.hang_up()
+                call.hang_up_nowait()
                 await anyio.sleep_forever()
         except CancelationError:
             return "partial"
@@ -374,11 +366,11 @@ async def test_background_task_of_a_cancelled_request_is_spared(door: str) -> No
         app.add_middleware(RequestCancelationMiddleware)
     configure(cleanup_grace=0.03)
     try:
-        call = Call(app)
-        await run(call)
+        async with checked(app) as call:
+            pass
     finally:
         configure(cleanup_grace=5)
-    assert (call.status, call.json, done) == (200, "partial", ["done"])
+    assert (call.status, call.json(), done) == (200, "partial", ["done"])
 
 
 @pytest.mark.usefixtures("at_once")
@@ -390,12 +382,11 @@ async def test_reading_that_was_given_up_does_not_end_the_listening() -> None:
     async def endpoint(request: Request) -> None:
         with anyio.move_on_after(0.02):
             await request.body()
-        call.hang_up()
+        call.hang_up_nowait()
         await anyio.sleep_forever()
 
-    call = Call(app, method="POST", body=b"x")
-    call._incoming[0]["more_body"] = True
-    await run(call)
+    async with checked(app, method="POST", body_by_hand=True) as call:
+        await call.send_body(b"x")
     assert call.status == 499
 
 
@@ -420,14 +411,14 @@ async def test_finished_stream_is_no_disconnect(caplog: pytest.LogCaptureFixture
         await anyio.wait_all_tasks_blocked()
         return StreamingResponse(chunks())
 
-    call = Call(app)
-    await run(call)
+    async with checked(app) as call:
+        pass
     assert (call.body, seen, caplog.records) == (b"onetwo", [False], [])
 
 
 @pytest.mark.usefixtures("at_once")
-@pytest.mark.parametrize("once", [False, True])
-async def test_stream_that_is_never_sent_leaves_nothing(once: bool) -> None:
+@pytest.mark.parametrize("disconnect", ["repeats", "once"])
+async def test_stream_that_is_never_sent_leaves_nothing(disconnect: str) -> None:
     app = FastAPI()
 
     async def refusing() -> AsyncIterator[None]:
@@ -443,8 +434,8 @@ async def test_stream_that_is_never_sent_leaves_nothing(once: bool) -> None:
         await anyio.wait_all_tasks_blocked()
         return StreamingResponse(chunks())
 
-    call = Call(app, once=once)
-    await run(call)
+    async with checked(app, disconnect=disconnect) as call:
+        pass
     assert call.status == 409
 
 
@@ -481,7 +472,10 @@ async def test_end_of_an_inner_response_does_not_blind_the_outer_door(inner: str
         app.add_middleware(RequestCancelationMiddleware)
     app.add_middleware(Buffering, started=started)
     app.add_middleware(RequestCancelationMiddleware)
-    assert (await hang_up_once(app, started)).status == 499
+    async with running(app) as call:
+        await started.wait()
+        await call.hang_up()
+    assert call.status == 499
 
 
 async def test_block_that_is_entered_while_another_stops_the_listening() -> None:
@@ -495,12 +489,12 @@ async def test_block_that_is_entered_while_another_stops_the_listening() -> None
             await call.listened_to()
         with pytest.raises(DisconnectCancelation):  # noqa: PT012 - the block is what raises
             async with create_request_task_group(request):
-                call.hang_up()
+                call.hang_up_nowait()
                 await anyio.sleep_forever()
         await Response("stopped")(scope, receive, send)
 
-    call = Call(bare)
-    await run(call)
+    async with checked(bare) as call:
+        pass
     assert call.body == b"stopped"
 
 
@@ -520,20 +514,33 @@ async def test_log_line_of_a_block_opened_by_hand(caplog: pytest.LogCaptureFixtu
 async def test_log_line_names_the_route(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "cancelable_deps")
     app = FastAPI()
-    started = anyio.Event()
 
     @app.get("/reports/{report_id}")
     @with_cancelation
     async def endpoint(report_id: int) -> None:
-        started.set()
         await anyio.sleep_forever()
 
-    await hang_up_once(app, started, "/reports/7")
+    await hang_up(app, "/reports/7")
     assert [record.__dict__["route"] for record in caplog.records] == ["/reports/{report_id}"]
 
 
-def states_alive() -> set[int]:
-    return {id(thing) for thing in gc.get_objects() if isinstance(thing, RequestState)}
+def alive(kind: type) -> set[int]:
+    return {id(thing) for thing in gc.get_objects() if isinstance(thing, kind)}
+
+
+async def left_for_the_garbage_collector(app: FastAPI, kind: type = RequestState) -> int:
+    """How many of ten requests. The last one may still be held by the loop; a cycle would hold all."""
+    # Not by the test client, which keeps what its call knows of the request.
+    await asgi.get(app)
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive(kind)
+        for _ in range(10):
+            await asgi.get(app)
+        return len(alive(kind) - before)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -544,18 +551,50 @@ async def test_finished_requests_are_no_work_for_the_garbage_collector(door: str
     app = application(door, work)
     if door in {"middleware", "all"}:
         app.add_middleware(RequestCancelationMiddleware, default_timeout=30)
-    await get(app)
-    gc.collect()
-    gc.disable()
-    try:
-        before = states_alive()
-        for _ in range(10):
-            await get(app)
-        left = states_alive() - before
-    finally:
-        gc.enable()
-    # The last one may still be held by the loop; a cycle would hold all.
-    assert len(left) <= 1
+    assert await left_for_the_garbage_collector(app) <= 1
+
+
+@pytest.mark.parametrize("door", ["plain", "middleware"])
+async def test_nor_are_streams_that_have_ended(door: str) -> None:
+    async def chunks() -> AsyncIterator[str]:
+        yield "all"
+
+    async def work() -> Response:
+        return CancelableStreamingResponse(chunks())
+
+    assert await left_for_the_garbage_collector(application(door, work, response_model=None)) <= 1
+
+
+async def stopped() -> None:
+    cancel = current_cancelable()
+    assert cancel is not None
+    await cancel.cancel()
+
+
+async def refused() -> None:
+    raise HTTPException(409)
+
+
+@pytest.mark.parametrize("work", [stopped, refused])
+@pytest.mark.parametrize("door", ["decorator", "middleware", "route", "cancelable"])
+async def test_stopped_requests_are_no_work_for_the_garbage_collector(door: str, work: Any) -> None:
+    """The traceback of an error knows the frames that it has left, and these must not know the error."""
+    assert await left_for_the_garbage_collector(application(door, work)) <= 1
+
+
+async def test_nor_are_those_that_run_in_the_task_of_a_base_http_middleware() -> None:
+    async def work() -> None: ...
+
+    async def dispatch(request: Request, call_next: Any) -> Any:
+        return await call_next(request)
+
+    app = application("plain", work)
+    app.add_middleware(BaseHTTPMiddleware, dispatch=dispatch)
+    if await left_for_the_garbage_collector(app, Request) > 1:
+        pytest.skip("an older Starlette leaves them itself")
+    app.middleware_stack = None
+    app.add_middleware(RequestCancelationMiddleware)
+    assert await left_for_the_garbage_collector(app) <= 1
 
 
 async def test_fastapi_still_keeps_its_stacks_where_we_look() -> None:
@@ -576,9 +615,9 @@ async def test_starlette_still_reads_through_the_receive_that_we_replace() -> No
     @app.post("/")
     async def endpoint(request: Request, cancel: RequestCancelable) -> bool:
         own = request._receive
-        return request.receive is own and own.__self__ is request.scope[SCOPE_KEY].reader  # type: ignore[attr-defined]
+        return request.receive is own and own.__self__ is request.scope[SCOPE_KEY]  # type: ignore[attr-defined]
 
-    assert (await get(app, method="POST")).json is True
+    assert (await get(app, "/", "POST")).json() is True
 
 
 @pytest.mark.parametrize("count", [50])
@@ -587,16 +626,12 @@ async def test_many_at_once(count: int) -> None:
         await anyio.sleep_forever()
 
     app = application("all", work)
-    calls = [Call(app) for _ in range(count)]
-    async with nothing_left():
-        with anyio.fail_after(CEILING):
-            async with anyio.create_task_group() as tasks:
-                for call in calls:
-                    tasks.start_soon(call.run)
-                for call in calls:
-                    await call.listened_to()
-                for call in calls:
-                    call.hang_up()
+    async with nothing_left(), CancelableClient(app) as client, AsyncExitStack() as stack:
+        calls = [await stack.enter_async_context(client.start("GET", "/")) for _ in range(count)]
+        for call in calls:
+            await call.listened_to()
+        for call in calls:
+            call.hang_up_nowait()
     assert {call.status for call in calls} == {499}
 
 
@@ -606,6 +641,17 @@ async def test_client_that_leaves_after_the_response_stops_nothing() -> None:
         return "done"
 
     async with running(application("all", work)) as call:
-        await call.completed()
-        call.hang_up()
-    assert (call.status, call.error) == (200, None)
+        await call.response()
+        await call.hang_up()
+    assert call.status == 200
+
+
+@pytest.mark.parametrize("door", STOPPING_DOORS)
+async def test_a_message_that_no_response_can_hold_is_mended(door: str) -> None:
+    async def work() -> None:
+        cancel = current_cancelable()
+        assert cancel is not None
+        await cancel.cancel(message="half \ud800 of it, é")
+
+    call = await get(application(door, work))
+    assert (call.status, call.json()) == (499, {"detail": "half ? of it, é"})

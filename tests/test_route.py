@@ -8,7 +8,7 @@ from fastapi import APIRouter, BackgroundTasks, FastAPI, HTTPException, Request
 from starlette.responses import JSONResponse, Response
 
 from cancelable_deps import CancelableRoute, CancelationError, RequestCancelationMiddleware, with_cancelation
-from tests.asgi import get, hang_up_once, running
+from tests.calls import get, hang_up, running
 
 pytestmark = pytest.mark.anyio
 
@@ -21,11 +21,10 @@ def app_with(router: APIRouter) -> FastAPI:
 
 async def test_every_route_of_the_router_is_covered() -> None:
     router = APIRouter(route_class=CancelableRoute)
-    started, cleaned = anyio.Event(), anyio.Event()
+    cleaned = anyio.Event()
 
     @router.get("/wait")
     async def wait() -> None:
-        started.set()
         try:
             await anyio.sleep_forever()
         finally:
@@ -38,10 +37,10 @@ async def test_every_route_of_the_router_is_covered() -> None:
         return item
 
     app = app_with(router)
-    call = await hang_up_once(app, started, "/r/wait")
+    call = await hang_up(app, "/r/wait")
     assert (call.status, call.most_readers, cleaned.is_set()) == (499, 1, True)
-    call = await get(app, "/r/body", method="POST", body=b'{"a": 1}', headers={"content-type": "application/json"})
-    assert call.json == {"a": 1}
+    call = await get(app, "/r/body", "POST", json={"a": 1})
+    assert call.json() == {"a": 1}
 
 
 @pytest.mark.parametrize("how", ["with_timeout", "subclass"])
@@ -63,7 +62,7 @@ async def test_timeout_of_a_router(how: str) -> None:
 
     app = app_with(router)
     assert (await get(app, "/r/")).status == 504
-    assert (await get(app, "/r/longer")).json == "finished"
+    assert (await get(app, "/r/longer")).json() == "finished"
 
 
 async def test_the_applications_exception_handler_answers() -> None:
@@ -80,7 +79,7 @@ async def test_the_applications_exception_handler_answers() -> None:
         return JSONResponse({"reason": exc.reason}, exc.status_code)
 
     call = await get(app, "/r/")
-    assert (call.status, call.json) == (504, {"reason": "timeout"})
+    assert (call.status, call.json()) == (504, {"reason": "timeout"})
 
 
 @pytest.mark.parametrize("bad", [-1, float("nan"), "3"])
@@ -107,24 +106,22 @@ async def test_background_tasks_are_spared(seconds: float) -> None:
         return "ok"
 
     async with running(app_with(router), "/r/") as call:
-        await call.completed()
-        call.hang_up()
+        await call.response()
+        await call.hang_up()
     assert (call.status, done.is_set()) == (200, True)
 
 
 async def test_under_the_middleware_it_is_one_request() -> None:
-    started = anyio.Event()
     router = APIRouter(route_class=CancelableRoute)
 
     @router.get("/")
     @with_cancelation
     async def wait() -> None:
-        started.set()
         await anyio.sleep_forever()
 
     app = app_with(router)
     app.add_middleware(RequestCancelationMiddleware)
-    call = await hang_up_once(app, started, "/r/")
+    call = await hang_up(app, "/r/")
     assert (call.status, call.most_readers) == (499, 1)
 
 
@@ -138,7 +135,7 @@ async def test_what_the_router_answers_itself_stays() -> None:
     app = app_with(router)
     assert (await get(app, "/r/1")).status == 418
     assert (await get(app, "/r/x")).status == 422
-    assert (await get(app, "/r/1", method="DELETE")).status == 405
+    assert (await get(app, "/r/1", "DELETE")).status == 405
     plain = APIRouter()
     plain.get("/{item}")(endpoint)
     assert app.openapi() == app_with(plain).openapi()

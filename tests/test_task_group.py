@@ -275,6 +275,17 @@ async def test_a_child_that_cancels_the_block_stops_everyone() -> None:
     assert child.journal == ["cancelled", *CLEANED]
 
 
+async def test_a_child_does_not_end_well_because_its_own_group_took_the_cancellation() -> None:
+    async def child() -> str:
+        async with anyio.create_task_group() as own:
+            own.start_soon(anyio.sleep_forever)
+        return "without a result"
+
+    with pytest.raises(TimeoutCancelation):
+        async with group(timeout=SOON) as tasks:
+            tasks.start_soon(child)
+
+
 STANDS = [sleeping, in_its_own_timeout, in_its_own_block]
 SHIELDED = [in_a_shield, in_a_thread]
 

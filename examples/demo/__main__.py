@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from .app import Materials, create_app
-from .catalog import works
-from .ledger import Ledger
-from .work import make_corpus, make_table
+# Not relative: `anyio.to_process`, which the side without cancelable_deps uses, loads this file once more by its path.
+from examples.demo.app import Materials, create_app
+from examples.demo.catalog import works
+from examples.demo.ledger import Ledger
+from examples.demo.work import make_corpus, make_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +34,7 @@ def main() -> None:
     # After a signal uvicorn raises it again, for the handler from before: a plain SIGTERM would leave the files behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt), listener, TemporaryDirectory(prefix="cancelable-demo-") as folder:
-        serve(listener, generate(Path(folder), options.rows, options.words))
+        serve(listener, generate(Path(folder), options))
 
 
 def parse_options() -> argparse.Namespace:
@@ -42,6 +43,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8000, help="0 takes any free port (default: %(default)s)")
     parser.add_argument("--rows", type=positive, default=3_000_000, help="sales in the table (default: %(default)s)")
     parser.add_argument("--words", type=positive, default=2_000_000, help="words in the books (default: %(default)s)")
+    parser.add_argument("--numbers", type=positive, default=1_500_000, help="numbers to try (default: %(default)s)")
     return parser.parse_args()
 
 
@@ -60,10 +62,10 @@ def bind(host: str, port: int) -> socket.socket:
         sys.exit(f"Cannot listen on {host} port {port}: {error}\nTry another: python -m examples.demo --port 0")
 
 
-def generate(folder: Path, rows: int, words: int) -> Materials:
-    table = make_table(folder / "sales.db", rows, progress_of("sales", rows))
-    corpus = make_corpus(folder, words, progress_of("words", words))
-    return Materials(table, corpus)
+def generate(folder: Path, options: argparse.Namespace) -> Materials:
+    table = make_table(folder / "sales.db", options.rows, progress_of("sales", options.rows))
+    corpus = make_corpus(folder, options.words, progress_of("words", options.words))
+    return Materials(table, corpus, options.numbers, folder)
 
 
 def progress_of(what: str, total: int) -> Callable[[int], None]:
@@ -112,7 +114,7 @@ def introduce(listener: socket.socket, materials: Materials) -> None:
     host, port = listener.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     print("\nOn a command line; Ctrl-C, or -m 1 for one second, hangs up:\n")
-    for work in works(materials.table.rows, materials.corpus.words):
+    for work in works(materials.table.rows, materials.corpus.words, materials.numbers):
         print("\n".join(f"  {line}" for line in work.curl(address)), end="\n\n")
     print(f"Open {address}/ and hang up on a request. Ctrl-C here ends the server.\n", flush=True)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import anyio
+import anyio.to_process
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.responses import HTMLResponse, StreamingResponse
 
@@ -23,11 +24,12 @@ from cancelable_deps import (
 )
 
 from .catalog import FEED_EVENTS, LIMIT, works
+from .crunch import longest_collatz
 from .ledger import Ledger, LedgerMiddleware, Run
 from .work import SLICE_ROWS, Corpus, Table, count_words, largest_sales, sales_feed, take_in
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from anyio.abc import TaskGroup
     from starlette.types import ASGIApp
@@ -41,6 +43,8 @@ class Materials:
 
     table: Table
     corpus: Corpus
+    numbers: int
+    folder: Path
 
 
 async def run_of(request: Request) -> Run:
@@ -113,6 +117,23 @@ async def plain_upload(run: ThisRun, request: Request) -> dict[str, Any]:
     return await take_upload(run, request)
 
 
+@covered.get("/collatz")
+async def collatz(run: ThisRun, materials: TheMaterials, cancel: RequestCancelable) -> dict[str, Any]:
+    async with cancel:
+        return await make_search(run, materials, cancel.run_in_process)
+
+
+@limited.get("/collatz")
+async def limited_collatz(run: ThisRun, materials: TheMaterials, cancel: TwoSeconds) -> dict[str, Any]:
+    async with cancel:
+        return await make_search(run, materials, cancel.run_in_process)
+
+
+@plain.get("/collatz")
+async def plain_collatz(run: ThisRun, materials: TheMaterials) -> dict[str, Any]:
+    return await make_search(run, materials, anyio.to_process.run_sync)
+
+
 @feeds.get("/feed")
 @plain.get("/feed")
 async def feed(
@@ -140,6 +161,14 @@ async def make_count(run: Run, materials: Materials, open_task_group: OpenTaskGr
             yield task_group
 
     return await count_words(materials.corpus, run.advance, followed_task_group)
+
+
+async def make_search(
+    run: Run, materials: Materials, run_in_process: Callable[..., Awaitable[dict[str, int]]]
+) -> dict[str, int]:
+    run.begin("numbers", materials.numbers, current_cancelable())
+    with run.board(materials.folder) as board:
+        return await run_in_process(longest_collatz, materials.numbers, board)
 
 
 async def take_upload(run: Run, request: Request) -> dict[str, Any]:
@@ -170,7 +199,7 @@ def feeds_app(materials: Materials, default_timeout: float | None) -> FastAPI:
 def page_router(materials: Materials, ledger: Ledger) -> APIRouter:
     router = APIRouter()
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    shown = works(materials.table.rows, materials.corpus.words)
+    shown = works(materials.table.rows, materials.corpus.words, materials.numbers)
 
     @router.get("/")
     async def show(request: Request) -> HTMLResponse:

@@ -24,6 +24,7 @@ class Work:
     unit: str
     total: int
     method: str = "GET"
+    process: bool = False
 
     @property
     def paths(self) -> dict[str, str]:
@@ -39,6 +40,7 @@ class Work:
             "words": "curl -i ",
             "upload": f"head -c {self.total} /dev/urandom | curl -i -X POST -T - ",
             "feed": "curl -iN ",
+            "collatz": "curl -i ",
         }[self.name]
         return [f"{command}{address}{path}" for path in self.paths.values()]
 
@@ -46,8 +48,8 @@ class Work:
         return asdict(self) | {"paths": self.paths, "curl": self.curl(address)}
 
 
-def works(rows: int, words: int) -> list[Work]:
-    """All works, for a table of `rows` and a corpus of `words`."""
+def works(rows: int, words: int, numbers: int) -> list[Work]:
+    """All works, for a table of `rows`, a corpus of `words` and so many `numbers` to try."""
     return [
         Work(
             name="report",
@@ -82,5 +84,15 @@ def works(rows: int, words: int) -> list[Work]:
             text="Five slices of the table per second. Starlette itself ends it on this server, but cannot tell why.",
             unit="rows",
             total=min(rows, FEED_EVENTS * SLICE_ROWS),
+        ),
+        Work(
+            name="collatz",
+            title="A search in a process of its own",
+            door="run_in_process()",
+            text=f"Collatz sequences of {numbers:,} numbers: pure Python that never yields. One side kills its process, "
+            "the other lets it burn a CPU for nobody.",
+            unit="numbers",
+            total=numbers,
+            process=True,
         ),
     ]

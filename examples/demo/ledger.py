@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import threading
 import time
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -15,8 +19,10 @@ from starlette.responses import PlainTextResponse
 
 from cancelable_deps import CancelationReason
 
+from . import crunch
+
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -38,6 +44,10 @@ class Run:
         self.left: dict[str, int] | None = None
         self.ended = False
         self.ms = 0
+        self.process: int | None = None
+        self.process_lives: bool | None = None
+        self.cpu_ms = 0
+        self._board: Path | None = None
         self._cancelable: Cancelable | None = None
         self._task = task
         self._started = time.perf_counter()
@@ -70,8 +80,28 @@ class Run:
         with self._lock:
             self.done += amount
 
+    @contextmanager
+    def board(self, folder: Path) -> Iterator[str]:
+        """A file on which another process writes how far it has come."""
+        with TemporaryDirectory(dir=folder) as own:
+            self._board = Path(own, "board")
+            self._board.touch()
+            try:
+                yield str(self._board)
+            finally:
+                self.look()
+                self._board = None
+                if self.process is not None:
+                    self.process_lives = _lives(self.process)
+
+    def look(self) -> None:
+        found = None if self._board is None else crunch.read(self._board.read_bytes())
+        if found is not None:
+            self.process, self.done, self.cpu_ms = found
+
     def stop(self, reason: str) -> None:
         """Note why the run was cancelled, and how far it had come by then."""
+        self.look()
         self.reason, self.left = reason, {"done": self.done, "ms": self.elapsed_ms()}
 
     def end(self) -> None:
@@ -81,13 +111,27 @@ class Run:
         return round((time.perf_counter() - self._started) * 1000)
 
     def snapshot(self) -> dict[str, Any]:
+        self.look()
         shown = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return shown if self.ended else shown | {"ms": self.elapsed_ms()}
 
     def line(self) -> str:
         work = f"{self.done:,} {self.unit}" if self.unit else ""
         outcome = " ".join(filter(None, (self.reason, str(self.status or "no response"))))
-        return f"{self.method:<5} {self.path:<16} {outcome:<18} {work:>18} {self.ms:>8,} ms"
+        return f"{self.method:<5} {self.path:<16} {outcome:<18} {work:>18} {self.ms:>8,} ms{self._process_line()}"
+
+    def _process_line(self) -> str:
+        if self.process is None:
+            return ""
+        return f"  process {self.process} {'lives' if self.process_lives else 'is gone'}, {self.cpu_ms:,} ms of CPU"
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 class Ledger:

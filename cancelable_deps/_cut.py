@@ -1,0 +1,147 @@
+"""How a response that has started takes its leave: an event stream by a last event, any other by a visible cut.
+
+A connection is to be closed without the last chunk of its response, and without an error in the server's log. ASGI has
+no message for it. An application that raises is logged with a traceback, and so (by uvicorn, in one line) is one that
+returns early. Starlette's ``BaseHTTPMiddleware`` sends the last chunk in either case, as if the response were whole.
+This file knows the servers and that middleware by their private parts; `tests/test_servers_streaming.py` fails when
+they change. Where it cannot tell, the caller raises, which every server answers by closing.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from starlette.types import Receive, Send
+
+    from ._request import RequestState
+    from .errors import CancelationError
+
+    Headers = Iterable[tuple[bytes, bytes]]
+
+SSE = "text/event-stream"
+
+# For the last event: a client that does not read may not hold it up for ever.
+_LEAVE_SECONDS = 5.0
+
+# In which a transport flushes what the client has not read yet, and is then closed all the same.
+_FLUSH_SECONDS = 1.0
+
+
+async def cut(
+    headers: Headers, error: CancelationError, send: Send, state: RequestState, *, stalled: bool = False
+) -> bool:
+    """End a started response with these headers; whether its client can tell that it is not whole.
+
+    :param stalled: the client does not read: drop what has not been sent yet.
+    """
+    if not stalled and _is_event_stream(headers) and await _say_farewell(error, send):
+        return True
+    # Our own middleware, further out, drops the last chunk if somebody in between sends one all the same.
+    state.is_cut = True
+    receive = state.reader.raw
+    if await closes_without_last_chunk(receive, abort=stalled):
+        return True
+    if _is_base_http_middleware(receive):
+        await _break(send, error)
+    return False
+
+
+def _is_event_stream(headers: Headers) -> bool:
+    fields = {name.lower(): value for name, value in headers}
+    media_type = fields.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    # A compressed one ends inside of what compresses it.
+    return media_type == SSE.encode() and b"content-encoding" not in fields
+
+
+async def _say_farewell(error: CancelationError, send: Send) -> bool:
+    with anyio.move_on_after(_LEAVE_SECONDS, shield=True):
+        data = format_sse(json.dumps(reason_and_message(error)), event="cancelled")
+        # Since ASGI 2.4 this may raise, and then the client has left.
+        with suppress(OSError):
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        return True
+    return False
+
+
+def reason_and_message(error: CancelationError) -> dict[str, str]:
+    """What the last event of a cut event stream tells the client."""
+    return {"reason": str(error.reason), "message": str(error.detail)}
+
+
+def format_sse(data: str, event: str | None = None) -> bytes:
+    """One Server-Sent Event. FastAPI has this too, since 0.135, and we support older ones."""
+    lines = [] if event is None else [f"event: {event}"]
+    lines += [f"data: {line}" for line in data.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    return ("\n".join(lines) + "\n\n").encode()
+
+
+async def closes_without_last_chunk(receive: Receive, *, abort: bool = False) -> bool:
+    """Whether the connection is closed, or will be as soon as the application returns.
+
+    :param receive: the server's own; behind a middleware that wraps it nothing can be told.
+    :param abort: drop what has not been sent yet.
+    """
+    owner = getattr(_servers_own(receive), "__self__", None)
+    module = type(owner).__module__
+    if module.startswith("uvicorn.protocols.http."):
+        return await _close_uvicorn(owner, abort)
+    if _is_base_http_middleware(receive):
+        return False
+    if type(owner).__name__ == "ASGIHTTPProtocol":
+        return True
+    # hypercorn's receive() is that of a plain queue, and it closes what an application leaves unfinished. Not so over
+    # HTTP/2, where an exception would do no better.
+    return (module, type(owner).__name__) in {("asyncio.queues", "Queue"), ("trio", "MemoryReceiveChannel")}
+
+
+def _is_base_http_middleware(receive: Any) -> bool:
+    return getattr(receive, "__module__", None) == "starlette.middleware.base"
+
+
+def _servers_own(receive: Any) -> Any:
+    """The ``receive()`` outside of every ``BaseHTTPMiddleware``."""
+    while _is_base_http_middleware(receive):
+        names = dict(zip(receive.__code__.co_freevars, receive.__closure__ or (), strict=False))
+        wrapped = names.get("wrapped_receive")
+        request = None if wrapped is None else getattr(wrapped.cell_contents, "__self__", None)
+        if request is None:
+            break
+        receive = request.receive
+    return receive
+
+
+async def _break(send: Send, error: CancelationError) -> None:
+    """Make a ``BaseHTTPMiddleware`` fail in its own task: an error of the application's ends its stream as if whole."""
+    await send({"type": "cancelable_deps.cut", **reason_and_message(error)})
+
+
+async def _close_uvicorn(cycle: Any, abort: bool) -> bool:
+    transport = getattr(cycle, "transport", None)
+    if transport is None or not hasattr(cycle, "disconnected"):
+        return False
+    if not abort:
+        transport.close()
+    with anyio.CancelScope(shield=True):
+        with anyio.move_on_after(0 if abort else _FLUSH_SECONDS):
+            await _gone(cycle)
+        if not cycle.disconnected:
+            transport.abort()
+            with anyio.move_on_after(_FLUSH_SECONDS):
+                await _gone(cycle)
+            # Of requests that a client has sent in one go (pipelining) uvicorn tells only the last.
+            cycle.disconnected = True
+    return True
+
+
+async def _gone(cycle: Any) -> None:
+    # A few passes of the loop; its event for this is for the one reader.
+    while not cycle.disconnected:  # noqa: ASYNC110
+        await anyio.sleep(0.005)

@@ -1,0 +1,57 @@
+"""What must not be handed to ``Depends`` as it is, because FastAPI would make query parameters of its parameters."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+F = TypeVar("F", bound="Callable[..., Any]")
+
+
+class _Refusal:
+    """Raises when pydantic, asked by FastAPI at the time of building the app, looks at a parameter that has it."""
+
+    def __init__(self, advice: str) -> None:
+        self._advice = advice
+
+    def __repr__(self) -> str:
+        return "not a dependency"
+
+    def __get_pydantic_core_schema__(self, source: object, handler: object) -> NoReturn:
+        raise TypeError(self._advice)
+
+
+def _refused(signature: inspect.Signature, advice: str) -> inspect.Signature:
+    annotation = Annotated[Any, _Refusal(advice)]
+    parameters = [parameter.replace(annotation=annotation) for parameter in signature.parameters.values()]
+    return signature.replace(parameters=parameters)
+
+
+def not_a_dependency(advice: str) -> Callable[[F], F]:
+    """Make ``Depends(function)`` raise ``TypeError(advice)`` when the app is built."""
+
+    def mark(function: F) -> F:
+        function.__signature__ = _refused(inspect.signature(function), advice)  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+class NotADependency:
+    """As a class's ``__signature__``: the same for that class, and not for what inherits from it."""
+
+    def __init__(self, advice: str) -> None:
+        self._advice = advice
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._owner = owner
+
+    def __get__(self, instance: object, owner: type) -> inspect.Signature:
+        if instance is not None or owner is not self._owner:
+            raise AttributeError("__signature__")
+        constructor = inspect.signature(owner.__init__)  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+        without_self = list(constructor.parameters.values())[1:]
+        return _refused(constructor.replace(parameters=without_self), self._advice)

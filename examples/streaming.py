@@ -1,0 +1,86 @@
+"""An LLM proxy that stops with its client, though not before it knows what it is to pay; a chart of ticks; a report.
+
+python -m examples.streaming
+curl -N http://127.0.0.1:8000/chat       # press Ctrl-C: the upstream is closed, or, past `finish`, read to its end
+curl -N http://127.0.0.1:8000/ticks      # after a second: event: cancelled, data: {"reason": "timeout", ...}
+curl -N http://127.0.0.1:8000/report     # event: progress, twice, and event: result
+"""
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+
+import anyio
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
+
+from cancelable_deps import Cancelable, RequestCancelable, cancelable_streaming_response, progress_response
+
+app = FastAPI()
+journal: list[str] = []
+
+
+async def model() -> AsyncGenerator[str]:
+    """Stands for the upstream: tokens, `finish`, and then what they cost."""
+    try:
+        for number in range(3):
+            yield f"token {number}"
+            await anyio.sleep(0.05)
+        yield "finish"
+        await anyio.sleep(0.05)
+        yield "usage: 3 tokens"
+    finally:
+        journal.append("upstream closed")
+
+
+async def proxied(cancel: Cancelable) -> AsyncIterator[str]:
+    async with aclosing(model()) as frames:
+        async for frame in frames:
+            if frame == "finish":
+                break
+            yield f"data: {frame}\n\n"
+        # Past this point the answer is complete, and only the bill is missing: a client that leaves now is no reason
+        # to lose it, while a timeout still is.
+        with cancel.defer_disconnect():
+            yield "data: finish\n\n"
+            async for frame in frames:
+                journal.append(frame)
+                yield f"data: {frame}\n\n"
+
+
+@app.get("/chat")
+async def chat(cancel: RequestCancelable) -> StreamingResponse:
+    return cancelable_streaming_response(
+        proxied(cancel), cancel, media_type="text/event-stream", timeout=60, gap_timeout=10, send_timeout=30
+    )
+
+
+async def endless() -> AsyncIterator[str]:
+    try:
+        while True:
+            yield "data: tick\n\n"
+            await anyio.sleep(0.1)
+    finally:
+        await anyio.sleep(0.01)  # cleanup may await
+        journal.append("ticks closed")
+
+
+@app.get("/ticks")
+async def ticks() -> StreamingResponse:
+    return cancelable_streaming_response(endless(), media_type="text/event-stream", timeout=1)
+
+
+async def write_report(cancel: Cancelable) -> dict[str, int]:
+    for page in (1, 2):
+        await anyio.sleep(0.01)
+        await cancel.report_progress(f"page {page} of 2", {"page": page})
+    return {"pages": 2}
+
+
+@app.get("/report")
+async def report(cancel: RequestCancelable) -> StreamingResponse:
+    return progress_response(write_report, cancel)
+
+
+if __name__ == "__main__":
+    uvicorn.run(app)
