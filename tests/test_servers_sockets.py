@@ -1,7 +1,7 @@
 """WebSockets on real servers, through every door: drops, close codes, replay, and a quiet log."""
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import pytest
 
@@ -135,11 +135,11 @@ def test_a_flood_of_messages_is_held_back(server: Server) -> None:
 
 def test_100_drops_at_once_leave_nothing(server: Server) -> None:
     key = new_key()
-    clients = [connect(server, f"/{DOORS[number % len(DOORS)]}/busy", key) for number in range(100)]
-    server.journal(key, "started", 100)
-    wait_for_readers(server, 100)
-    for client in clients:
-        client.reset()
+    with ExitStack() as clients:
+        for number in range(100):
+            clients.callback(connect(server, f"/{DOORS[number % len(DOORS)]}/busy", key).reset)
+        server.journal(key, "started", 100)
+        wait_for_readers(server, 100)
     assert server.journal(key, "ended", 100).count("cancelled:DISCONNECT") == 100
     wait_for_readers(server, 0)
 
