@@ -8,7 +8,8 @@ from fastapi.exceptions import FastAPIError
 
 from ._cut import cut
 from ._exceptions import raise_as_it_is
-from ._request import SCOPE_KEY, DoorBlock, RequestState
+from ._request import SCOPE_KEY, RequestState
+from ._request_block import DoorBlock
 from .errors import CancelationError
 from .policies import TimeoutPolicy, named
 from .reasons import CancelationReason

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
     from ._backend import EventLoop, Worker
-    from ._request import DoorBlock, RequestState
+    from ._request import RequestState
+    from ._request_block import DoorBlock
     from .cancelable import Cancelable
 
 

@@ -17,7 +17,8 @@ from starlette.responses import JSONResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from . import _request
-from ._request import SCOPE_KEY, DoorBlock, RequestBlock, RequestState, request_state
+from ._request import SCOPE_KEY, RequestState, request_state
+from ._request_block import DoorBlock, RequestBlock
 from ._socket_reader import SocketReader
 from .cancelable import current_cancelable
 from .errors import CancelationError, DisconnectCancelation

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 import math
-from contextvars import ContextVar, Token, copy_context
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self, TypeVar, TypeVarTuple
+from contextvars import ContextVar, Token
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar, TypeVarTuple
 
 import anyio
 import anyio.lowlevel
 
-from ._backend import EventLoop, Timer, Worker, current_loop, logger
+from ._backend import EventLoop, Timer, current_loop, logger
+from ._condition import Condition
 from ._exceptions import collapse, raise_as_it_is
 from ._polite import polite_scope
 from ._refusal import NotADependency
+from ._sections import Deferral, Shield
 from .errors import CancelationError, ParentCancelation
 from .reasons import CancelationReason
 from .settings import seconds, settings
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from anyio import CapacityLimiter
 
     from ._polite import Gate, Mark, PoliteScope
+    from ._sections import OwnerOfClient
     from .token import Listener
 
 C = TypeVar("C", bound="Callable[..., object]")
@@ -75,7 +78,7 @@ class Cancelable:
     _timeout: float | None = None
     _grace: float | None = None
     _upstream: CancelationToken | None = None
-    _condition: _Condition | None = None
+    _condition: Condition | None = None
     _loop: EventLoop | None = None
     _started: float = math.nan
     _ended: float | None = None
@@ -149,7 +152,7 @@ class Cancelable:
         the block with ``CancelationReason.ERROR``.
         """
         block = cls(name=name)
-        block._condition = _Condition(predicate, interval)
+        block._condition = Condition(predicate, interval)
         return block
 
     def __repr__(self) -> str:
@@ -299,11 +302,11 @@ class Cancelable:
                 scope.take_for_delivered()
             block = block._parent
 
-    def shield(self) -> _Shield:
+    def shield(self) -> Shield:
         """``with cancel.shield():`` (or ``async with``) finish this section: a cancellation waits until after it."""
-        return _Shield()
+        return Shield()
 
-    def defer_disconnect(self) -> _Deferral:
+    def defer_disconnect(self) -> Deferral:
         """``with cancel.defer_disconnect():`` past this point the client's leaving is recorded, and acted on at the end.
 
         For what must be finished though nobody reads the result: an upstream that bills by its last frame. A timeout
@@ -311,7 +314,7 @@ class Cancelable:
         may be nested, and left in any order; the recorded disconnect acts when the last is left, at the next ``await``.
         Outside of a request it does nothing.
         """
-        return _Deferral(self._owner_of_client)
+        return Deferral(self._owner_of_client)
 
     @property
     def client_has_left(self) -> bool:
@@ -320,7 +323,7 @@ class Cancelable:
         return self.reason is CancelationReason.DISCONNECT if owner is None else owner.has_left
 
     @property
-    def _owner_of_client(self) -> _OwnerOfClient | None:
+    def _owner_of_client(self) -> OwnerOfClient | None:
         """The request that this block, or one around it in the same task, belongs to."""
         return None if self._parent is None else self._parent._owner_of_client
 
@@ -532,7 +535,7 @@ class Cancelable:
         """Start what can stop the block while it is open."""
         self._start_timer()
         if self._condition is not None:
-            self._condition.start(self, loop)
+            self._condition.start(self.cancel_nowait, loop)
 
     def _unwatch(self) -> None:
         if self._condition is not None:
@@ -706,102 +709,3 @@ async def _logged(awaitable: Awaitable[object], callback: object) -> None:
         await awaitable
     except Exception:
         logger.exception("a callback failed: %r", callback)
-
-
-class _Shield:
-    """An anyio scope with ``shield=True`` that ``with`` and ``async with`` both take."""
-
-    _scope: anyio.CancelScope | None = None
-
-    def __enter__(self) -> Self:
-        try:
-            current_loop()
-        except RuntimeError:
-            # A worker thread, where nothing interrupts what does not ask.
-            return self
-        self._scope = anyio.CancelScope(shield=True)
-        self._scope.__enter__()
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._scope is not None:
-            self._scope.__exit__(exc_type, exc, traceback)
-
-    async def __aenter__(self) -> Self:
-        return self.__enter__()
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.__exit__(exc_type, exc, traceback)
-
-
-class _OwnerOfClient(Protocol):
-    """A request, to whoever must not know of requests."""
-
-    has_left: bool
-
-    def defer_disconnect(self, by: int) -> None: ...
-
-
-class _Deferral:
-    """Counts itself in and out; ``with`` and ``async with`` both take it."""
-
-    def __init__(self, owner: _OwnerOfClient | None) -> None:
-        self._owner = owner
-
-    def __enter__(self) -> Self:
-        if self._owner is not None:
-            self._owner.defer_disconnect(1)
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._owner is not None:
-            self._owner.defer_disconnect(-1)
-
-    async def __aenter__(self) -> Self:
-        return self.__enter__()
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        self.__exit__(*exc_info)
-
-
-class _Condition:
-    """Asks a predicate again and again while a block is open."""
-
-    def __init__(self, predicate: Callable[[], bool | Awaitable[bool]], interval: float | timedelta) -> None:
-        if not callable(predicate):
-            raise TypeError(f"a condition must be a function without arguments that returns a bool, not {predicate!r}")
-        self._predicate = predicate
-        self._interval = seconds(interval, "interval")
-        self._worker: Worker | None = None
-
-    def start(self, block: Cancelable, loop: EventLoop) -> None:
-        async def ask() -> None:
-            await self._ask(block)
-
-        self._worker = loop.spawn(ask, copy_context())
-
-    def stop(self) -> None:
-        if self._worker is not None:
-            self._worker.cancel()
-
-    async def join(self) -> None:
-        if self._worker is not None:
-            with anyio.CancelScope(shield=True):
-                await self._worker.join()
-
-    async def _ask(self, block: Cancelable) -> None:
-        try:
-            while not await self._is_true():  # noqa: ASYNC110 - nobody could set an event for a predicate
-                await anyio.sleep(self._interval)
-        except Exception as exc:
-            block.cancel_nowait(CancelationReason.ERROR, f"The condition failed: {exc!r}")
-        else:
-            block.cancel_nowait(CancelationReason.CONDITION, "The condition came true")
-
-    async def _is_true(self) -> bool:
-        answer = self._predicate()
-        return bool(await answer) if inspect.isawaitable(answer) else bool(answer)

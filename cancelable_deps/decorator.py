@@ -17,7 +17,7 @@ from starlette.websockets import WebSocket
 from ._backend import current_loop
 from ._exceptions import raise_as_it_is
 from ._generator import EndpointGenerator, GuardedGenerator, ThreadedGenerator
-from ._request import SCOPE_KEY, DoorBlock, RequestState
+from ._request import SCOPE_KEY, RequestState
 from ._socket import connection_state
 from .cancelable import Cancelable
 from .errors import CancelationError
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from starlette.types import Message, Receive, Send
+
+    from ._request_block import DoorBlock
 
 E = TypeVar("E", bound=Callable[..., Coroutine[Any, Any, Any] | AsyncIterator[Any]])
 P = ParamSpec("P")

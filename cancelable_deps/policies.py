@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from starlette.types import Receive, Scope, Send
 
-    from ._request import DoorBlock, RequestState
+    from ._request import RequestState
+    from ._request_block import DoorBlock
 
 ResponseWriter = Callable[[Request, CancelationError], Response | Awaitable[Response]]
 

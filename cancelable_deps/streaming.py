@@ -12,7 +12,8 @@ from starlette.responses import StreamingResponse
 
 from ._cut import cut
 from ._generator import ThreadedGenerator, close, feed
-from ._request import SCOPE_KEY, RequestBlock, RequestState
+from ._request import SCOPE_KEY, RequestState
+from ._request_block import RequestBlock
 from .cancelable import Cancelable
 from .errors import CancelationError
 from .reasons import CancelationReason

@@ -26,7 +26,8 @@ from cancelable_deps import (
 )
 from cancelable_deps import _polite_asyncio as polite
 from cancelable_deps._backend import AsyncioLoop, current_loop
-from cancelable_deps._request import RequestBlock, RequestState
+from cancelable_deps._request import RequestState
+from cancelable_deps._request_block import RequestBlock
 
 from .calls import get, hang_up
 from .leftovers import nothing_left
