@@ -6,6 +6,9 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+import pytest
+import trio.testing
+
 from cancelable_deps.testing import Call, CancelableClient, SocketCall
 
 if TYPE_CHECKING:
@@ -13,6 +16,11 @@ if TYPE_CHECKING:
 
 CEILING = 10
 """Seconds after which a state that a test waits for will not come any more."""
+
+movable_clock = pytest.mark.parametrize(
+    "anyio_backend", ["asyncio", pytest.param(("trio", {"clock": trio.testing.MockClock(rate=1)}), id="trio")]
+)
+"""For tests that `advance()`: time passes as ever besides."""
 
 _OF_THE_CLIENT = {"disconnect", "spec_version", "send_raises", "raise_app_exceptions", "lifespan"}
 

@@ -18,7 +18,6 @@ import anyio.to_thread
 import httpx
 import psutil
 import pytest
-import trio.testing
 import uvicorn
 
 from cancelable_deps import CancelationReason, CancelationToken, begin_shutdown
@@ -40,7 +39,7 @@ from examples import (
     upload,
     websocket,
 )
-from tests.calls import connected, running
+from tests.calls import connected, movable_clock, running
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -50,7 +49,6 @@ if TYPE_CHECKING:
     Message = MutableMapping[str, Any]
 
 pytestmark = pytest.mark.anyio
-in_no_time = pytest.mark.parametrize("anyio_backend", ["asyncio", ("trio", {"clock": trio.testing.MockClock()})])
 
 EXAMPLES = sorted(path.stem for path in Path(__file__).parent.with_name("examples").glob("[!_]*.py"))
 
@@ -79,7 +77,7 @@ async def test_disconnect(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "the query is over, its connection is back in the pool\n"
 
 
-@in_no_time
+@movable_clock
 @pytest.mark.parametrize(("path", "status"), [("/decorated", 504), ("/dependency", 504), ("/own-status", 503)])
 async def test_timeout(path: str, status: int) -> None:
     client = await stay(timeout.app, "GET", path, after=0.5)
@@ -107,7 +105,7 @@ async def test_partial_result(monkeypatch: pytest.MonkeyPatch) -> None:
     assert client.json() == {"from": done, "imported": 5}
 
 
-@in_no_time
+@movable_clock
 async def test_middleware_timeout() -> None:
     assert (await stay(middleware.app, "GET", "/report", after=2)).status_code == 504
 
@@ -180,7 +178,7 @@ async def test_websocket_dropped(path: str, capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out.endswith(" was stopped: nobody listens any more\n")
 
 
-@in_no_time
+@movable_clock
 async def test_shutdown(capsys: pytest.CaptureFixture[str]) -> None:
     async with CancelableClient(shutdown.app, ceiling=20) as client:
         async with (
@@ -225,7 +223,7 @@ async def test_processes(capfd: pytest.CaptureFixture[str]) -> None:
     assert not [child for child in psutil.Process().children() if "_child.py" in " ".join(child.cmdline())]
 
 
-@in_no_time
+@movable_clock
 async def test_policies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policies.REPORT, "exceeded", 0)
     assert (await stay(policies.app, "GET", "/search?thorough=true", after=3)).json() == ["found"]
@@ -240,7 +238,7 @@ async def test_testing() -> None:
     await testing.test_hang_up_by_itself()
 
 
-@in_no_time
+@movable_clock
 async def test_testing_in_no_time() -> None:
     await testing.test_timeout()
 
@@ -286,7 +284,7 @@ async def test_streaming_past_the_point_of_cancelling() -> None:
     assert streaming.journal == ["usage: 3 tokens", "upstream closed"]
 
 
-@in_no_time
+@movable_clock
 async def test_streaming_events_and_report() -> None:
     streaming.journal.clear()
     ticks = await stay(streaming.app, "GET", "/ticks", after=1.1)

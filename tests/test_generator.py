@@ -28,8 +28,8 @@ from cancelable_deps import (
     current_cancelable,
     with_cancelation,
 )
-from cancelable_deps.testing import CancelableClient
-from tests.calls import get, running
+from cancelable_deps.testing import Call, CancelableClient, advance
+from tests.calls import get, movable_clock, running
 from tests.leftovers import nothing_left
 
 pytestmark = pytest.mark.anyio
@@ -128,12 +128,20 @@ async def test_a_block_inside_the_generator(door: str, kind: str) -> None:
     assert len(journal.tasks) == 1
 
 
+async def timed_out(door: str, kind: str, journal: Journal, **options: Any) -> Call:
+    async with running(app_for(door, kind, journal, timeout=5), **options) as call:
+        await journal.waiting.wait()
+        await advance(5)
+    return call
+
+
+@movable_clock
 @pytest.mark.parametrize("kind", ["jsonl", "raw"])
 @pytest.mark.parametrize("door", DOORS)
 async def test_a_timeout_cuts_the_stream(door: str, kind: str) -> None:
     journal = Journal()
     async with nothing_left():
-        call = await get(app_for(door, kind, journal, timeout=0.1), raise_app_exceptions=False)
+        call = await timed_out(door, kind, journal, raise_app_exceptions=False)
     assert journal.events == ["cancelled", "cleaned up"]
     assert b"one" in call.body
     assert not call.is_complete
@@ -141,15 +149,16 @@ async def test_a_timeout_cuts_the_stream(door: str, kind: str) -> None:
     assert (call.exception is not None) == (door == "decorator")
 
 
+@movable_clock
 @pytest.mark.parametrize("door", DOORS)
 async def test_an_event_stream_says_why_it_ends(door: str) -> None:
     journal = Journal()
     async with nothing_left():
-        call = await get(app_for(door, "sse", journal, timeout=0.1))
+        call = await timed_out(door, "sse", journal)
     assert journal.events == ["cancelled", "cleaned up"]
     event, data = call.body.decode().strip().split("\n\n")[-1].split("\n")
     assert event == "event: cancelled"
-    assert json.loads(data.removeprefix("data: ")) == {"reason": "timeout", "message": "Timed out after 0.1 seconds"}
+    assert json.loads(data.removeprefix("data: ")) == {"reason": "timeout", "message": "Timed out after 5 seconds"}
     assert call.is_complete
 
 

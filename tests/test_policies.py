@@ -36,13 +36,15 @@ from cancelable_deps import (
 )
 from cancelable_deps._debugger import is_debugged
 from cancelable_deps.settings import settings
-from cancelable_deps.testing import CancelableClient, SocketClosed, assert_cancelled
+from cancelable_deps.testing import CancelableClient, SocketClosed, advance, assert_cancelled
+from tests.calls import movable_clock
 
 from .leftovers import nothing_left
 
 pytestmark = pytest.mark.anyio
 SOON = 0.03
 TIMELY = 0.2
+LIMIT = 2
 """In which also a busy machine gets from a request's arrival to its handler."""
 
 LONG = 100
@@ -229,8 +231,12 @@ async def test_a_websocket_takes_a_policy_from_its_decorator_alone() -> None:
         await anyio.sleep(2 * SOON)
         await websocket.send_text("still here")
 
+    async def never(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await anyio.sleep_forever()
+
     router.websocket("/chosen")(say)
-    router.websocket("/decorated")(with_cancelation(policy="quick")(say))
+    router.websocket("/decorated")(with_cancelation(policy="quick")(never))
     app.include_router(router)
     async with CancelableClient(app) as client:
         async with client.websocket("/chosen") as socket:
@@ -338,25 +344,27 @@ async def test_advisory_mode_logs_and_counts(door: str, caplog: pytest.LogCaptur
 
 @pytest.mark.parametrize("door", ["decorator", "middleware", "route"])
 @pytest.mark.parametrize("how", ["extend", "disable"])
+@movable_clock
 async def test_a_handle_that_is_not_entered_moves_the_deadline_of_its_handler(door: str, how: str) -> None:
     app = FastAPI()
-    router = APIRouter(route_class=CancelableRoute.with_timeout(TIMELY)) if door == "route" else APIRouter()
+    router = APIRouter(route_class=CancelableRoute.with_timeout(LIMIT)) if door == "route" else APIRouter()
 
     async def work(cancel: RequestCancelable) -> str:
         assert cancel.extend(LONG) if how == "extend" else cancel.disable_timeout()
-        await anyio.sleep(1.5 * TIMELY)
+        await advance(1.5 * LIMIT)
         return "done"
 
-    router.get("/")(with_cancelation(timeout=TIMELY)(work) if door == "decorator" else work)
+    router.get("/")(with_cancelation(timeout=LIMIT)(work) if door == "decorator" else work)
     app.include_router(router)
     if door == "middleware":
-        app.add_middleware(RequestCancelationMiddleware, default_timeout=TIMELY)
+        app.add_middleware(RequestCancelationMiddleware, default_timeout=LIMIT)
     async with nothing_left(), CancelableClient(app) as client:
         assert (await client.get("/")).json() == "done"
 
 
 @pytest.mark.parametrize("kind", ["kernel", "handle", "decorator", "middleware", "thread"])
 @pytest.mark.parametrize("how", ["extend", "disable"])
+@movable_clock
 async def test_the_handler_moves_its_deadline(kind: str, how: str) -> None:
     def move(cancel: Cancelable | None) -> None:
         assert cancel is not None
@@ -366,16 +374,16 @@ async def test_the_handler_moves_its_deadline(kind: str, how: str) -> None:
 
     async def work(cancel: Cancelable | None) -> str:
         move(cancel)
-        await anyio.sleep(1.5 * TIMELY)
+        await advance(1.5 * LIMIT)
         return "done"
 
     if kind == "kernel":
-        async with nothing_left(), Cancelable(timeout=TIMELY) as block:
+        async with nothing_left(), Cancelable(timeout=LIMIT) as block:
             assert await work(block) == "done"
         return
     app = FastAPI()
 
-    async def with_handle(cancel: Annotated[Cancelable, Depends(cancelable_with_timeout(TIMELY))]) -> str:
+    async def with_handle(cancel: Annotated[Cancelable, Depends(cancelable_with_timeout(LIMIT))]) -> str:
         async with cancel:
             return await work(cancel)
         raise AssertionError
@@ -391,16 +399,16 @@ async def test_the_handler_moves_its_deadline(kind: str, how: str) -> None:
     async def in_a_thread() -> str:
         cancel = current_cancelable()
         await anyio.to_thread.run_sync(move, cancel)
-        await anyio.sleep(1.5 * TIMELY)
+        await advance(1.5 * LIMIT)
         return "done"
 
     if kind == "middleware":
-        app.add_middleware(RequestCancelationMiddleware, default_timeout=TIMELY)
+        app.add_middleware(RequestCancelationMiddleware, default_timeout=LIMIT)
     endpoints: dict[str, Any] = {
         "handle": with_handle,
-        "decorator": with_cancelation(timeout=TIMELY)(plain),
+        "decorator": with_cancelation(timeout=LIMIT)(plain),
         "middleware": with_untimed_handle,
-        "thread": with_cancelation(timeout=TIMELY)(in_a_thread),
+        "thread": with_cancelation(timeout=LIMIT)(in_a_thread),
     }
     app.get("/")(endpoints[kind])
     async with nothing_left(), CancelableClient(app) as client:

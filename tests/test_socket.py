@@ -458,16 +458,17 @@ async def test_nothing_is_kept_alive(door: str) -> None:
         await websocket.accept()
         await anyio.sleep(0.02)
         kept.extend([ref(websocket), ref(websocket.scope[SCOPE_KEY])])
+        ready.set()
         with suppress(WebSocketDisconnect):
             await websocket.receive_text()
 
     async def serve() -> None:
         async with checked(application(door, work)) as socket:
-            await socket.accepted()
-            await anyio.sleep(0.04)
+            await ready.wait()
             await socket.drop()
 
     kept: list[Any] = []
+    ready = anyio.Event()
     # What the client itself keeps of the socket ends with it.
     await serve()
     gc.collect()

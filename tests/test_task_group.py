@@ -29,7 +29,9 @@ from cancelable_deps import (
     current_cancelable,
 )
 from cancelable_deps.task_group import CancelableTaskGroup
+from cancelable_deps.testing import advance
 
+from .calls import movable_clock
 from .leftovers import nothing_left
 
 pytestmark = pytest.mark.anyio
@@ -319,12 +321,14 @@ async def test_when_its_token_is_cancelled_in_a_thread(stand: Callable[[Child], 
     assert child.journal == ["cancelled", *CLEANED]
 
 
+@movable_clock
 @pytest.mark.parametrize("stand", STANDS)
 async def test_when_it_times_out(stand: Callable[[Child], Awaitable[object]]) -> None:
     child = Child()
     with pytest.raises(TimeoutCancelation):
-        async with group(timeout=SOON) as tasks:
+        async with group(timeout=LONG / 2) as tasks:
             tasks.start_soon(child.run, stand)
+            await advance(LONG / 2)
     assert child.journal == ["cancelled", *CLEANED]
 
 
