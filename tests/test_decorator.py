@@ -24,7 +24,8 @@ from cancelable_deps import (
     current_cancelable,
     with_cancelation,
 )
-from tests.calls import get, hang_up, running
+from cancelable_deps.testing import advance
+from tests.calls import get, hang_up, movable_clock, running
 
 pytestmark = pytest.mark.anyio
 
@@ -292,17 +293,18 @@ async def test_twice_and_nested_is_one_request() -> None:
     assert (call.status, call.most_readers) == (499, 1)
 
 
+@movable_clock
 @pytest.mark.parametrize("seconds", [0, 0.03])
 async def test_background_tasks_are_spared(seconds: float) -> None:
     done = anyio.Event()
     app = FastAPI()
 
     async def afterwards() -> None:
-        await anyio.sleep(0.05)
+        await advance(3)
         done.set()
 
     @app.get("/")
-    @with_cancelation(timeout=0.05)
+    @with_cancelation(timeout=2)
     async def endpoint(tasks: BackgroundTasks) -> str:
         await anyio.sleep(seconds)
         tasks.add_task(afterwards)

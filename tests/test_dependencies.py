@@ -31,7 +31,8 @@ from cancelable_deps import (
     wait_for_disconnect,
     with_cancelation,
 )
-from tests.calls import get, hang_up, running
+from cancelable_deps.testing import advance
+from tests.calls import get, hang_up, movable_clock, running
 
 pytestmark = pytest.mark.anyio
 
@@ -314,6 +315,7 @@ async def test_handles_timeout_stops_its_block_only() -> None:
     assert (await get(app)).json() == ["fallback", False]
 
 
+@movable_clock
 async def test_handles_timeout_replaces_the_default_of_the_middleware() -> None:
     app = FastAPI()
     limited = cancelable_with_timeout(10)
@@ -321,10 +323,10 @@ async def test_handles_timeout_replaces_the_default_of_the_middleware() -> None:
     @app.get("/")
     async def endpoint(cancel: Cancelable = Depends(limited)) -> str:
         async with cancel:
-            await anyio.sleep(0.08)
+            await advance(3)
         return "finished"
 
-    app.add_middleware(RequestCancelationMiddleware, default_timeout=0.03)
+    app.add_middleware(RequestCancelationMiddleware, default_timeout=2)
     assert (await get(app)).json() == "finished"
 
 

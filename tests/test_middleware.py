@@ -23,8 +23,8 @@ from cancelable_deps import (
     current_cancelable,
     with_cancelation,
 )
-from cancelable_deps.testing import CancelableClient
-from tests.calls import get, hang_up, running
+from cancelable_deps.testing import CancelableClient, advance
+from tests.calls import get, hang_up, movable_clock, running
 
 pytestmark = pytest.mark.anyio
 
@@ -72,10 +72,11 @@ async def test_default_timeout(timeout: Any) -> None:
 
 async def test_outer_middleware_sees_the_status() -> None:
     statuses: list[int] = []
-    app = waiting_app(default_timeout=0.05)
-    app.add_middleware(Metrics, statuses=statuses)
-    await hang_up(app)
-    await get(app)
+    slow, quick = waiting_app(), waiting_app(default_timeout=0.05)
+    for app in (slow, quick):
+        app.add_middleware(Metrics, statuses=statuses)
+    await hang_up(slow)
+    await get(quick)
     assert statuses == [499, 504]
 
 
@@ -89,13 +90,14 @@ async def test_one_line_is_logged_and_nothing_louder(caplog: pytest.LogCaptureFi
     assert max(record.levelno for record in caplog.records) == logging.INFO
 
 
+@movable_clock
 @pytest.mark.parametrize("handler_seconds", [0, 0.03])
 async def test_background_tasks_are_spared(handler_seconds: float) -> None:
     done = anyio.Event()
     app = FastAPI()
 
     async def afterwards() -> None:
-        await anyio.sleep(0.1)
+        await advance(3)
         done.set()
 
     @app.get("/")
@@ -104,7 +106,7 @@ async def test_background_tasks_are_spared(handler_seconds: float) -> None:
         tasks.add_task(afterwards)
         return "ok"
 
-    app.add_middleware(RequestCancelationMiddleware, default_timeout=0.06)
+    app.add_middleware(RequestCancelationMiddleware, default_timeout=2)
     async with running(app) as call:
         await call.response()
         await call.hang_up()
@@ -169,6 +171,7 @@ def test_bad_configuration_fails_when_the_app_is_built(options: Any, error: type
         RequestCancelationMiddleware(FastAPI(), **options)
 
 
+@movable_clock
 @pytest.mark.parametrize("timeout", [10, None])
 async def test_the_route_wins_over_the_default(timeout: float | None) -> None:
     app = FastAPI()
@@ -176,10 +179,10 @@ async def test_the_route_wins_over_the_default(timeout: float | None) -> None:
     @app.get("/")
     @with_cancelation(timeout=timeout)
     async def endpoint() -> str:
-        await anyio.sleep(0.1)
+        await advance(3)
         return "finished"
 
-    app.add_middleware(RequestCancelationMiddleware, default_timeout=0.03)
+    app.add_middleware(RequestCancelationMiddleware, default_timeout=2)
     assert (await get(app)).json() == "finished"
 
 
@@ -195,6 +198,7 @@ async def test_bare_decorator_keeps_the_default() -> None:
     assert (await get(app)).status == 504
 
 
+@movable_clock
 @pytest.mark.parametrize("where", ["inside", "outside", "both", "twice inside"])
 @pytest.mark.parametrize("ending", ["hang up", "time out", "finish"])
 async def test_base_http_middleware_anywhere(where: str, ending: str) -> None:
@@ -217,13 +221,15 @@ async def test_base_http_middleware_anywhere(where: str, ending: str) -> None:
         app.middleware("http")(passing)
     if where == "twice inside":
         app.middleware("http")(passing)
-    app.add_middleware(RequestCancelationMiddleware, default_timeout=0.3 if ending == "time out" else None)
+    app.add_middleware(RequestCancelationMiddleware, default_timeout=5 if ending == "time out" else None)
     if where in {"outside", "both"}:
         app.middleware("http")(passing)
     async with running(app, method="POST", content=b"12345") as call:
         await call.running()
         if ending == "hang up":
             await call.hang_up()
+        if ending == "time out":
+            await advance(5)
     assert call.status == {"hang up": 499, "time out": 504, "finish": 200}[ending]
     assert cleaned.is_set()
 
@@ -280,6 +286,7 @@ async def test_cancel_through_current_cancelable_stops_the_request() -> None:
     assert (call.status, call.json()) == (499, {"detail": "replaced by a newer request"})
 
 
+@movable_clock
 async def test_cut_stream_is_not_completed() -> None:
     app = FastAPI()
 
@@ -291,8 +298,10 @@ async def test_cut_stream_is_not_completed() -> None:
     async def endpoint() -> Response:
         return StreamingResponse(chunks())
 
-    app.add_middleware(RequestCancelationMiddleware, default_timeout=0.05)
-    call = await get(app)
+    app.add_middleware(RequestCancelationMiddleware, default_timeout=5)
+    async with running(app) as call:
+        await call.response_started()
+        await advance(5)
     assert (call.status, call.body, call.is_complete) == (200, b"first", False)
 
 
