@@ -334,5 +334,9 @@ class AsyncioGate(CancelScope):
     def take_for_delivered(self) -> None:
         self.is_delivered = True
         if self._grace > 0 and not self._shield:
-            self.deadline = self._loop.time() + self._grace
             self.shield = True
+            # Not through the property: asyncio keeps a timer that was cancelled, and with anyio's the request's context.
+            self._deadline = self._loop.time() + self._grace
+            if self._deadline < math.inf:
+                timer: Any = self._loop.call_at(self._deadline, self.cancel)
+                self._timeout_handle = timer
