@@ -40,9 +40,9 @@ from cancelable_deps import (
     current_cancelable,
     with_cancelation,
 )
-from cancelable_deps.testing import Call
+from cancelable_deps.testing import Call, advance
 
-from .calls import CEILING, get, running
+from .calls import CEILING, get, movable_clock, running
 from .leftovers import nothing_left
 
 pytestmark = pytest.mark.anyio
@@ -422,6 +422,7 @@ async def test_def_endpoint_works(door: str) -> None:
     assert app.openapi() == plain.openapi()
 
 
+@movable_clock
 @DOORS
 @pytest.mark.parametrize("how", ["check", "check_cancelled", "with"])
 async def test_def_endpoint_is_stopped_by_a_timeout(door: str, how: str, thread: Thread) -> None:
@@ -435,9 +436,10 @@ async def test_def_endpoint_is_stopped_by_a_timeout(door: str, how: str, thread:
         assert around is not None
         return thread.work(around.check)
 
-    async with nothing_left():
-        call = await get(app_for(door, endpoint, SOON))
-    assert (call.status, call.json()) == (504, {"detail": f"Timed out after {SOON:g} seconds"})
+    async with nothing_left(), running(app_for(door, endpoint, 5)) as call:
+        await thread.has_started()
+        await advance(5)
+    assert (call.status, call.json()) == (504, {"detail": "Timed out after 5 seconds"})
     assert len(thread.ended) == 1
     assert thread.ended != ["finished"]
 
@@ -479,9 +481,10 @@ async def test_def_endpoint_behind_a_base_http_middleware(door: str, thread: Thr
     assert (call.status, thread.ended) == (499, ["DisconnectCancelation"])
 
 
+@movable_clock
 @pytest.mark.parametrize("after", [False, True])
 async def test_thread_that_does_not_check_is_waited_for(thread: Thread, after: bool) -> None:
-    @with_cancelation(timeout=SOON)
+    @with_cancelation(timeout=5)
     def endpoint() -> str:
         return thread.work()
 
@@ -490,12 +493,13 @@ async def test_thread_that_does_not_check_is_waited_for(thread: Thread, after: b
     async with nothing_left(), running(app) as call:
         await thread.has_started()
         if after:
-            await anyio.sleep(3 * SOON)
+            await advance(5)
             assert call.sent == []
         thread.may_end.set()
     assert (call.status, call.json()) == (200, "finished")
 
 
+@movable_clock
 @pytest.mark.parametrize("door", ["route class", "middleware"])
 @pytest.mark.parametrize("validated", [False, True])
 async def test_thread_that_does_not_check_is_waited_for_under_other_doors(
@@ -507,9 +511,9 @@ async def test_thread_that_does_not_check_is_waited_for_under_other_doors(
     def annotated() -> str:
         return thread.work()
 
-    async with nothing_left(), running(app_for(door, annotated if validated else plain, SOON)) as call:
+    async with nothing_left(), running(app_for(door, annotated if validated else plain, 5)) as call:
         await thread.has_started()
-        await anyio.sleep(3 * SOON)
+        await advance(5)
         assert call.sent == []
         thread.may_end.set()
     # FastAPI validates what a `def` endpoint returns in a thread as well. On asyncio the cancellation arrives before it.
@@ -517,17 +521,20 @@ async def test_thread_that_does_not_check_is_waited_for_under_other_doors(
     assert (call.status, thread.ended) == (status, ["finished"])
 
 
+@movable_clock
 async def test_thread_that_is_abandoned_answers_at_once(thread: Thread, caplog: pytest.LogCaptureFixture) -> None:
     slots = anyio.to_thread.current_default_thread_limiter()
 
-    @with_cancelation(timeout=SOON, abandon_thread=True)
+    @with_cancelation(timeout=5, abandon_thread=True)
     def endpoint() -> None:
         thread.work()
         raise KeyError("too late")
 
     app = FastAPI()
     app.get("/")(endpoint)
-    call = await get(app)
+    async with running(app) as call:
+        await thread.has_started()
+        await advance(5)
     assert (call.status, thread.ended, slots.borrowed_tokens) == (504, [], 1)
     async with nothing_left():
         thread.may_end.set()
@@ -541,7 +548,7 @@ async def test_requests_that_wait_for_a_thread_do_not_pile_onto_a_busy_pool(thre
     slots = anyio.to_thread.current_default_thread_limiter()
     entered: list[int] = []
 
-    @with_cancelation(timeout=SOON, abandon_thread=True)
+    @with_cancelation(timeout=0.2, abandon_thread=True)
     def endpoint(number: int) -> str:
         entered.append(number)
         return thread.work()
