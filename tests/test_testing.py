@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import math
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
 import anyio
 import anyio.lowlevel
+import anyio.to_thread
 import pytest
 import trio.testing
 from fastapi import BackgroundTasks, Cookie, Depends, FastAPI, File, Form, Request, Response, UploadFile, WebSocket
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from cancelable_deps import (
@@ -110,9 +112,58 @@ async def test_requests_read_as_with_httpx() -> None:
         assert form.json() == ["me", "content"]
 
 
-async def test_cookies_are_kept() -> None:
+async def test_what_httpx_does_for_its_users() -> None:
+    app = FastAPI()
+
+    @app.get("/files/{name}")
+    async def file(name: str, request: Request) -> list[str | None]:
+        return [name, request.headers.get("authorization"), request.cookies.get("seen")]
+
+    @app.get("/moved")
+    async def moved() -> Response:
+        response = RedirectResponse("/files/here")
+        response.set_cookie("seen", "yes")
+        return response
+
+    async with CancelableClient(app) as client:
+        assert (await client.get("/moved")).status_code == 307
+        client.cookies.clear()
+        response = await client.get("/moved", follow_redirects=True, auth=("me", "secret"))
+        assert response.json() == ["here", "Basic bWU6c2VjcmV0", "yes"]
+        assert [earlier.status_code for earlier in response.history] == [307]
+        assert response.elapsed.total_seconds() < 10
+        # Decoded once, as by a server.
+        assert (await client.get("/files/100%2541")).json()[0] == "100%41"
+
+
+async def test_bodies_that_httpx_leaves_to_its_other_client() -> None:
     async with CancelableClient(application()) as client:
-        assert (await client.get("/cookie")).json() is None
+        for content in ([b"one", b"two"], io.BytesIO(b"onetwo")):
+            assert (await client.post("/echo", content=content)).json()["body"] == "onetwo"
+
+
+async def test_a_response_is_what_a_server_lets_through() -> None:
+    app = FastAPI()
+    app.head("/")(lambda: Response(b"what a GET is answered"))
+    app.get("/stream")(lambda: StreamingResponse(iter([b"a", b"b"])))
+    async with CancelableClient(app) as client:
+        response = await client.head("/")
+        assert (response.content, response.headers["content-length"]) == (b"", "22")
+        assert dict((await client.get("/stream")).headers) == {}
+
+
+@pytest.mark.parametrize("beside", [False, True])
+async def test_cookies_are_kept(beside: bool) -> None:
+    async with CancelableClient(application()) as client:
+        if beside:
+            async with client.start("GET", "/cookie", hang_up=HangUp.after_response(1)):
+                pass
+            assert "seen" not in client.cookies
+            async with client.start("GET", "/cookie") as call:
+                pass
+            assert call.json() is None
+        else:
+            assert (await client.get("/cookie")).json() is None
         assert (await client.get("/cookie")).json() == "yes"
         assert client.cookies["seen"] == "yes"
 
@@ -128,6 +179,7 @@ async def test_hanging_up(disconnect: Any) -> None:
         assert call.left_behind == []
         assert_cancelled(call)
         assert_cancelled(call, reason=CancelationReason.DISCONNECT)
+        assert_cancelled(call, reason="disconnect")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
         assert (await call.response()).status_code == 499
 
 
@@ -530,6 +582,23 @@ async def test_an_application_that_hangs_fails_the_test_with_a_message() -> None
                 pass
 
 
+async def test_an_application_that_never_stands_still() -> None:
+    app = FastAPI()
+
+    @app.get("/")
+    @with_cancelation
+    async def endpoint() -> None:
+        while True:
+            await anyio.lowlevel.checkpoint()
+
+    async with CancelableClient(app) as client:
+        async with client.start("GET", "/") as call:
+            await call.running()
+            await call.listened_to()
+            await call.hang_up()
+        assert_cancelled(call, reason=CancelationReason.DISCONNECT)
+
+
 async def test_the_reason_of_a_handle() -> None:
     app = FastAPI()
 
@@ -628,6 +697,35 @@ async def test_a_lifespan_that_fails(phase: str) -> None:
             assert phase == "shutdown"
 
 
+@pytest.mark.parametrize("how", ["fails", "is cancelled"])
+async def test_the_lifespan_ends_though_the_test_does_not(how: str) -> None:
+    journal: list[str] = []
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await anyio.sleep(0.001)
+        journal.append("closed")
+
+    app = FastAPI(lifespan=lifespan)
+
+    @app.get("/")
+    async def endpoint() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            journal.append("endpoint")
+
+    with anyio.CancelScope() as scope, suppress(LookupError):
+        async with CancelableClient(app) as client, client.start("GET", "/") as call:
+            await call.running()
+            if how == "fails":
+                raise LookupError
+            scope.cancel()
+            await anyio.sleep_forever()
+    assert journal == ["endpoint", "closed"]
+
+
 async def test_many_calls_at_once() -> None:
     async with CancelableClient(application()) as client:
 
@@ -706,6 +804,38 @@ async def test_time_passes_from_one_deadline_to_the_next() -> None:
         tasks.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio", ("trio", {"clock": trio.testing.MockClock()})])
+async def test_every_deadline_is_kept() -> None:
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        for _ in range(1500):
+            await anyio.sleep(0.01)
+            ticks += 1
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(tick)
+        await anyio.wait_all_tasks_blocked()
+        await advance(15)
+        assert ticks == 1500
+
+
+@pytest.mark.parametrize("anyio_backend", [("trio", {"clock": trio.testing.MockClock()})])
+async def test_a_clock_that_stands_still() -> None:
+    async with CancelableClient(application(), ceiling=1) as client:
+        async with client.start("GET", "/never") as call:
+            await call.listened_to()
+            await call.hang_up()
+        assert_cancelled(call)
+        async with client.start("GET", "/never", hang_up=HangUp.before_body()) as call:
+            pass
+        assert_cancelled(call)
+        with pytest.raises(AssertionError, match="not ended within 1 seconds"):
+            async with client.start("GET", "/never"):
+                pass
+
+
 @on_asyncio
 async def test_hours_in_no_time_on_asyncio() -> None:
     await hours()
@@ -762,6 +892,10 @@ def sockets() -> FastAPI:
     async def refused(websocket: WebSocket) -> None:
         await websocket.close(4403, "no")
 
+    @app.websocket("/denied")
+    async def denied(websocket: WebSocket) -> None:
+        await websocket.send_denial_response(JSONResponse("who are you?", 401))
+
     @app.websocket("/late")
     @with_cancelation(timeout=0.02)
     async def late(websocket: WebSocket) -> None:
@@ -808,6 +942,19 @@ async def test_a_websocket_that_is_stopped_or_refused() -> None:
             with pytest.raises(SocketClosed) as closed:
                 await socket.accepted()
             assert (closed.value.code, closed.value.reason) == (4403, "no")
+        async with client.websocket("/denied") as socket:
+            with pytest.raises(SocketClosed, match="refused the handshake with status 401"):
+                await socket.receive_text()
+            assert socket.refusal is not None
+            assert socket.refusal.json() == "who are you?"
+
+
+async def test_a_message_of_the_other_kind_is_told() -> None:
+    async with CancelableClient(sockets()) as client, client.websocket("/bytes") as socket:
+        await socket.send_bytes(b"raw")
+        with pytest.raises(AssertionError, match=r"has not sent text, but .*b'raw'"):
+            await socket.receive_text()
+        await socket.send_json([1])
 
 
 def test_wrong_use_says_how_to_do_it_right() -> None:
@@ -815,6 +962,28 @@ def test_wrong_use_says_how_to_do_it_right() -> None:
         CancelableClient("app")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match='"repeats" or "once"'):
         CancelableClient(FastAPI(), disconnect="never")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def test_a_client_works_in_its_block() -> None:
+    client = CancelableClient(application())
+    with pytest.raises(RuntimeError, match="inside its block"):
+        await client.get("/echo")
+    async with client:
+        with pytest.raises(RuntimeError, match="open already"):
+            await client.__aenter__()
+        assert (await client.get("/echo")).status_code == 200
+    with pytest.raises(RuntimeError, match="inside its block"):
+        async with client.websocket("/echo"):
+            pass
+    async with client:
+        assert (await client.get("/echo")).status_code == 200
+
+
+@on_asyncio
+async def test_a_client_works_in_its_event_loop() -> None:
+    async with CancelableClient(application()) as client:
+        with pytest.raises(RuntimeError, match=r"opened in another event loop.*loop_scope"):
+            await anyio.to_thread.run_sync(lambda: anyio.run(client.get, "/echo"))
 
 
 def imported_by(statement: str) -> set[str]:
