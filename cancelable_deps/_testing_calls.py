@@ -102,7 +102,8 @@ class Exchange:
         self.left_behind: list[Left] = []
         """Tasks that the call has started and that outlive it: the name of each and the line where it stands.
 
-        Those of other calls of this client are not counted; those of other work in the test that began meanwhile are.
+        While another call of this client runs nobody looks for them; those of other work in the test that began meanwhile
+        are counted.
         """
 
     @property

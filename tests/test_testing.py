@@ -821,6 +821,13 @@ async def test_every_deadline_is_kept() -> None:
         assert ticks == 1500
 
 
+@pytest.mark.parametrize("anyio_backend", [("asyncio", {"debug": True})])
+async def test_time_that_passes_is_no_slow_callback(caplog: pytest.LogCaptureFixture) -> None:
+    await advance(30)
+    await anyio.lowlevel.checkpoint()
+    assert caplog.messages == []
+
+
 @pytest.mark.parametrize("anyio_backend", [("trio", {"clock": trio.testing.MockClock()})])
 async def test_a_clock_that_stands_still() -> None:
     async with CancelableClient(application(), ceiling=1) as client:
