@@ -314,8 +314,9 @@ class Call(Exchange):
         return None
 
     async def _send(self, message: Message) -> None:
-        await self._changed_until(lambda: self._room > 0 or self._gone)
         kind = message["type"]
+        if kind != "http.response.start":
+            await self._changed_until(lambda: self._room > 0 or self._gone)
         body: bytes = message.get("body", b"") if kind == "http.response.body" else b""
         last = kind == "http.response.body" and not message.get("more_body", False)
         gone_before = self._gone
@@ -356,7 +357,7 @@ class Call(Exchange):
         self._notify()
 
     def stop_reading(self, after: int = 0) -> None:
-        """Take ``after`` more bytes of the response, and then nothing: ``send()`` blocks, as with a full socket."""
+        """Take ``after`` more bytes of the response's body, and then nothing: ``send()`` blocks, as with a full socket."""
         self._room = after
 
     def resume_reading(self) -> None:

@@ -444,6 +444,15 @@ async def test_chunks_and_a_client_that_stops_reading() -> None:
         assert (await call.response()).text == "0123456789"
 
 
+async def test_a_client_that_reads_nothing_of_the_body_has_the_headers() -> None:
+    async with CancelableClient(application()) as client, client.start("GET", "/stream") as call:
+        call.stop_reading()
+        await call.response_started()
+        await call.running()
+        assert (call.status, call.body) == (200, b"")
+        call.resume_reading()
+
+
 async def test_chunks_may_be_left_before_the_end() -> None:
     async with CancelableClient(application()) as client, client.start("GET", "/stream") as call:
         async for chunk in call.chunks():
