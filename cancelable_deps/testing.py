@@ -144,6 +144,8 @@ class CancelableClient:
         """The response of the application. ``options`` are httpx's; a ``timeout`` does nothing.
 
         A background task of the application has ended when it is there.
+
+        :raises httpx.RemoteProtocolError: if the application ends before its response does.
         """
         content = options.pop("content", None)
         if not isinstance(content, Iterable | AsyncIterable) or isinstance(content, str | bytes | dict):
@@ -235,7 +237,10 @@ class CancelableClient:
         call = Call(self.app, request, self._scope_of(request), self._personality, _NEVER, request.stream)
         async with self._run(call):
             self._opened.start_soon(partial(call.feed, None))
-            return await call.response()
+            response = await call.response()
+        if not call.is_complete:
+            raise httpx.RemoteProtocolError(f"the response was cut: {call}", request=request)
+        return response
 
     @property
     def _opened(self) -> _Tasks:

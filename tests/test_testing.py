@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
+import httpx
 import pytest
 import trio.testing
 from fastapi import BackgroundTasks, Cookie, Depends, FastAPI, File, Form, Request, Response, UploadFile, WebSocket
@@ -41,7 +42,8 @@ from cancelable_deps.testing import (
 
 pytestmark = pytest.mark.anyio
 on_asyncio = pytest.mark.parametrize("anyio_backend", ["asyncio"])
-LONG = 100
+START = {"type": "http.response.start", "status": 200, "headers": []}
+LAST = {"type": "http.response.body", "body": b"all"}
 
 
 @pytest.fixture(params=["repeats", "once"])
@@ -150,6 +152,20 @@ async def test_a_response_is_what_a_server_lets_through() -> None:
         response = await client.head("/")
         assert (response.content, response.headers["content-length"]) == (b"", "22")
         assert dict((await client.get("/stream")).headers) == {}
+
+
+@pytest.mark.parametrize("messages", [[START], [START, {**LAST, "more_body": True}]])
+async def test_a_cut_response_is_no_whole_one(messages: list[dict[str, Any]]) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        for message in messages:
+            await send(message)
+
+    async with CancelableClient(app, lifespan=False) as client:
+        with pytest.raises(httpx.RemoteProtocolError, match="the response was cut: <GET /: the application returned"):
+            await client.get("/")
+        async with client.start("GET", "/") as call:
+            response = await call.response()
+        assert (response.status_code, call.is_complete) == (200, False)
 
 
 @pytest.mark.parametrize("beside", [False, True])
@@ -532,8 +548,6 @@ async def test_who_reads_at_one_time(count: int) -> None:
     assert call.most_readers == count
 
 
-START = {"type": "http.response.start", "status": 200, "headers": []}
-LAST = {"type": "http.response.body", "body": b"all"}
 ACCEPT = {"type": "websocket.accept"}
 CLOSE = {"type": "websocket.close", "code": 1000}
 REFUSE = {"type": "websocket.http.response.start", "status": 403, "headers": []}
