@@ -202,8 +202,8 @@ class CancelableClient:
         async with self._run(call):
             self._opened.start_soon(partial(call.feed, content))
             yield call
-        if call.is_complete and not call.has_left:
-            self._http.cookies.extract_cookies(await call.response())
+        if call.status is not None and not call.has_left:
+            self._http.cookies.extract_cookies(httpx.Response(call.status, headers=call.headers, request=request))
 
     @asynccontextmanager
     async def websocket(

@@ -154,6 +154,17 @@ async def test_a_response_is_what_a_server_lets_through() -> None:
         assert dict((await client.get("/stream")).headers) == {}
 
 
+async def test_a_body_is_decoded_for_those_who_ask() -> None:
+    app = FastAPI()
+    app.get("/")(lambda: Response(b"no gzip", headers={"content-encoding": "gzip"}))
+    async with CancelableClient(app) as client:
+        async with client.start("GET", "/") as call:
+            pass
+        assert call.body == b"no gzip"
+        with pytest.raises(httpx.DecodingError):
+            await call.response()
+
+
 @pytest.mark.parametrize("messages", [[START], [START, {**LAST, "more_body": True}]])
 async def test_a_cut_response_is_no_whole_one(messages: list[dict[str, Any]]) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
