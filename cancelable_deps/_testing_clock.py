@@ -82,7 +82,7 @@ def real_seconds(limit: float) -> Generator[anyio.CancelScope]:
     """Cancel what runs inside after ``limit`` seconds of a clock that no test moves."""
     loop = current_loop()
     end = time.monotonic() + limit
-    timer: Any
+    timer: Any = None
 
     def look() -> None:
         nonlocal timer
@@ -93,23 +93,31 @@ def real_seconds(limit: float) -> Generator[anyio.CancelScope]:
             scope.cancel()
 
     with anyio.CancelScope() as scope:
-        if loop.is_trio:
-            # A MockClock stands still: nothing in its loop would look.
+        if _stands_still():
+            # Nothing in its loop would look.
             timer = threading.Timer(min(limit, threading.TIMEOUT_MAX), loop.call_from_thread, [scope.cancel])
             timer.daemon = True
             timer.start()
+        elif loop.is_trio:
+            scope.deadline = loop.time() + limit
         else:
             timer = loop.call_at(loop.time() + limit, look)
         try:
             yield scope
         finally:
-            timer.cancel()
+            if timer is not None:
+                timer.cancel()
+
+
+def _stands_still() -> bool:
+    """Whether it is trio's ``MockClock``."""
+    trio: Any = sys.modules.get("trio")
+    return trio is not None and trio.lowlevel.in_trio_run() and hasattr(trio.lowlevel.current_clock(), "jump")
 
 
 async def let_doors_listen(is_needless: Callable[[], bool]) -> None:
     """They do after some milliseconds, which do not pass by themselves on a clock that stands still."""
-    trio: Any = sys.modules.get("trio")
-    if trio is None or not trio.lowlevel.in_trio_run() or not hasattr(trio.lowlevel.current_clock(), "jump"):
+    if not _stands_still():
         return
     await all_stand_still()
     if not is_needless():
