@@ -222,6 +222,9 @@ class CancelableClient:
             an HTTP response of its own.
         """
         request = self._http.build_request("GET", path, **options)
+        request.headers.update({"connection": "upgrade", "upgrade": "websocket", "sec-websocket-version": "13"})
+        if subprotocols:
+            request.headers["sec-websocket-protocol"] = ", ".join(subprotocols)
         scope = self._scope_of(request)
         scope.pop("method")
         scope["type"] = "websocket"

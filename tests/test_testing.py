@@ -912,6 +912,7 @@ def sockets() -> FastAPI:
 
     @app.websocket("/echo")
     async def echo(websocket: WebSocket) -> None:
+        assert websocket.headers["sec-websocket-protocol"] == "chat, token"
         await websocket.accept(subprotocol="chat")
         async for text in websocket.iter_text():
             await websocket.send_text(text.upper())
@@ -948,7 +949,7 @@ def sockets() -> FastAPI:
 
 async def test_a_websocket() -> None:
     async with CancelableClient(sockets()) as client:
-        async with client.websocket("/echo", subprotocols=["chat"]) as socket:
+        async with client.websocket("/echo", subprotocols=["chat", "token"]) as socket:
             await socket.send_text("hello")
             assert await socket.receive_text() == "HELLO"
             assert socket.subprotocol == "chat"
