@@ -372,9 +372,10 @@ class _Lifespan:
             raise self._error or RuntimeError(f"the application failed to start: {self._message}")
 
     async def stop(self) -> None:
-        if self._ended:
+        if not self.is_supported:
             return
         self._may_stop.set()
+        # What it has raised in the middle is told here, too.
         await self._wait_for("lifespan.shutdown", "shut down")
         if self._failed("shutdown"):
             raise self._error or RuntimeError(f"the application failed to shut down: {self._message}")

@@ -731,6 +731,25 @@ async def test_a_lifespan_that_fails(phase: str) -> None:
             assert phase == "shutdown"
 
 
+async def test_a_lifespan_that_breaks_in_the_middle() -> None:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(consume)
+            yield
+
+    async def consume() -> None:
+        await broken.wait()
+        raise LookupError("no queue")
+
+    broken = anyio.Event()
+    with pytest.raises(ExceptionGroup) as raised:  # noqa: PT012
+        async with CancelableClient(FastAPI(lifespan=lifespan)):
+            broken.set()
+            await anyio.wait_all_tasks_blocked()
+    assert raised.group_contains(LookupError, match="no queue")
+
+
 @pytest.mark.parametrize("how", ["fails", "is cancelled"])
 async def test_the_lifespan_ends_though_the_test_does_not(how: str) -> None:
     journal: list[str] = []
