@@ -684,6 +684,20 @@ async def test_tasks_left_behind_are_named() -> None:
     await asyncio.wait(kept)
 
 
+async def test_a_process_that_waits_for_the_next_job_is_not_left_behind() -> None:
+    app = FastAPI()
+
+    @app.get("/")
+    async def endpoint(cancel: RequestCancelable) -> int:
+        async with cancel:
+            return await cancel.run_in_process(abs, -3)
+
+    async with no_tasks_left(), CancelableClient(app) as client:
+        async with client.start("GET", "/") as call:
+            pass
+        assert (call.json(), call.left_behind) == (3, [])
+
+
 async def test_the_lifespan_is_run() -> None:
     journal: list[str] = []
 
