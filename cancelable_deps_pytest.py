@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -34,6 +35,12 @@ def no_tasks_left(request: pytest.FixtureRequest) -> None:
     """Fails an ``async`` test that leaves tasks behind in its event loop, and says where they stand."""
     if not inspect.iscoroutinefunction(getattr(request.function, "__wrapped__", request.function)):
         raise pytest.UsageError(f"no_tasks_left is for `async` tests, and {request.node.name} is none")
+    unittest: Any = sys.modules.get("unittest")
+    if unittest and request.cls and issubclass(request.cls, unittest.TestCase):
+        # It calls its method itself, past the one that we put in the place of the test.
+        raise pytest.UsageError(
+            "no_tasks_left cannot look into a unittest.TestCase: write `async with cancelable_deps.testing.no_tasks_left():`"
+        )
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -26,8 +26,8 @@ YIELD_DEPENDENCY = "no-op yield dependency"
 class Variant:
     """An application to measure.
 
-    `door` groups ours with the rivals', `floor` is the least that such a door can cost, `target` the most that DESIGN
-    section 7 allows, `hears` whether a hang-up stops its handler.
+    `door` groups ours with the rivals', `floor` is the least that such a door can cost, `target` the most that we
+    allow it, `hears` whether a hang-up stops its handler.
     """
 
     name: str

@@ -4,8 +4,8 @@ Every measurement has a process of its own. `KiB` is the growth of the resident 
 to when all wait and are listened to; `wakes` is how often the process woke in an idle second, so near 0 means that
 nothing polls. Bare FastAPI hears no hang-up: there the tasks are cancelled, the least that stopping a request can cost.
 
-Microseconds depend on the machine and on what else it does. DESIGN section 7 speaks of one that serves a bare request in
-40 us, so each process also times bare requests, just before and after; `scaled` is what such a machine would show.
+Microseconds depend on the machine and on what else it does. The targets are for one that serves a bare request in 40 us,
+so each process also times bare requests, just before and after; `scaled` is what such a machine would show.
 """
 
 import argparse

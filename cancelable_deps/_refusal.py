@@ -1,4 +1,6 @@
-"""What must not be handed to ``Depends`` as it is, because FastAPI would make query parameters of its parameters."""
+"""What is refused when the app is built: ``Depends`` of what is none, for FastAPI would make query parameters of its
+parameters, and callbacks that could not be called.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +40,19 @@ def not_a_dependency(advice: str) -> Callable[[F], F]:
         return function
 
     return mark
+
+
+def takes(function: object, count: int) -> bool:
+    """Whether it can be called with so many arguments, as far as Python can tell."""
+    if not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except TypeError:
+        return False
+    except ValueError:
+        pass  # Some that are written in C have no signature.
+    return True
 
 
 class NotADependency:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
@@ -16,6 +16,7 @@ import httpx
 
 from ._backend import current_loop
 from ._request import PROBE_KEY, RequestState
+from ._testing_clock import all_stand_still, let_doors_listen, real_seconds
 from ._testing_tasks import Left, tasks_left, tasks_now
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class Exchange:
 
         Two take each other's messages, and on some servers one of them waits for ever.
         """
-        self._is_taken = False
+        self._is_taken = self._may_be_heard = False
         self._disconnects = 0
         self._loop = current_loop()
         self._started = self._loop.time()
@@ -101,7 +102,8 @@ class Exchange:
         self.left_behind: list[Left] = []
         """Tasks that the call has started and that outlive it: the name of each and the line where it stands.
 
-        Those of other calls of this client are not counted; those of other work in the test that began meanwhile are.
+        While another call of this client runs nobody looks for them; those of other work in the test that began meanwhile
+        are counted.
         """
 
     @property
@@ -118,14 +120,20 @@ class Exchange:
         return (self._loop.time() if self._ended is None else self._ended) - self._started
 
     async def running(self) -> None:
-        """Wait until the application has taken the call and stands still, or has ended."""
+        """Wait until the application has taken the call and stands still, or has ended.
+
+        One that yields in a loop, and never waits for anything, is given half a second.
+        """
         await self._until(lambda: self._is_taken, "taken the call")
-        await anyio.wait_all_tasks_blocked()
+        await all_stand_still(self._personality.ceiling)
 
     async def listened_to(self) -> None:
-        """Wait until somebody awaits the server's ``receive()``, so that a hang-up is seen at once, and stands still."""
+        """Wait until somebody awaits the server's ``receive()``, so that a hang-up is seen at once, and stands still.
+
+        Our doors do after some milliseconds. A ``MockClock`` of trio, on which none pass, is moved by these.
+        """
         await self._until(lambda: bool(self._readers) or self.has_ended, "begun to listen")
-        await anyio.wait_all_tasks_blocked()
+        await all_stand_still(self._personality.ceiling)
 
     async def ended(self) -> None:
         """Wait until the application has ended, background tasks included."""
@@ -187,15 +195,14 @@ class Exchange:
         self._changed = anyio.Event()
 
     async def _until(self, is_so: Callable[[], bool], what: str) -> None:
-        # Measured by a clock that no test moves; the short waits are there to look at it.
-        give_up = time.monotonic() + self._personality.ceiling
-        while not is_so():
-            if time.monotonic() > give_up:
-                raise AssertionError(
-                    f"the application has not {what} within {self._personality.ceiling:g} seconds: {self}"
-                )
-            with anyio.move_on_after(min(0.5, self._personality.ceiling)):
+        with real_seconds(self._personality.ceiling) as scope:
+            if not self._may_be_heard and not is_so():
+                await let_doors_listen(is_so)
+                self._may_be_heard = not is_so()
+            while not is_so():
                 await self._changed.wait()
+        if scope.cancelled_caught:
+            raise AssertionError(f"the application has not {what} within {self._personality.ceiling:g} seconds: {self}")
 
     def describe(self) -> str:
         """What has become of the call, in a sentence."""
@@ -260,7 +267,7 @@ class Call(Exchange):
             await self.hang_up()
         if self._body is None or self._gone:
             return
-        async with aclosing(_pieces(self._body)) as pieces:
+        async with aclosing(pieces_of(self._body)) as pieces:
             async for piece in pieces:
                 await self._changed_until(lambda: not self._incoming or self._gone)
                 if self._gone or self.has_ended:
@@ -307,8 +314,9 @@ class Call(Exchange):
         return None
 
     async def _send(self, message: Message) -> None:
-        await self._changed_until(lambda: self._room > 0 or self._gone)
         kind = message["type"]
+        if kind != "http.response.start":
+            await self._changed_until(lambda: self._room > 0 or self._gone)
         body: bytes = message.get("body", b"") if kind == "http.response.body" else b""
         last = kind == "http.response.body" and not message.get("more_body", False)
         gone_before = self._gone
@@ -349,7 +357,7 @@ class Call(Exchange):
         self._notify()
 
     def stop_reading(self, after: int = 0) -> None:
-        """Take ``after`` more bytes of the response, and then nothing: ``send()`` blocks, as with a full socket."""
+        """Take ``after`` more bytes of the response's body, and then nothing: ``send()`` blocks, as with a full socket."""
         self._room = after
 
     def resume_reading(self) -> None:
@@ -372,6 +380,11 @@ class Call(Exchange):
         return self._received[index] if len(self._received) > index else None
 
     @property
+    def has_left(self) -> bool:
+        """Whether the client has hung up."""
+        return self._gone
+
+    @property
     def _is_read_out(self) -> bool:
         return self.is_complete or self._gone or self.has_ended
 
@@ -387,7 +400,14 @@ class Call(Exchange):
             raise self.exception
         if self.status is None:
             raise AssertionError(f"there is no response: {self}")
-        return httpx.Response(self.status, headers=self.headers, content=self.body, request=self.request)
+        body = b"" if self.request.method == "HEAD" else self.body
+        # As a stream, or httpx adds a content-length that the application has not sent.
+        response = httpx.Response(
+            self.status, headers=self.headers, stream=httpx.ByteStream(body), request=self.request
+        )
+        response.read()
+        response.elapsed = timedelta(seconds=self.elapsed)
+        return response
 
     @property
     def status(self) -> int | None:
@@ -437,7 +457,7 @@ def refuse(kind: str, expected: str) -> NoReturn:
     raise RuntimeError(f"the application sends {kind}, and a server expects {expected or 'nothing more'}")
 
 
-async def _pieces(body: object) -> AsyncGenerator[bytes]:
+async def pieces_of(body: object) -> AsyncGenerator[bytes]:
     """Of bytes that come slowly, or of httpx's stream."""
     if not isinstance(body, AsyncIterable):
         assert isinstance(body, Iterable)

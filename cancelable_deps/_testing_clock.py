@@ -5,19 +5,30 @@ from __future__ import annotations
 import asyncio
 import math
 import sys
-from typing import Any
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.lowlevel
 
 from ._backend import AsyncioLoop, current_loop
 from .settings import seconds as checked
+from .settings import settings
 
-# From one deadline to the next; then, for an application that does something every millisecond, in one go.
-_MOST_STEPS = 1000
-_PASSES = 10
-# Timers are compared with the clock in floating point.
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+# From one deadline to the next; then, for an application that has one every microsecond, in one go.
+_MOST_STEPS = 100_000
+# Passes of the loop without anything to do for others; and how many may go by until then.
+_QUIET, _MOST_PASSES = 10, 1000
+# Timers are compared with the clock in floating point. Only at the end: a deadline that follows from another one's
+# moment would come that much later.
 _A_LITTLE = 1e-6
+# Real seconds for which one that is always busy is given the chance to wait for something.
+_PATIENCE = 0.5
 
 
 async def advance(seconds: float) -> None:
@@ -27,7 +38,8 @@ async def advance(seconds: float) -> None:
     trio the test must run on a ``trio.testing.MockClock``.
 
     Only what waits for the loop's clock is moved: not threads, processes, real sockets or ``time.monotonic()``. Whatever
-    else waits in the same loop has its time pass as well. uvloop's clock cannot be moved.
+    else waits in the same loop has its time pass as well. After 100,000 deadlines the rest passes in one go. uvloop's
+    clock cannot be moved.
 
     :raises RuntimeError: for a clock that cannot be moved, :exc:`ValueError` for a time that is negative, endless or NaN.
     """
@@ -35,21 +47,81 @@ async def advance(seconds: float) -> None:
     if left == math.inf:
         raise ValueError("advance must be a finite number of seconds")
     clock = _clock()
+    passes = _MOST_PASSES
     for _ in range(_MOST_STEPS):
-        await _settle()
-        step = max(0.0, clock.until_next()) + _A_LITTLE
+        passes = await _settle(clock, passes)
+        step = max(0.0, clock.until_next())
         if step > left:
             break
         clock.move(step)
         left -= step
     clock.move(left + _A_LITTLE)
-    await _settle()
+    await _settle(clock, passes)
 
 
-async def _settle() -> None:
-    for _ in range(_PASSES):
+async def _settle(clock: _TrioClock | _AsyncioClock, passes: int) -> int:
+    """Let happen what is due; how many passes that may take next time, for one that yields in a loop takes them all."""
+    quiet = 0
+    for _ in range(passes):
         await anyio.lowlevel.checkpoint()
-    await anyio.wait_all_tasks_blocked()
+        quiet = 0 if clock.is_acting() else quiet + 1
+        if quiet == _QUIET:
+            return passes
+    return _QUIET
+
+
+async def all_stand_still(at_most: float = math.inf) -> bool:
+    """Wait for that; one that yields in a loop and waits for nothing never does, and is not waited for for long."""
+    with real_seconds(min(_PATIENCE, at_most)) as scope:
+        await anyio.wait_all_tasks_blocked()
+    return not scope.cancelled_caught
+
+
+@contextmanager
+def real_seconds(limit: float) -> Generator[anyio.CancelScope]:
+    """Cancel what runs inside after ``limit`` seconds of a clock that no test moves."""
+    loop = current_loop()
+    end = time.monotonic() + limit
+    timer: Any = None
+
+    def look() -> None:
+        nonlocal timer
+        left = end - time.monotonic()
+        if left > 0:
+            timer = loop.call_at(loop.time() + left, look)
+        else:
+            scope.cancel()
+
+    with anyio.CancelScope() as scope:
+        if _stands_still():
+            # Nothing in its loop would look.
+            timer = threading.Timer(min(limit, threading.TIMEOUT_MAX), loop.call_from_thread, [scope.cancel])
+            timer.daemon = True
+            timer.start()
+        elif loop.is_trio:
+            scope.deadline = loop.time() + limit
+        else:
+            timer = loop.call_at(loop.time() + limit, look)
+        try:
+            yield scope
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+
+def _stands_still() -> bool:
+    """Whether it is trio's ``MockClock``."""
+    trio: Any = sys.modules.get("trio")
+    return trio is not None and trio.lowlevel.in_trio_run() and hasattr(trio.lowlevel.current_clock(), "jump")
+
+
+async def let_doors_listen(is_needless: Callable[[], bool]) -> None:
+    """They do after some milliseconds, which do not pass by themselves on a clock that stands still."""
+    if not _stands_still():
+        return
+    await all_stand_still()
+    if not is_needless():
+        await advance(2 * settings.listen_after)
 
 
 def _clock() -> _TrioClock | _AsyncioClock:
@@ -72,6 +144,10 @@ class _TrioClock:
         self.move = clock.jump
         self._statistics = trio.lowlevel.current_statistics
 
+    def is_acting(self) -> bool:
+        now = self._statistics()
+        return bool(now.tasks_runnable or now.run_sync_soon_queue_size)
+
     def until_next(self) -> float:
         seconds: float = self._statistics().seconds_to_next_deadline
         return seconds
@@ -91,12 +167,18 @@ class _AsyncioClock:
         self._ahead = 0.0
         loop._cancelable_deps_clock = self  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
         loop.time = self.time  # type: ignore[method-assign]
+        # In debug mode, as `unittest` has it, a step that moves the clock would be reported as a slow one.
+        loop.slow_callback_duration = math.inf
         ours = current_loop()
         if isinstance(ours, AsyncioLoop):
             ours.time = self.time
 
     def time(self) -> float:
         return self._real() + self._ahead
+
+    def is_acting(self) -> bool:
+        # Private, as the timers below. One that has become due by itself, as real time passes too, is here.
+        return bool(getattr(self._loop, "_ready", ()))
 
     def until_next(self) -> float:
         # Private, and the only way to know of a timer before it is due; without it the clock moves in one go.

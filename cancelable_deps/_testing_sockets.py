@@ -48,10 +48,11 @@ class SocketCall(Exchange):
     def refusal(self) -> httpx.Response | None:
         """The HTTP response by which the application has refused the handshake, if it sent one."""
         start = next((m for m in self.sent if m["type"] == "websocket.http.response.start"), None)
-        if start is None:
+        body = [m for m in self.sent if m["type"] == "websocket.http.response.body"]
+        if start is None or not body or body[-1].get("more_body", False):
             return None
-        body = b"".join(m.get("body", b"") for m in self.sent if m["type"] == "websocket.http.response.body")
-        return httpx.Response(start["status"], headers=list(start.get("headers", ())), content=body)
+        content = b"".join(m.get("body", b"") for m in body)
+        return httpx.Response(start["status"], headers=list(start.get("headers", ())), content=content)
 
     async def accepted(self) -> None:
         """Wait until the application has accepted. Raises `SocketClosed` if it refuses."""
@@ -71,12 +72,12 @@ class SocketCall(Exchange):
 
     async def receive_text(self) -> str:
         """Wait for the next message. Raises `SocketClosed` if the application closes instead."""
-        text: str = (await self._heard())["text"]
+        text: str = await self._heard("text")
         return text
 
     async def receive_bytes(self) -> bytes:
         """Wait for the next message. Raises `SocketClosed` if the application closes instead."""
-        data: bytes = (await self._heard())["bytes"]
+        data: bytes = await self._heard("bytes")
         return data
 
     async def receive_json(self) -> Any:
@@ -108,15 +109,20 @@ class SocketCall(Exchange):
         self._notify()
         await anyio.lowlevel.checkpoint()
 
-    async def _heard(self) -> Message:
+    async def _heard(self, kind: str) -> Any:
         await self._until(lambda: bool(self._messages) or self._is_over, "sent a message")
         if not self._messages:
             raise self._closed()
-        return self._messages.pop(0)
+        message = self._messages.pop(0)
+        if message.get(kind) is None:
+            raise AssertionError(f"the application has not sent {kind}, but {message}")
+        return message[kind]
 
     def _closed(self) -> SocketClosed:
         if self.close_code is None and self.exception is not None:
             raise self.exception
+        if self.refusal is not None:
+            return SocketClosed(_ABNORMAL, f"it refused the handshake with status {self.refusal.status_code}")
         return SocketClosed(self.close_code or _ABNORMAL, self.close_reason)
 
     @property
@@ -157,6 +163,8 @@ class SocketCall(Exchange):
         elif self.is_accepted:
             expected = ("websocket.send", "websocket.close")
         elif self.refusal is not None:
+            expected = ()
+        elif self.sent:
             expected = ("websocket.http.response.body",)
         else:
             expected = ("websocket.accept", "websocket.close", "websocket.http.response.start")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio.lowlevel
 
+from ._processes import Pool
 from ._sweep import Sweep
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 # Callbacks that are due may run, and a task that has its cancellation may end.
 _PASSES = 5
+# Ours, of which a loop has one for all requests: the timer that finds old ones, and the keeper of idle processes.
+_SHARED = (Sweep._tick.__qualname__, Pool._keep.__qualname__)
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def tasks_now() -> set[Any]:
 
 
 async def tasks_left(before: set[Any]) -> list[Left]:
-    """Those that are alive now and were not ``before``. The shared timer that finds old requests is not among them."""
+    """Those that are alive now and were not ``before``, without what a loop has of ours for all its requests."""
     for _ in range(_PASSES):
         await anyio.lowlevel.checkpoint()
     return [Left(_name(task), _line(task)) for task in tasks_now() - before if not _is_shared(task)]
@@ -75,4 +78,4 @@ def _line(task: Any) -> str:
 
 
 def _is_shared(task: Any) -> bool:
-    return _name(task) == Sweep._tick.__qualname__
+    return _name(task) in _SHARED

@@ -426,7 +426,7 @@ class Cancelable:
         :param abandon_on_cancel: leave the thread alone instead, and be cancelled at once. It keeps its place in the
             limiter until it has ended, unlike anyio's own. What it returns is dropped; what it raises is logged.
         :param limiter: how many threads may run at once; the default is anyio's for all threads (40).
-        :raises RuntimeError: outside of the block.
+        :raises RuntimeError: outside of the block, :exc:`TypeError` for an ``async`` function.
         """
         from .workers import run_in_thread
 

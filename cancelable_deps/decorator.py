@@ -17,6 +17,7 @@ from starlette.websockets import WebSocket
 from ._backend import current_loop
 from ._exceptions import raise_as_it_is
 from ._generator import EndpointGenerator, GuardedGenerator, ThreadedGenerator
+from ._refusal import takes
 from ._request import SCOPE_KEY, RequestState
 from ._socket import connection_state
 from .cancelable import Cancelable
@@ -170,7 +171,7 @@ class _Options:
                 f"status_codes maps reasons to statuses, as {{CancelationReason.TIMEOUT: 503}}, not {status_codes!r}"
             )
         self.status_codes = {reason: _status(reason, code) for reason, code in (status_codes or {}).items()}
-        if on_cancel is not None and not callable(on_cancel):
+        if on_cancel is not None and not takes(on_cancel, 1):
             raise TypeError(f"on_cancel must be a function that takes the Cancelable, not {on_cancel!r}")
         self.on_cancel = on_cancel
         self.cleanup_grace = None if cleanup_grace is None else seconds(cleanup_grace, "cleanup_grace")
@@ -427,7 +428,7 @@ def _refuse_what_cannot_be_covered(endpoint: Any) -> None:
     if inspect.isclass(endpoint) or not callable(endpoint):
         raise TypeError(
             f"@with_cancelation takes an endpoint (a function), not {endpoint!r}. It stands below the route decorator, "
-            "directly above the function."
+            "directly above the function; its options have names: @with_cancelation(timeout=30)."
         )
     function = _what_runs(endpoint)
     if {"scope", "receive", "send"} <= set(inspect.signature(function).parameters):

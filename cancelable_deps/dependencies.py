@@ -91,7 +91,10 @@ async def request_task_group(request: HTTPConnection) -> Callable[[], AbstractAs
 
 
 async def cancellation(request: HTTPConnection) -> RequestCancellationEvent:
-    """An event that is set when the request should stop. Listening starts now and ends when the handler returns."""
+    """An event that is set when the request should stop. Listening starts now and ends when the handler returns.
+
+    It stops nothing itself; a decorator, route class or middleware around the handler does all the same.
+    """
     state = handler_state(request)
     event = RequestCancellationEvent(state)
     state.watch(event)
@@ -124,6 +127,8 @@ async def wait_for_disconnect(request: HTTPConnection) -> None:
 
     Listening starts at once, and ends when this returns or is cancelled. What is read meanwhile is replayed to
     ``request.body()``. Call it while the handler runs: a server also reports a client as gone when it has its response.
+
+    :raises RuntimeError: after the handler has returned.
     """
     state = handler_state(request)
     if state.is_closed:

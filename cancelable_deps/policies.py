@@ -10,6 +10,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
 
 from ._backend import logger
+from ._refusal import not_a_dependency, takes
 from ._socket import handler_state
 from .errors import CancelationError
 from .settings import seconds
@@ -51,7 +52,7 @@ class TimeoutPolicy:
     ) -> None:
         self.timeout = seconds(timeout, "timeout")
         self.status_code = checked_status(status_code, "a timeout")
-        if response is not None and not callable(response):
+        if response is not None and not takes(response, 2):
             raise TypeError(f"response must be a function of the request and the error, not {response!r}")
         self.response = response
         self.advisory = advisory
@@ -94,6 +95,10 @@ def checked_status(code: object, what: object) -> int:
     return code
 
 
+@not_a_dependency(
+    "Depends(timeout_policy) would let the client choose the policy. Call it, with a name or a TimeoutPolicy: "
+    'Depends(timeout_policy("report")).'
+)
 def timeout_policy(policy: str | TimeoutPolicy) -> Callable[[HTTPConnection], Awaitable[None]]:
     """A dependency that chooses a policy: ``dependencies=[Depends(timeout_policy("report"))]`` of a route or router.
 

@@ -6,13 +6,11 @@ real server shows (its buffers, its limits, its log, when it notices that a clie
 
 from __future__ import annotations
 
-import math
-from collections.abc import AsyncIterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterable, Iterable
+from contextlib import aclosing, asynccontextmanager, suppress
 from contextvars import copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
-from urllib.parse import unquote
 
 import anyio
 import anyio.lowlevel
@@ -23,14 +21,14 @@ except ImportError:  # pragma: no cover - httpx is installed with our tests
     raise ImportError('cancelable_deps.testing needs httpx: pip install "cancelable-deps[testing]"') from None
 
 from ._backend import current_loop
-from ._testing_calls import Call, Disconnects, Exchange, HangUp, Outcome, Personality
-from ._testing_clock import advance
+from ._testing_calls import Call, Disconnects, Exchange, HangUp, Outcome, Personality, pieces_of
+from ._testing_clock import advance, real_seconds
 from ._testing_sockets import SocketCall, SocketClosed
 from ._testing_tasks import Left, tasks_left, tasks_now
 from .settings import seconds
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
     from types import TracebackType
 
     from starlette.types import ASGIApp, Message, Scope
@@ -92,9 +90,8 @@ class CancelableClient:
         if not callable(app):
             raise TypeError(f"CancelableClient takes an ASGI application, not {app!r}")
         self.app = app
-        # It only builds requests: one that could also send them loads certificates first, which takes longer than a test.
         self._http = httpx.AsyncClient(
-            base_url=base_url, headers=headers, cookies=cookies, transport=httpx.AsyncBaseTransport(), trust_env=False
+            base_url=base_url, headers=headers, cookies=cookies, transport=_Transport(self._answer), trust_env=False
         )
         self._personality = Personality(disconnect, spec_version, send_raises, seconds(ceiling, "ceiling"))
         self._raises = raise_app_exceptions
@@ -103,6 +100,7 @@ class CancelableClient:
         self._state: dict[str, Any] = {}
         self._has_lifespan = lifespan
         self._lifespan: _Lifespan | None = None
+        self._tasks: _Tasks | None = None
         self._running: set[Exchange] = set()
 
     @property
@@ -111,41 +109,49 @@ class CancelableClient:
         return self._http.cookies
 
     async def __aenter__(self) -> Self:
-        self._tasks = _Tasks()
-        await self._tasks.open()
-        if not self._has_lifespan:
-            return self
-        self._lifespan = _Lifespan(self.app, self._state, self._personality)
-        try:
-            await self._lifespan.start(self._tasks)
-        except BaseException as exc:
-            await self._tasks.close()
-            raise exc from exc.__cause__
+        if self._tasks is not None:
+            raise RuntimeError("this client is open already; another CancelableClient(app) may be opened beside it")
+        tasks = _Tasks()
+        await tasks.open()
+        if self._has_lifespan:
+            self._lifespan = _Lifespan(self.app, self._state, self._personality)
+            try:
+                await self._lifespan.start(tasks)
+            except BaseException as exc:
+                await tasks.close()
+                raise exc from exc.__cause__
+        self._tasks = tasks
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         failure: BaseException | None = None
+        tasks, self._tasks = self._opened, None
         try:
-            if exc is None and self._lifespan is not None:
-                await self._lifespan.stop()
+            if self._lifespan is not None:
+                # Also after a test that has failed, or is cancelled: what the application has opened is to be closed.
+                with anyio.CancelScope(shield=True):
+                    await self._lifespan.stop()
         except Exception as error:
             failure = error
         finally:
-            await self._tasks.close()
-        if failure is not None:
+            await tasks.close()
+        if exc is None and failure is not None:
             raise failure
 
     async def request(self, method: str, path: str, **options: Any) -> httpx.Response:
-        """The response of the application. ``options`` are httpx's: params, headers, cookies, json, data, content, files.
+        """The response of the application. ``options`` are httpx's; a ``timeout`` does nothing.
 
         A background task of the application has ended when it is there.
+
+        :raises httpx.RemoteProtocolError: if the application ends before its response does.
         """
-        async with self.start(method, path, **options) as call:
-            response = await call.response()
-        self._http.cookies.extract_cookies(response)
-        return response
+        content = options.pop("content", None)
+        if not isinstance(content, Iterable | AsyncIterable) or isinstance(content, str | bytes | dict):
+            return await self._http.request(method, path, content=content, **options)
+        async with aclosing(pieces_of(content)) as pieces:
+            return await self._http.request(method, path, content=pieces, **options)
 
     async def get(self, path: str, **options: Any) -> httpx.Response:
         return await self.request("GET", path, **options)
@@ -194,8 +200,10 @@ class CancelableClient:
         body = None if body_by_hand else stream
         call = Call(self.app, request, self._scope_of(request), self._personality, hang_up, body)
         async with self._run(call):
-            self._tasks.start_soon(partial(call.feed, content))
+            self._opened.start_soon(partial(call.feed, content))
             yield call
+        if call.status is not None and not call.has_left:
+            self._http.cookies.extract_cookies(httpx.Response(call.status, headers=call.headers, request=request))
 
     @asynccontextmanager
     async def websocket(
@@ -214,10 +222,13 @@ class CancelableClient:
             an HTTP response of its own.
         """
         request = self._http.build_request("GET", path, **options)
+        request.headers.update({"connection": "upgrade", "upgrade": "websocket", "sec-websocket-version": "13"})
+        if subprotocols:
+            request.headers["sec-websocket-protocol"] = ", ".join(subprotocols)
         scope = self._scope_of(request)
         scope.pop("method")
         scope["type"] = "websocket"
-        scope["scheme"] = "wss" if request.url.scheme == "https" else "ws"
+        scope["scheme"] = "wss" if request.url.scheme in ("https", "wss") else "ws"
         scope["subprotocols"] = list(subprotocols)
         scope["extensions"] = {"websocket.http.response": {}} if refusal_response else {}
         socket = SocketCall(self.app, scope, self._personality)
@@ -225,16 +236,40 @@ class CancelableClient:
             yield socket
             await socket.drop()
 
+    async def _answer(self, request: httpx.Request) -> httpx.Response:
+        call = Call(self.app, request, self._scope_of(request), self._personality, _NEVER, request.stream)
+        async with self._run(call):
+            self._opened.start_soon(partial(call.feed, None))
+            response = await call.response()
+        if not call.is_complete:
+            raise httpx.RemoteProtocolError(f"the response was cut: {call}", request=request)
+        return response
+
+    @property
+    def _opened(self) -> _Tasks:
+        if self._tasks is None:
+            raise RuntimeError("the client works inside its block: `async with CancelableClient(app) as client:`")
+        if not self._tasks.is_here:
+            raise RuntimeError(
+                "the client was opened in another event loop. A fixture that opens it must run in the loop of its tests "
+                "(pytest-asyncio: the same `loop_scope`)."
+            )
+        return self._tasks
+
     @asynccontextmanager
     async def _run(self, call: Exchange) -> AsyncGenerator[None]:
+        self._opened.start_soon(call.run)
         self._running.add(call)
-        self._tasks.start_soon(call.run)
         try:
             yield
             await call.ended()
+        except BaseException:
+            call.give_up()
+            with anyio.CancelScope(shield=True), suppress(AssertionError):
+                await call.ended()
+            raise
         finally:
             self._running.discard(call)
-            call.give_up()
         if not self._running:
             await call.look_for_what_is_left()
         if call.failure is not None:
@@ -250,18 +285,26 @@ class CancelableClient:
             "http_version": "1.1",
             "method": request.method,
             "scheme": url.scheme,
-            "path": unquote(url.path),
+            "path": url.path,
             "raw_path": url.raw_path.partition(b"?")[0],
             "root_path": self._root_path,
             "query_string": url.query,
             "headers": [(name.lower(), value) for name, value in request.headers.raw],
             "client": self._client,
-            "server": (url.host, url.port or {"https": 443}.get(url.scheme, 80)),
+            "server": (url.host, url.port or {"https": 443, "wss": 443}.get(url.scheme, 80)),
             "extensions": {},
         }
         if self._lifespan is not None and self._lifespan.is_supported:
             scope["state"] = self._state.copy()
         return scope
+
+
+class _Transport(httpx.AsyncBaseTransport):
+    def __init__(self, answer: Callable[[httpx.Request], Awaitable[httpx.Response]]) -> None:
+        self._answer = answer
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        return await self._answer(request)
 
 
 class _Tasks:
@@ -273,12 +316,17 @@ class _Tasks:
         self._error: BaseException | None = None
 
     async def open(self) -> None:
-        self._worker = current_loop().spawn(self._run, copy_context())
+        self._loop = current_loop()
+        self._worker = self._loop.spawn(self._run, copy_context())
         try:
             await self._opened.wait()
         except BaseException:
             self._worker.cancel()
             raise
+
+    @property
+    def is_here(self) -> bool:
+        return self._loop.is_running_here()
 
     def start_soon(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._group.start_soon(work)
@@ -324,9 +372,10 @@ class _Lifespan:
             raise self._error or RuntimeError(f"the application failed to start: {self._message}")
 
     async def stop(self) -> None:
-        if self._ended:
+        if not self.is_supported:
             return
         self._may_stop.set()
+        # What it has raised in the middle is told here, too.
         await self._wait_for("lifespan.shutdown", "shut down")
         if self._failed("shutdown"):
             raise self._error or RuntimeError(f"the application failed to shut down: {self._message}")
@@ -346,7 +395,7 @@ class _Lifespan:
         return str(self._events[-1].get("message", "")) if self._events else ""
 
     async def _wait_for(self, phase: str, what: str) -> None:
-        with anyio.move_on_after(math.inf if self._ceiling == 0 else self._ceiling) as scope:
+        with real_seconds(self._ceiling) as scope:
             while not self._ended and not any(event["type"].startswith(phase) for event in self._events):
                 await self._changed.wait()
         if scope.cancelled_caught:
@@ -382,7 +431,7 @@ def assert_cancelled(call: Exchange, reason: CancelationReason | None = None) ->
     """Fail, and say what happened instead, unless ``call`` was cancelled by us, for ``reason`` if one is given."""
     if call.reason is None or not call.has_ended:
         raise AssertionError(f"the call was not cancelled: {call.describe()}")
-    if reason is not None and call.reason is not reason:
+    if reason is not None and call.reason != reason:
         raise AssertionError(f"the call was cancelled for {call.reason!s}, not for {reason!s}: {call.describe()}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import time
 from concurrent.futures import CancelledError as CallCancelled
@@ -217,6 +218,8 @@ async def run_in_thread(
     limiter: CapacityLimiter | None,
 ) -> Any:
     _refuse_outside(block, "run_in_thread")
+    if inspect.iscoroutinefunction(func):
+        raise TypeError(f"run_in_thread() takes a plain function, and {func!r} is `async def`: await it here")
     try:
         return await call_in_thread(partial(func, *args), abandon_on_cancel, limiter)
     except CancelationError:

@@ -3,8 +3,10 @@
     python -m examples.disconnect
     curl -m 1 http://127.0.0.1:8000/report
 
-curl gives up after a second; the server prints what it cleaned up, and counts a 499.
+curl gives up after a second; the server prints what it cleaned up, and logs why.
 """
+
+import logging
 
 import anyio.lowlevel
 import uvicorn
@@ -32,4 +34,5 @@ async def count_rows() -> int:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
     uvicorn.run(app)

@@ -2,7 +2,7 @@
 
 Run: python -m examples.policies
 Try: curl -i localhost:8000/search
-     curl -i localhost:8000/report?seconds=3
+     curl -i 'localhost:8000/report?seconds=3'
      curl -i localhost:8000/stats
 """
 

@@ -1,7 +1,8 @@
 """An LLM proxy that stops with its client, though not before it knows what it is to pay; a chart of ticks; a report.
 
 python -m examples.streaming
-curl -N http://127.0.0.1:8000/chat       # press Ctrl-C: the upstream is closed, or, past `finish`, read to its end
+curl -N http://127.0.0.1:8000/chat       # press Ctrl-C: the upstream is closed, or, past `finish`, read to its end; the
+                                         # server prints which
 curl -N http://127.0.0.1:8000/ticks      # after a second: event: cancelled, data: {"reason": "timeout", ...}
 curl -N http://127.0.0.1:8000/report     # event: progress, twice, and event: result
 """
@@ -17,7 +18,7 @@ from fastapi.responses import StreamingResponse
 from cancelable_deps import Cancelable, RequestCancelable, cancelable_streaming_response, progress_response
 
 app = FastAPI()
-journal: list[str] = []
+THINKING = 1.0
 
 
 async def model() -> AsyncGenerator[str]:
@@ -25,12 +26,12 @@ async def model() -> AsyncGenerator[str]:
     try:
         for number in range(3):
             yield f"token {number}"
-            await anyio.sleep(0.05)
+            await anyio.sleep(THINKING)
         yield "finish"
-        await anyio.sleep(0.05)
+        await anyio.sleep(THINKING)
         yield "usage: 3 tokens"
     finally:
-        journal.append("upstream closed")
+        print("upstream closed", flush=True)
 
 
 async def proxied(cancel: Cancelable) -> AsyncIterator[str]:
@@ -44,7 +45,7 @@ async def proxied(cancel: Cancelable) -> AsyncIterator[str]:
         with cancel.defer_disconnect():
             yield "data: finish\n\n"
             async for frame in frames:
-                journal.append(frame)
+                print("billed:", frame, flush=True)
                 yield f"data: {frame}\n\n"
 
 
@@ -62,7 +63,7 @@ async def endless() -> AsyncIterator[str]:
             await anyio.sleep(0.1)
     finally:
         await anyio.sleep(0.01)  # cleanup may await
-        journal.append("ticks closed")
+        print("ticks closed", flush=True)
 
 
 @app.get("/ticks")

@@ -401,6 +401,7 @@ def test_what_cannot_be_covered_is_refused() -> None:
         (Views, "takes an endpoint"),
         (APIRouter(), "ASGI application"),
         ("/path", "takes an endpoint"),
+        (30, r"not 30.*with_cancelation\(timeout=30\)"),
     ]:
         with pytest.raises(TypeError, match=message):
             with_cancelation(endpoint)  # type: ignore[call-overload]
@@ -418,6 +419,7 @@ def test_what_cannot_be_covered_is_refused() -> None:
         ({"status_codes": {CancelationReason.TIMEOUT: "503"}}, TypeError, "number"),
         ({"status_codes": {CancelationReason.TIMEOUT: 408}}, ValueError, "503 or 504"),
         ({"on_cancel": 1}, TypeError, "on_cancel"),
+        ({"on_cancel": lambda: None}, TypeError, "takes the Cancelable"),
         ({"cleanup_grace": -1}, ValueError, "cleanup_grace"),
     ],
 )

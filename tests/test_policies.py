@@ -455,6 +455,12 @@ def wrong(value: object) -> Any:
         (lambda: TimeoutPolicy(1, status_code=200), ValueError, "must tell of an error"),
         (lambda: TimeoutPolicy(1, status_code=408), ValueError, "send the request again"),
         (lambda: TimeoutPolicy(1, response=wrong("late")), TypeError, "a function of the request and the error"),
+        (lambda: TimeoutPolicy(1, response=wrong(str.upper)), TypeError, "a function of the request and the error"),
+        (
+            lambda: FastAPI().get("/", dependencies=[Depends(timeout_policy)])(lambda: None),
+            TypeError,
+            "Call it, with a name",
+        ),
         (lambda: timeout_policy(wrong(1)), TypeError, "the name of a policy or a TimeoutPolicy"),
         (lambda: with_cancelation(policy=wrong(1)), TypeError, "the name of a policy or a TimeoutPolicy"),
         (lambda: with_cancelation(policy="a", timeout=1), TypeError, "not both"),

@@ -100,6 +100,23 @@ def test_a_test_that_is_not_async_is_told(pytester: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(["*no_tasks_left is for `async` tests, and test_plain is none*"])
 
 
+def test_a_test_case_of_unittest_is_told(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import unittest
+        import pytest
+
+        @pytest.mark.usefixtures("no_tasks_left")
+        class TestIt(unittest.IsolatedAsyncioTestCase):
+            async def test_it(self):
+                pass
+        """
+    )
+    result = pytester.runpytest_subprocess()
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*no_tasks_left cannot look into a unittest.TestCase: write `async with *"])
+
+
 def test_it_costs_nothing_to_those_who_do_not_use_it(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         """

@@ -147,11 +147,8 @@ async def test_threads_and_processes() -> None:
     assert (await get(app, "/factors/7")).json() == {"prime": True, "digits": 4}
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio", ("trio", {"clock": trio.testing.MockClock()})])
 async def test_testing() -> None:
     namespace = run("Testing your own endpoints")
     await namespace["test_client_hangs_up"]()
-
-
-@pytest.mark.parametrize("anyio_backend", ["asyncio", ("trio", {"clock": trio.testing.MockClock()})])
-async def test_testing_in_no_time() -> None:
-    await run("Testing your own endpoints")["test_time_is_up"]()
+    await namespace["test_time_is_up"]()

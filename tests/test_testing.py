@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import math
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
 import anyio
 import anyio.lowlevel
+import anyio.to_thread
+import httpx
 import pytest
 import trio.testing
 from fastapi import BackgroundTasks, Cookie, Depends, FastAPI, File, Form, Request, Response, UploadFile, WebSocket
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from cancelable_deps import (
@@ -39,7 +42,8 @@ from cancelable_deps.testing import (
 
 pytestmark = pytest.mark.anyio
 on_asyncio = pytest.mark.parametrize("anyio_backend", ["asyncio"])
-LONG = 100
+START = {"type": "http.response.start", "status": 200, "headers": []}
+LAST = {"type": "http.response.body", "body": b"all"}
 
 
 @pytest.fixture(params=["repeats", "once"])
@@ -110,9 +114,83 @@ async def test_requests_read_as_with_httpx() -> None:
         assert form.json() == ["me", "content"]
 
 
-async def test_cookies_are_kept() -> None:
+async def test_what_httpx_does_for_its_users() -> None:
+    app = FastAPI()
+
+    @app.get("/files/{name}")
+    async def file(name: str, request: Request) -> list[str | None]:
+        return [name, request.headers.get("authorization"), request.cookies.get("seen")]
+
+    @app.get("/moved")
+    async def moved() -> Response:
+        response = RedirectResponse("/files/here")
+        response.set_cookie("seen", "yes")
+        return response
+
+    async with CancelableClient(app) as client:
+        assert (await client.get("/moved")).status_code == 307
+        client.cookies.clear()
+        response = await client.get("/moved", follow_redirects=True, auth=("me", "secret"))
+        assert response.json() == ["here", "Basic bWU6c2VjcmV0", "yes"]
+        assert [earlier.status_code for earlier in response.history] == [307]
+        assert response.elapsed.total_seconds() < 10
+        # Decoded once, as by a server.
+        assert (await client.get("/files/100%2541")).json()[0] == "100%41"
+
+
+async def test_bodies_that_httpx_leaves_to_its_other_client() -> None:
     async with CancelableClient(application()) as client:
-        assert (await client.get("/cookie")).json() is None
+        for content in ([b"one", b"two"], io.BytesIO(b"onetwo")):
+            assert (await client.post("/echo", content=content)).json()["body"] == "onetwo"
+
+
+async def test_a_response_is_what_a_server_lets_through() -> None:
+    app = FastAPI()
+    app.head("/")(lambda: Response(b"what a GET is answered"))
+    app.get("/stream")(lambda: StreamingResponse(iter([b"a", b"b"])))
+    async with CancelableClient(app) as client:
+        response = await client.head("/")
+        assert (response.content, response.headers["content-length"]) == (b"", "22")
+        assert dict((await client.get("/stream")).headers) == {}
+
+
+async def test_a_body_is_decoded_for_those_who_ask() -> None:
+    app = FastAPI()
+    app.get("/")(lambda: Response(b"no gzip", headers={"content-encoding": "gzip"}))
+    async with CancelableClient(app) as client:
+        async with client.start("GET", "/") as call:
+            pass
+        assert call.body == b"no gzip"
+        with pytest.raises(httpx.DecodingError):
+            await call.response()
+
+
+@pytest.mark.parametrize("messages", [[START], [START, {**LAST, "more_body": True}]])
+async def test_a_cut_response_is_no_whole_one(messages: list[dict[str, Any]]) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        for message in messages:
+            await send(message)
+
+    async with CancelableClient(app, lifespan=False) as client:
+        with pytest.raises(httpx.RemoteProtocolError, match="the response was cut: <GET /: the application returned"):
+            await client.get("/")
+        async with client.start("GET", "/") as call:
+            response = await call.response()
+        assert (response.status_code, call.is_complete) == (200, False)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+async def test_cookies_are_kept(beside: bool) -> None:
+    async with CancelableClient(application()) as client:
+        if beside:
+            async with client.start("GET", "/cookie", hang_up=HangUp.after_response(1)):
+                pass
+            assert "seen" not in client.cookies
+            async with client.start("GET", "/cookie") as call:
+                pass
+            assert call.json() is None
+        else:
+            assert (await client.get("/cookie")).json() is None
         assert (await client.get("/cookie")).json() == "yes"
         assert client.cookies["seen"] == "yes"
 
@@ -128,6 +206,7 @@ async def test_hanging_up(disconnect: Any) -> None:
         assert call.left_behind == []
         assert_cancelled(call)
         assert_cancelled(call, reason=CancelationReason.DISCONNECT)
+        assert_cancelled(call, reason="disconnect")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
         assert (await call.response()).status_code == 499
 
 
@@ -392,6 +471,15 @@ async def test_chunks_and_a_client_that_stops_reading() -> None:
         assert (await call.response()).text == "0123456789"
 
 
+async def test_a_client_that_reads_nothing_of_the_body_has_the_headers() -> None:
+    async with CancelableClient(application()) as client, client.start("GET", "/stream") as call:
+        call.stop_reading()
+        await call.response_started()
+        await call.running()
+        assert (call.status, call.body) == (200, b"")
+        call.resume_reading()
+
+
 async def test_chunks_may_be_left_before_the_end() -> None:
     async with CancelableClient(application()) as client, client.start("GET", "/stream") as call:
         async for chunk in call.chunks():
@@ -471,8 +559,6 @@ async def test_who_reads_at_one_time(count: int) -> None:
     assert call.most_readers == count
 
 
-START = {"type": "http.response.start", "status": 200, "headers": []}
-LAST = {"type": "http.response.body", "body": b"all"}
 ACCEPT = {"type": "websocket.accept"}
 CLOSE = {"type": "websocket.close", "code": 1000}
 REFUSE = {"type": "websocket.http.response.start", "status": 403, "headers": []}
@@ -530,6 +616,23 @@ async def test_an_application_that_hangs_fails_the_test_with_a_message() -> None
                 pass
 
 
+async def test_an_application_that_never_stands_still() -> None:
+    app = FastAPI()
+
+    @app.get("/")
+    @with_cancelation
+    async def endpoint() -> None:
+        while True:
+            await anyio.lowlevel.checkpoint()
+
+    async with CancelableClient(app) as client:
+        async with client.start("GET", "/") as call:
+            await call.running()
+            await call.listened_to()
+            await call.hang_up()
+        assert_cancelled(call, reason=CancelationReason.DISCONNECT)
+
+
 async def test_the_reason_of_a_handle() -> None:
     app = FastAPI()
 
@@ -581,6 +684,20 @@ async def test_tasks_left_behind_are_named() -> None:
     await asyncio.wait(kept)
 
 
+async def test_a_process_that_waits_for_the_next_job_is_not_left_behind() -> None:
+    app = FastAPI()
+
+    @app.get("/")
+    async def endpoint(cancel: RequestCancelable) -> int:
+        async with cancel:
+            return await cancel.run_in_process(abs, -3)
+
+    async with no_tasks_left(), CancelableClient(app) as client:
+        async with client.start("GET", "/") as call:
+            pass
+        assert (call.json(), call.left_behind) == (3, [])
+
+
 async def test_the_lifespan_is_run() -> None:
     journal: list[str] = []
 
@@ -626,6 +743,54 @@ async def test_a_lifespan_that_fails(phase: str) -> None:
     with pytest.raises(LookupError, match="no database"):
         async with CancelableClient(FastAPI(lifespan=lifespan)):
             assert phase == "shutdown"
+
+
+async def test_a_lifespan_that_breaks_in_the_middle() -> None:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(consume)
+            yield
+
+    async def consume() -> None:
+        await broken.wait()
+        raise LookupError("no queue")
+
+    broken = anyio.Event()
+    with pytest.raises(ExceptionGroup) as raised:  # noqa: PT012
+        async with CancelableClient(FastAPI(lifespan=lifespan)):
+            broken.set()
+            await anyio.wait_all_tasks_blocked()
+    assert raised.group_contains(LookupError, match="no queue")
+
+
+@pytest.mark.parametrize("how", ["fails", "is cancelled"])
+async def test_the_lifespan_ends_though_the_test_does_not(how: str) -> None:
+    journal: list[str] = []
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await anyio.sleep(0.001)
+        journal.append("closed")
+
+    app = FastAPI(lifespan=lifespan)
+
+    @app.get("/")
+    async def endpoint() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            journal.append("endpoint")
+
+    with anyio.CancelScope() as scope, suppress(LookupError):
+        async with CancelableClient(app) as client, client.start("GET", "/") as call:
+            await call.running()
+            if how == "fails":
+                raise LookupError
+            scope.cancel()
+            await anyio.sleep_forever()
+    assert journal == ["endpoint", "closed"]
 
 
 async def test_many_calls_at_once() -> None:
@@ -706,6 +871,45 @@ async def test_time_passes_from_one_deadline_to_the_next() -> None:
         tasks.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio", ("trio", {"clock": trio.testing.MockClock()})])
+async def test_every_deadline_is_kept() -> None:
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        for _ in range(1500):
+            await anyio.sleep(0.01)
+            ticks += 1
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(tick)
+        await anyio.wait_all_tasks_blocked()
+        await advance(15)
+        assert ticks == 1500
+
+
+@pytest.mark.parametrize("anyio_backend", [("asyncio", {"debug": True})])
+async def test_time_that_passes_is_no_slow_callback(caplog: pytest.LogCaptureFixture) -> None:
+    await advance(30)
+    await anyio.lowlevel.checkpoint()
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("anyio_backend", [("trio", {"clock": trio.testing.MockClock()})])
+async def test_a_clock_that_stands_still() -> None:
+    async with CancelableClient(application(), ceiling=1) as client:
+        async with client.start("GET", "/never") as call:
+            await call.listened_to()
+            await call.hang_up()
+        assert_cancelled(call)
+        async with client.start("GET", "/never", hang_up=HangUp.before_body()) as call:
+            pass
+        assert_cancelled(call)
+        with pytest.raises(AssertionError, match="not ended within 1 seconds"):
+            async with client.start("GET", "/never"):
+                pass
+
+
 @on_asyncio
 async def test_hours_in_no_time_on_asyncio() -> None:
     await hours()
@@ -741,6 +945,7 @@ def sockets() -> FastAPI:
 
     @app.websocket("/echo")
     async def echo(websocket: WebSocket) -> None:
+        assert websocket.headers["sec-websocket-protocol"] == "chat, token"
         await websocket.accept(subprotocol="chat")
         async for text in websocket.iter_text():
             await websocket.send_text(text.upper())
@@ -762,6 +967,10 @@ def sockets() -> FastAPI:
     async def refused(websocket: WebSocket) -> None:
         await websocket.close(4403, "no")
 
+    @app.websocket("/denied")
+    async def denied(websocket: WebSocket) -> None:
+        await websocket.send_denial_response(JSONResponse("who are you?", 401))
+
     @app.websocket("/late")
     @with_cancelation(timeout=0.02)
     async def late(websocket: WebSocket) -> None:
@@ -773,7 +982,7 @@ def sockets() -> FastAPI:
 
 async def test_a_websocket() -> None:
     async with CancelableClient(sockets()) as client:
-        async with client.websocket("/echo", subprotocols=["chat"]) as socket:
+        async with client.websocket("/echo", subprotocols=["chat", "token"]) as socket:
             await socket.send_text("hello")
             assert await socket.receive_text() == "HELLO"
             assert socket.subprotocol == "chat"
@@ -808,6 +1017,19 @@ async def test_a_websocket_that_is_stopped_or_refused() -> None:
             with pytest.raises(SocketClosed) as closed:
                 await socket.accepted()
             assert (closed.value.code, closed.value.reason) == (4403, "no")
+        async with client.websocket("/denied") as socket:
+            with pytest.raises(SocketClosed, match="refused the handshake with status 401"):
+                await socket.receive_text()
+            assert socket.refusal is not None
+            assert socket.refusal.json() == "who are you?"
+
+
+async def test_a_message_of_the_other_kind_is_told() -> None:
+    async with CancelableClient(sockets()) as client, client.websocket("/bytes") as socket:
+        await socket.send_bytes(b"raw")
+        with pytest.raises(AssertionError, match=r"has not sent text, but .*b'raw'"):
+            await socket.receive_text()
+        await socket.send_json([1])
 
 
 def test_wrong_use_says_how_to_do_it_right() -> None:
@@ -815,6 +1037,28 @@ def test_wrong_use_says_how_to_do_it_right() -> None:
         CancelableClient("app")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match='"repeats" or "once"'):
         CancelableClient(FastAPI(), disconnect="never")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def test_a_client_works_in_its_block() -> None:
+    client = CancelableClient(application())
+    with pytest.raises(RuntimeError, match="inside its block"):
+        await client.get("/echo")
+    async with client:
+        with pytest.raises(RuntimeError, match="open already"):
+            await client.__aenter__()
+        assert (await client.get("/echo")).status_code == 200
+    with pytest.raises(RuntimeError, match="inside its block"):
+        async with client.websocket("/echo"):
+            pass
+    async with client:
+        assert (await client.get("/echo")).status_code == 200
+
+
+@on_asyncio
+async def test_a_client_works_in_its_event_loop() -> None:
+    async with CancelableClient(application()) as client:
+        with pytest.raises(RuntimeError, match=r"opened in another event loop.*loop_scope"):
+            await anyio.to_thread.run_sync(lambda: anyio.run(client.get, "/echo"))
 
 
 def imported_by(statement: str) -> set[str]:

@@ -279,6 +279,12 @@ async def test_run_in_thread_returns_and_raises_what_the_function_does() -> None
                 await cancel.run_in_thread(divide, 6, 0, abandon_on_cancel=abandon)
 
 
+async def test_run_in_thread_of_what_is_to_be_awaited_is_refused() -> None:
+    async with Cancelable() as cancel:
+        with pytest.raises(TypeError, match="is `async def`: await it here"):
+            await (await cancel.run_in_thread(anyio.sleep, 0))
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 async def test_run_in_thread_outside_of_the_block_is_refused(when: str) -> None:
     cancel = Cancelable()
