@@ -288,6 +288,39 @@ async def test_an_error_of_a_plain_stream_is_not_taken_for_a_disconnect(door: st
     assert (call.exception, call.reason) == (error, None)
 
 
+@pytest.mark.parametrize("by", ["hang-up", "cancel"])
+@pytest.mark.parametrize("door", ["middleware", "route"])
+async def test_an_error_of_a_block_inside_a_plain_stream_is_ours(
+    door: str, by: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    app = FastAPI()
+    router = APIRouter(route_class=CancelableRoute) if door == "route" else APIRouter()
+    waiting = anyio.Event()
+
+    async def chunks(cancel: Cancelable) -> AsyncIterator[bytes]:
+        async with cancel:
+            yield b"one"
+            waiting.set()
+            if by == "cancel":
+                await cancel.cancel()
+            await anyio.sleep_forever()
+
+    @router.get("/")
+    async def stream(cancel: RequestCancelable) -> StreamingResponse:
+        return StreamingResponse(chunks(Cancelable() if by == "cancel" else cancel))
+
+    app.include_router(router)
+    if door == "middleware":
+        app.add_middleware(RequestCancelationMiddleware)
+    async with nothing_left(), running(app) as call:
+        await waiting.wait()
+        if by == "hang-up":
+            await call.hang_up()
+    assert (call.outcome, call.is_complete, call.body) == ("returned", False, b"one")
+    assert [record.levelname for record in caplog.records if record.name == "cancelable_deps"] == ["INFO"]
+
+
 # Starlette leaves the generator of a response to the garbage collector, of which trio complains.
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*chunks:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("defer", [False, True])
