@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import anyio
+import anyio.from_thread
 
 from ._backend import current_loop, logger
 from .reasons import CancelationReason
@@ -191,8 +192,11 @@ class _SignalCause(Cause):
 
 
 def running_drain() -> Drain:
-    """The running loop's own."""
-    loop = current_loop()
+    """The running loop's own; in a worker thread, that of the loop which has started it."""
+    try:
+        loop = current_loop()
+    except RuntimeError:
+        return anyio.from_thread.run_sync(running_drain)
     drain: Drain | None = loop.drain
     if drain is None:
         drain = loop.drain = Drain(loop)
