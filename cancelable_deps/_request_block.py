@@ -167,7 +167,9 @@ class DoorBlock(RequestBlock):
 
     def _outcome(self, exc: BaseException | None, remaining: BaseException | None) -> BaseException:
         outcome = super()._outcome(exc, remaining)
-        if outcome.args == (_TOO_LATE,) and isinstance(outcome.__cause__, CancelationError):
+        # Not that of a response of ours, which knows no other way to be cut than to raise.
+        is_stranded = outcome.args == (_TOO_LATE,) and not self._request.is_cut
+        if is_stranded and isinstance(outcome.__cause__, CancelationError):
             outcome = outcome.__cause__
         if isinstance(outcome, CancelationError):
             # Also that of a block which was opened by hand below, and knows nothing of the request.
