@@ -167,8 +167,8 @@ class DoorBlock(RequestBlock):
 
     def _outcome(self, exc: BaseException | None, remaining: BaseException | None) -> BaseException:
         outcome = super()._outcome(exc, remaining)
-        # Not that of a response of ours, which knows no other way to be cut than to raise.
-        is_stranded = outcome.args == (_TOO_LATE,) and not self._request.is_cut
+        # Not that of a response of ours, which knows no other way to be cut than to raise, nor of a background task.
+        is_stranded = outcome.args == (_TOO_LATE,) and not self._request.is_cut and not self._request.is_closed
         if is_stranded and isinstance(outcome.__cause__, CancelationError):
             outcome = outcome.__cause__
         if isinstance(outcome, CancelationError):
