@@ -306,6 +306,26 @@ async def test_a_plain_iterator_runs_in_a_thread_and_is_closed() -> None:
     assert not call.is_complete
 
 
+async def test_a_generator_behind_a_plain_iterable_is_closed() -> None:
+    events: list[str] = []
+    started = anyio.Event()
+
+    class Rows:
+        def __iter__(self) -> Iterator[bytes]:
+            try:
+                yield b"one"
+                anyio.from_thread.run_sync(started.set)
+                while True:
+                    yield b"more"
+            finally:
+                anyio.from_thread.run_sync(events.append, "closed in a thread")
+
+    async with running(CancelableStreamingResponse(Rows())) as call:
+        await started.wait()
+        await call.hang_up()
+    assert events == ["closed in a thread"]
+
+
 async def test_an_error_of_the_generator_is_its_own() -> None:
     async def broken() -> AsyncIterator[str]:
         yield "a"
