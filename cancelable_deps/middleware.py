@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from starlette.middleware.base import BaseHTTPMiddleware
 
+from ._exceptions import raise_as_it_is
 from ._exchange import Limits, run_request
 from ._polite import polite_gate
 from ._request import SCOPE_KEY, RequestState
@@ -158,8 +159,8 @@ class _Gateway:
         try:
             await self.app(scope, receive, watched)
         except BaseException as exc:
-            error = gate.end(exc) or exc
-            raise _cut_off(error, state) if has_started else error  # noqa: B904
+            exc = gate.end(exc) or exc
+            raise_as_it_is(_cut_off(exc, state) if has_started else exc)
         finally:
             # The task knows its context, which knows our block, and so us: a cycle.
             state.main_tasks = tuple(other for other in state.main_tasks if other is not task)
