@@ -113,7 +113,7 @@ async def test_one_process_does_one_job_after_another() -> None:
         (jobs.return_a_lambda, TypeError, "cannot be pickled"),
         (jobs.raise_odd, RuntimeError, "Odd, which cannot be pickled: 1 and 2"),
         (jobs.die, anyio.BrokenWorkerProcess, "signal SIGKILL.*die"),
-        (jobs.die_without_a_name, anyio.BrokenWorkerProcess, f"signal {signal.SIGRTMIN + 1}"),
+        (jobs.die_without_a_name, anyio.BrokenWorkerProcess, r"signal \d+"),
         (lambda: None, TypeError, "Take a function from the top level"),
         (numbers_in, TypeError, "plain function"),
     ],
