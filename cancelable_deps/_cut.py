@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     Headers = Iterable[tuple[bytes, bytes]]
 
 SSE = "text/event-stream"
+_ENDS_OF_EVENTS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
 # For the last event: a client that does not read may not hold it up for ever.
 _LEAVE_SECONDS = 5.0
@@ -35,13 +36,20 @@ _FLUSH_SECONDS = 1.0
 
 
 async def cut(
-    headers: Headers, error: CancelationError, send: Send, state: RequestState, *, stalled: bool = False
+    headers: Headers,
+    last: bytes | memoryview,
+    error: CancelationError,
+    send: Send,
+    state: RequestState,
+    *,
+    stalled: bool = False,
 ) -> bool:
     """End a started response with these headers; whether its client can tell that it is not whole.
 
+    :param last: what was sent of its body at last, if anything.
     :param stalled: the client does not read: drop what has not been sent yet.
     """
-    if not stalled and _is_event_stream(headers) and await _say_farewell(error, send):
+    if not stalled and _is_event_stream(headers) and await _say_farewell(error, last, send):
         return True
     # Our own middleware, further out, drops the last chunk if somebody in between sends one all the same.
     state.is_cut = True
@@ -60,9 +68,12 @@ def _is_event_stream(headers: Headers) -> bool:
     return media_type == SSE.encode() and b"content-encoding" not in fields
 
 
-async def _say_farewell(error: CancelationError, send: Send) -> bool:
+async def _say_farewell(error: CancelationError, last: bytes | memoryview, send: Send) -> bool:
     with anyio.move_on_after(_LEAVE_SECONDS, shield=True):
         data = format_sse(json.dumps(reason_and_message(error)), event="cancelled")
+        if last and not bytes(last[-4:]).endswith(_ENDS_OF_EVENTS):
+            # What is passed on from elsewhere comes in chunks of any size: ours is not to become a part of half an event.
+            data = b"\n\n" + data
         # Since ASGI 2.4 this may raise, and then the client has left.
         with suppress(OSError):
             await send({"type": "http.response.body", "body": data, "more_body": True})

@@ -6,8 +6,10 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import anyio
+import anyio.from_thread
 
 from ._backend import current_loop, logger
+from ._sweep import Sweep
 from .reasons import CancelationReason
 from .settings import settings
 from .token import CancelationToken, Cause
@@ -117,7 +119,8 @@ class Drain:
         await anyio.sleep(max(0.0, self._began + 2 * settings.listen_after - self._loop.time()))
         with anyio.move_on_after(_MARGIN):
             # Timers are late where much is to do.
-            while any(sweep.is_wound for sweep in self._loop.extras.values()):  # noqa: ASYNC110
+            sweeps = [extra for extra in self._loop.extras.values() if isinstance(extra, Sweep)]
+            while any(sweep.is_wound for sweep in sweeps):  # noqa: ASYNC110
                 await anyio.sleep(settings.listen_after)
 
     @property
@@ -191,8 +194,11 @@ class _SignalCause(Cause):
 
 
 def running_drain() -> Drain:
-    """The running loop's own."""
-    loop = current_loop()
+    """The running loop's own; in a worker thread, that of the loop which has started it."""
+    try:
+        loop = current_loop()
+    except RuntimeError:
+        return anyio.from_thread.run_sync(running_drain)
     drain: Drain | None = loop.drain
     if drain is None:
         drain = loop.drain = Drain(loop)

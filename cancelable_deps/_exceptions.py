@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NoReturn
 
 from starlette.exceptions import HTTPException
+from starlette.websockets import WebSocketDisconnect
 
 from ._backend import logger
 
@@ -23,6 +24,9 @@ def collapse(exc: BaseException) -> BaseException:
     if len(leaves) == 1:
         return leaves[0]
     answer = next((leaf for leaf in leaves if isinstance(leaf, HTTPException)), None)
+    if all(isinstance(leaf, WebSocketDisconnect) for leaf in leaves):
+        # One task receives and another sends: each is told of it.
+        return answer or leaves[0]
     if answer is None or not all(isinstance(leaf, Exception) for leaf in leaves):
         return exc
     for leaf in leaves:

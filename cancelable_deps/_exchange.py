@@ -114,7 +114,7 @@ async def run_request(
         outcome = state.token.cause.error()
     if exchange.started and isinstance(outcome, CancelationError):
         if outcome.reason is not CancelationReason.DISCONNECT and not exchange.is_complete:
-            await cut(exchange.stream_headers, outcome, send, state)
+            await cut(exchange.stream_headers, exchange.last, outcome, send, state)
         return None
     try:
         if isinstance(outcome, CancelationError):
@@ -131,11 +131,12 @@ class _Exchange:
     before its work begins, can be stopped again when that is out.
     """
 
-    __slots__ = ("_block", "_send", "_state", "_trailers", "is_complete", "started", "stream_headers")
+    __slots__ = ("_block", "_send", "_state", "_trailers", "is_complete", "last", "started", "stream_headers")
 
     def __init__(self, send: Send, block: DoorBlock, state: RequestState | None) -> None:
         self.started = self._trailers = self.is_complete = False
         self.stream_headers: Headers = ()
+        self.last = b""
         self._send = send
         self._block = block
         # Of a door further in, whose response may still be held back by something between it and the outermost door.
@@ -147,6 +148,7 @@ class _Exchange:
         if kind == "http.response.body":
             if message.get("more_body", False) or self._trailers:
                 self._block.resume()
+                self.last = message.get("body") or self.last
             elif self._block._request.is_cut:
                 return
             else:

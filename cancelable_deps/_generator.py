@@ -101,7 +101,7 @@ class ThreadedGenerator:
 
     async def aclose(self) -> None:
         # Of what has no close(), and of a list, there is nothing to end.
-        end = getattr(self._items, "close", None)
+        end = getattr(self._items if self._iterator is None else self._iterator, "close", None)
         if end is not None:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(end)

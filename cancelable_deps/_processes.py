@@ -214,4 +214,6 @@ def _name(func: Callable[..., Any]) -> str:
 
 
 def _how(code: int) -> str:
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    # A real-time signal has no name in Python.
+    name = next((known.name for known in signal.Signals if known == -code), -code)
+    return f"signal {name}" if code < 0 else f"exit code {code}"

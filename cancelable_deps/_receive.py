@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from types import BuiltinMethodType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 import anyio.lowlevel
@@ -85,7 +85,7 @@ class Reader(ReadAhead):
 
     def _keep(self, message: Message) -> None:
         if message["type"] == "http.disconnect":
-            self.end = message
+            self._take_end(message)
             # Before anybody who awaits a message is woken: they are to be cancelled at that very await.
             self._tell_owner()
             return
@@ -95,6 +95,17 @@ class Reader(ReadAhead):
         self._messages.append(message)
         self._held += _size(message)
         self._notify()
+
+    def _take_end(self, message: Message) -> None:
+        self.end = message
+        # hypercorn says it once, by a queue, and a response that listens after us would wait for it for ever.
+        owner: Any = getattr(self.raw, "__self__", None)
+        kind = (type(owner).__module__, type(owner).__name__)
+        if kind == ("asyncio.queues", "Queue"):
+            owner.put_nowait(message)
+        elif kind == ("trio", "MemoryReceiveChannel"):
+            # Private, as the channel's other end is the server's.
+            owner._state.data.append(message)
 
     def _next(self) -> Message:
         assert self._messages is not None
@@ -124,7 +135,7 @@ class Reader(ReadAhead):
         try:
             message = await self.raw()
             if message["type"] == "http.disconnect":
-                self.end = message
+                self._take_end(message)
             else:
                 self._note(message)
         finally:

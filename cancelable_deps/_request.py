@@ -16,7 +16,7 @@ from .settings import settings
 from .token import CancelationToken, Cause
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
     from contextlib import AsyncExitStack
     from typing import Protocol
 
@@ -172,12 +172,12 @@ class RequestState:
             self._disconnect()
 
     def defer_disconnect(self, by: int) -> None:
-        """As long as there are more in than out, nobody is told that the client has left."""
+        """As long as there are more in than out, nobody is told that the client has left; from any thread."""
         self._deferrals += by
         if not self._deferrals:
             if self.has_left and not self.is_closed:
                 self._disconnect()
-            self._tell_those_deferred()
+            self._call_in_loop(self._tell_those_deferred)
 
     @property
     def is_deferring(self) -> bool:
@@ -200,7 +200,13 @@ class RequestState:
         assert self.token.cause is not None
         self.log(self.token.cause.reason, self.token.cause)
         if self._leaving is not None:
-            self._leaving.set()
+            self._call_in_loop(self._leaving.set)
+
+    def _call_in_loop(self, callback: Callable[[], object]) -> None:
+        if self.loop.is_running_here():
+            callback()
+        else:
+            self.loop.call_from_thread(callback)
 
     async def wait_disconnected(self) -> None:
         """Wait until the client has left."""

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from ._backend import EventLoop
     from .policies import TimeoutPolicy
 
+# What Starlette makes of an error that it would answer, had the response not started.
+_TOO_LATE = "Caught handled exception, but response already started."
+
 
 def _timeouts_are_off() -> bool:
     """Somebody looks at a request in a debugger, who would find it cancelled."""
@@ -164,6 +167,10 @@ class DoorBlock(RequestBlock):
 
     def _outcome(self, exc: BaseException | None, remaining: BaseException | None) -> BaseException:
         outcome = super()._outcome(exc, remaining)
+        # Not that of a response of ours, which knows no other way to be cut than to raise, nor of a background task.
+        is_stranded = outcome.args == (_TOO_LATE,) and not self._request.is_cut and not self._request.is_closed
+        if is_stranded and isinstance(outcome.__cause__, CancelationError):
+            outcome = outcome.__cause__
         if isinstance(outcome, CancelationError):
             # Also that of a block which was opened by hand below, and knows nothing of the request.
             self._request.log(outcome.reason, outcome.detail)

@@ -266,8 +266,8 @@ def _decorate(endpoint: Any, options: _Options) -> Any:
 
 
 def cover_generator(endpoint: Any) -> Any:
-    """``endpoint``, under a door that gives it its limits; as a bare decorator does if it is an async generator."""
-    if not inspect.isasyncgenfunction(_what_runs(endpoint)) or find_spec("fastapi.sse") is None:
+    """``endpoint``, under a door that gives it its limits; as a bare decorator does if it is a generator."""
+    if not _yields(endpoint) or find_spec("fastapi.sse") is None:
         return endpoint
     # Older versions of FastAPI make the routes of an included router anew.
     return endpoint if hasattr(endpoint, _COVERED) else with_cancelation(endpoint)

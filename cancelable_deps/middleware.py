@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any, cast
 
 from starlette.middleware.base import BaseHTTPMiddleware
 
+from ._exceptions import raise_as_it_is
 from ._exchange import Limits, run_request
 from ._polite import polite_gate
 from ._request import SCOPE_KEY, RequestState
 from ._socket import run_socket
+from .errors import CancelationError
 from .policies import TimeoutPolicy, answer, check_names_at_start
 from .settings import settings
 
 if TYPE_CHECKING:
     from datetime import timedelta
 
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 Exclude = str | re.Pattern[str] | Callable[["Scope"], bool]
 
@@ -146,12 +148,29 @@ class _Gateway:
         state.main_tasks += (task,)
         grace = settings.cleanup_grace if state.cleanup_grace is None else state.cleanup_grace
         gate = polite_gate(loop, grace, lambda origin: state.token.is_cancelled)
+        has_started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal has_started
+            has_started = has_started or message["type"] == "http.response.start"
+            await send(message)
+
         gate.begin()
         try:
-            await self.app(scope, receive, send)
+            await self.app(scope, receive, watched)
         except BaseException as exc:
-            raise gate.end(exc) or exc  # noqa: B904
+            exc = gate.end(exc) or exc
+            raise_as_it_is(_cut_off(exc, state) if has_started else exc)
         finally:
             # The task knows its context, which knows our block, and so us: a cycle.
             state.main_tasks = tuple(other for other in state.main_tasks if other is not task)
         gate.end(None)
+
+
+def _cut_off(error: BaseException, state: RequestState) -> BaseException:
+    """``error``, or the one of ours that Starlette has made it of, and then the last chunk is not to be sent."""
+    ours = error if isinstance(error, CancelationError) else error.__context__
+    if state.is_closed or state.is_cut or not isinstance(ours, CancelationError):
+        return error
+    state.is_cut = True
+    return ours

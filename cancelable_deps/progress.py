@@ -63,8 +63,8 @@ async def _events(work: Callable[[Cancelable], Awaitable[object]], cancel: Cance
         await say(_event("progress", {"message": message, "metadata": metadata}))
 
     async def say(event: bytes) -> None:
-        # Nobody takes what stopped work says while it cleans up.
-        with suppress(anyio.BrokenResourceError):
+        # Nobody takes what stopped work says while it cleans up, nor what is said after its end.
+        with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
             await sender.send(event)
 
     async def run() -> None:

@@ -104,10 +104,11 @@ def cancelation_lifespan(
 def shutdown_token() -> CancelationToken:
     """The token that is cancelled, for `CancelationReason.SIGNAL`, as soon as the running event loop's server shuts down.
 
-    Await it (``await shutdown_token().wait()``), ask it, or give it to a block that should stop at once:
-    ``Cancelable(token=shutdown_token())``. Without a `cancelation_lifespan` in this event loop nothing cancels it.
+    Await it (``await shutdown_token().wait()``), ask it (in a ``def`` endpoint, too), or give it to a block that should
+    stop at once: ``Cancelable(token=shutdown_token())``. Without a `cancelation_lifespan` in this event loop nothing
+    cancels it.
 
-    :raises RuntimeError: if no event loop runs in this thread.
+    :raises RuntimeError: in a thread that neither runs an event loop nor works for one.
     """
     return running_drain().token
 

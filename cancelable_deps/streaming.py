@@ -84,6 +84,7 @@ class CancelableStreamingResponse(StreamingResponse):
         super().__init__(chunks, status_code, headers, media_type, background)
         self._cancel = cancel
         self._stalled = False
+        self._last: bytes | memoryview = b""
         if isinstance(cancel, RequestBlock):
             keep_for_stream(cancel._request, self)
 
@@ -150,7 +151,7 @@ class CancelableStreamingResponse(StreamingResponse):
                 cancel.token.unlisten(block)
 
     async def _take_leave(self, error: CancelationError, state: RequestState, send: Send) -> None:
-        is_cut = await cut(self.raw_headers, error, send, state, stalled=self._stalled)
+        is_cut = await cut(self.raw_headers, self._last, error, send, state, stalled=self._stalled)
         # A client that left while the iterator cleaned up has nothing to be told.
         if not is_cut and not state.has_left:
             raise error
@@ -195,6 +196,7 @@ class _Stream:
 
     async def _send_chunk(self, chunk: Chunk) -> None:
         body = chunk.encode(self._response.charset) if isinstance(chunk, str) else chunk
+        self._response._last = body or self._response._last
         await self._send_on({"type": "http.response.body", "body": body, "more_body": True})
         # A generator that never waits, to a client that always has room, would never let us see that it has left.
         await anyio.lowlevel.checkpoint()

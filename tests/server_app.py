@@ -392,6 +392,12 @@ def add_streams(app: FastAPI) -> None:
     async def stream(request: Request, kind: str = "application/octet-stream", timeout: float | None = None) -> Any:
         return cancelable_streaming_response(endless(key_of(request)), media_type=kind, timeout=timeout)
 
+    @app.get("/stream-for-nobody")
+    async def stream_for_nobody(request: Request, event: CancellationEvent, ours: bool) -> StreamingResponse:
+        await event.wait()
+        body = endless(key_of(request))
+        return cancelable_streaming_response(body) if ours else StreamingResponse(body)
+
     @app.get("/starlette-stream")
     async def starlette_stream(request: Request) -> StreamingResponse:
         return StreamingResponse(endless(key_of(request)))

@@ -6,7 +6,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
+import anyio.from_thread
 import anyio.lowlevel
+import anyio.to_thread
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
@@ -17,6 +19,7 @@ from cancelable_deps import (
     RequestCancelationMiddleware,
     cancelable_streaming_response,
     current_cancelable,
+    wait_for_disconnect,
     with_cancelation,
 )
 from tests.calls import get, hang_up, running
@@ -175,3 +178,34 @@ async def test_starlettes_own_listener_is_told_at_the_end_of_the_guard() -> None
         await call.listened_to()
         await call.hang_up()
     assert events == ["usage", "stopped"]
+
+
+async def test_a_guard_that_is_left_in_a_thread_wakes_who_listens() -> None:
+    app = FastAPI()
+    started = anyio.Event()
+    messages: list[Any] = []
+
+    def work(cancel: Cancelable) -> None:
+        with cancel.defer_disconnect():
+            anyio.from_thread.run_sync(started.set)
+            while not cancel.client_has_left:
+                anyio.from_thread.run(anyio.sleep, 0.001)
+
+    @app.get("/")
+    async def both(request: Request, cancel: RequestCancelable) -> None:
+        await request.body()
+
+        async def listen() -> None:
+            await wait_for_disconnect(request)
+            messages.append(await request.receive())
+
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(listen)
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(work, cancel)
+
+    async with nothing_left(), running(app) as call:
+        await started.wait()
+        await call.listened_to()
+        await call.hang_up()
+    assert (messages, call.status) == ([{"type": "http.disconnect"}], 200)

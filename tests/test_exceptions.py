@@ -5,6 +5,7 @@ import logging
 
 import pytest
 from starlette.exceptions import HTTPException
+from starlette.websockets import WebSocketDisconnect
 
 from cancelable_deps import Cancelable, ManualCancelation
 from cancelable_deps._exceptions import collapse, raise_as_it_is
@@ -35,6 +36,12 @@ def test_the_only_leaf_may_be_a_cancellation() -> None:
 def test_several_leaves_stay_a_group() -> None:
     several = group(ValueError(), group(KeyError()))
     assert collapse(several) is several
+
+
+def test_several_that_tell_of_one_websocket_are_one(caplog: pytest.LogCaptureFixture) -> None:
+    told, also_told = WebSocketDisconnect(1006), WebSocketDisconnect(1001)
+    assert collapse(group(told, group(also_told))) is told
+    assert not caplog.records
 
 
 def test_an_http_exception_is_the_answer(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,10 @@ import anyio.lowlevel
 import pytest
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import StreamingResponse
+from starlette.background import BackgroundTask
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.requests import Request
+from starlette.responses import Response
 
 from cancelable_deps import (
     Cancelable,
@@ -37,6 +41,10 @@ sse: Any = pytest.importorskip("fastapi.sse", reason="generator endpoints came w
 
 DOORS = ("decorator", "middleware", "route", "decorator under middleware")
 KINDS = ("sse", "jsonl", "raw")
+
+
+async def pass_on(request: Request, call_next: RequestResponseEndpoint) -> Response:
+    return await call_next(request)
 
 
 class Journal:
@@ -295,6 +303,62 @@ async def test_an_error_of_a_plain_stream_is_not_taken_for_a_disconnect(door: st
     ):
         await call.ended()
     assert (call.exception, call.reason) == (error, None)
+
+
+@pytest.mark.parametrize("by", ["hang-up", "cancel"])
+@pytest.mark.parametrize("door", ["middleware", "middleware around another", "route"])
+async def test_an_error_of_a_block_inside_a_plain_stream_is_ours(
+    door: str, by: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    app = FastAPI()
+    router = APIRouter(route_class=CancelableRoute) if door == "route" else APIRouter()
+    waiting = anyio.Event()
+
+    async def chunks(cancel: Cancelable) -> AsyncIterator[bytes]:
+        async with cancel:
+            yield b"one"
+            waiting.set()
+            if by == "cancel":
+                await cancel.cancel()
+            await anyio.sleep_forever()
+
+    @router.get("/")
+    async def stream(cancel: RequestCancelable) -> StreamingResponse:
+        return StreamingResponse(chunks(Cancelable() if by == "cancel" else cancel))
+
+    app.include_router(router)
+    if "another" in door:
+        app.add_middleware(BaseHTTPMiddleware, dispatch=pass_on)
+    if "middleware" in door:
+        app.add_middleware(RequestCancelationMiddleware)
+    async with nothing_left(), running(app) as call:
+        await waiting.wait()
+        if by == "hang-up":
+            await call.hang_up()
+    assert (call.outcome, call.is_complete, call.body) == ("returned", False, b"one")
+    assert [record.levelname for record in caplog.records if record.name == "cancelable_deps"] == ["INFO"]
+
+
+@pytest.mark.parametrize("around_another", [False, True])
+async def test_an_error_of_a_background_task_is_its_own(around_another: bool) -> None:
+    app = FastAPI()
+
+    async def task() -> None:
+        async with Cancelable(timeout=0):
+            raise AssertionError
+
+    @app.get("/")
+    async def stream() -> StreamingResponse:
+        return StreamingResponse(iter(["one"]), background=BackgroundTask(task))
+
+    if around_another:
+        app.add_middleware(BaseHTTPMiddleware, dispatch=pass_on)
+    app.add_middleware(RequestCancelationMiddleware)
+    async with nothing_left():
+        call = await get(app, raise_app_exceptions=False)
+    assert (call.is_complete, call.body) == (True, b"one")
+    assert "response already started" in str(call.exception)
 
 
 # Starlette leaves the generator of a response to the garbage collector, of which trio complains.

@@ -1,4 +1,4 @@
-"""Generator endpoints that are plain `def` under the decorator: their items are made in worker threads."""
+"""Generator endpoints that are plain `def`, and covered: their items are made in worker threads."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any, assert_type
 import anyio
 import anyio.from_thread
 import pytest
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from cancelable_deps import (
+    CancelableRoute,
     CancelationError,
     CancelationReason,
     RequestCancelationMiddleware,
@@ -80,15 +81,14 @@ async def test_fastapi_documents_and_checks_its_items_as_without() -> None:
         assert (await client.get("/", params={"limit": "x"})).status_code == 422
 
 
-@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("door", ["decorator", "decorator under middleware", "route"])
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_hang_up_stops_it_between_two_items_and_closes_it_in_a_thread(kind: str, outer: bool) -> None:
+async def test_a_hang_up_stops_it_between_two_items_and_closes_it_in_a_thread(kind: str, door: str) -> None:
     app = FastAPI()
+    router = APIRouter(route_class=CancelableRoute) if door == "route" else APIRouter()
     events: list[str] = []
     loops_thread = threading.get_ident()
 
-    @app.get("/", **KINDS[kind])
-    @with_cancelation
     def items() -> Iterator[str]:
         try:
             while True:
@@ -97,7 +97,9 @@ async def test_a_hang_up_stops_it_between_two_items_and_closes_it_in_a_thread(ki
             events.append("closed in the loop" if threading.get_ident() == loops_thread else "closed")
             raise
 
-    if outer:
+    router.get("/", **KINDS[kind])(items if door == "route" else with_cancelation(items))
+    app.include_router(router)
+    if "middleware" in door:
         app.add_middleware(RequestCancelationMiddleware)
     async with nothing_left(), CancelableClient(app) as client:
         async with client.start("GET", "/") as call:

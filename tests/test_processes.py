@@ -11,8 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -24,8 +24,17 @@ import psutil
 import pytest
 from fastapi import FastAPI
 
-from cancelable_deps import Cancelable, ManualCancelation, RequestCancelable, TimeoutCancelation, with_cancelation
+from cancelable_deps import (
+    Cancelable,
+    ManualCancelation,
+    RequestCancelable,
+    TimeoutCancelation,
+    begin_shutdown,
+    cancelation_lifespan,
+    with_cancelation,
+)
 from cancelable_deps import _processes as processes
+from cancelable_deps.testing import CancelableClient
 
 from . import jobs
 from .calls import CEILING, running
@@ -104,6 +113,7 @@ async def test_one_process_does_one_job_after_another() -> None:
         (jobs.return_a_lambda, TypeError, "cannot be pickled"),
         (jobs.raise_odd, RuntimeError, "Odd, which cannot be pickled: 1 and 2"),
         (jobs.die, anyio.BrokenWorkerProcess, "signal SIGKILL.*die"),
+        (jobs.die_without_a_name, anyio.BrokenWorkerProcess, r"signal \d+"),
         (lambda: None, TypeError, "Take a function from the top level"),
         (numbers_in, TypeError, "plain function"),
     ],
@@ -255,6 +265,27 @@ async def test_hang_up_kills_the_process_of_the_request(door: str, told: str) ->
         await call.hang_up()
     assert call.status == 499
     assert is_gone(pid)
+
+
+async def test_idle_processes_do_not_hinder_a_shutdown() -> None:
+    ended: list[str] = []
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        ended.append("own lifespan")
+
+    app = FastAPI(lifespan=cancelation_lifespan(lifespan))
+
+    @app.get("/")
+    async def divide(cancel: RequestCancelable) -> float:
+        async with cancel:
+            return await cancel.run_in_process(jobs.divide, 6, 3)
+
+    async with CancelableClient(app) as client:
+        assert (await client.get("/")).json() == 2
+        begin_shutdown()
+    assert ended == ["own lifespan"]
 
 
 @pytest.mark.parametrize("options", [{"use_uvloop": False}, {"use_uvloop": True}, None])

@@ -116,6 +116,29 @@ async def test_work_may_report_in_its_cleanup_and_return_a_result_that_nobody_ta
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
 
+async def test_a_callback_may_report_when_the_work_is_over(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    app = FastAPI()
+    told: list[Any] = []
+
+    @app.get("/")
+    async def start(cancel: RequestCancelable) -> Any:
+        @cancel.on_cancel
+        async def tell(cancel: Cancelable) -> None:
+            await cancel.report_progress("stopped")
+            told.append(cancel.reason)
+
+        async def work(cancel: Cancelable) -> None:
+            await anyio.sleep_forever()
+
+        return progress_response(work, cancel)
+
+    async with nothing_left():
+        await hang_up(app)
+    assert told == ["disconnect"]
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+
+
 async def test_wrong_work_is_refused() -> None:
     with pytest.raises(TypeError, match="async function"):
         progress_response(3)  # type: ignore[arg-type]

@@ -42,6 +42,16 @@ def test_a_hang_up_stops_a_stream(server: Server, stack: str) -> None:
     assert server.journal(key, "ended") == ["status:200", "cancelled", "cleaned up", "ended"]
 
 
+@pytest.mark.parametrize("ours", ["true", "false"])
+def test_a_stream_hears_of_a_client_that_left_before_it(server: Server, ours: str) -> None:
+    key = new_key()
+    connection = server.connect()
+    connection.send(request(f"/stream-for-nobody?ours={ours}", key))
+    assert server.ask("/bare/work").status == 200
+    connection.reset()
+    assert server.journal(key, "ended")[-1] == "ended"
+
+
 @pytest.mark.parametrize("stack", STACKS)
 def test_a_timeout_cuts_a_stream_visibly_and_quietly(server: Server, stack: str) -> None:
     key = new_key()

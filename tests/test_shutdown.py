@@ -38,6 +38,7 @@ from cancelable_deps import (
 )
 from cancelable_deps._backend import current_loop
 from cancelable_deps._drain import Drain, running_drain
+from cancelable_deps.testing import CancelableClient
 from tests.calls import CEILING, get, running
 from tests.leftovers import nothing_left
 
@@ -387,6 +388,17 @@ async def test_the_token_can_be_cancelled_from_a_thread() -> None:
             await armed()
             await anyio.to_thread.run_sync(shutdown_token().cancel_nowait, CancelationReason.SIGNAL)
         assert call.status == 503
+
+
+async def test_a_def_endpoint_may_ask_and_order() -> None:
+    app = FastAPI(lifespan=cancelation_lifespan())
+
+    @app.get("/")
+    def stop() -> list[bool]:
+        return [shutdown_token().is_cancelled, begin_shutdown(), begin_shutdown(), shutdown_token().is_cancelled]
+
+    async with nothing_left(), CancelableClient(app) as client:
+        assert (await client.get("/")).json() == [False, True, False, True]
 
 
 async def test_without_a_lifespan_the_token_is_there_and_a_shutdown_is_not() -> None:

@@ -411,6 +411,23 @@ async def test_one_task_receives_while_another_works(door: str) -> None:
     assert stopped == ["stopped"]
 
 
+@pytest.mark.parametrize("door", STOPPING_DOORS)
+async def test_each_task_of_a_group_is_told_and_the_server_of_none(door: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def work(websocket: WebSocket) -> None:
+        await websocket.accept()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(websocket.receive_text)
+            tasks.start_soon(websocket.receive_text)
+
+    async with nothing_left(), connected(application(door, work)) as socket:
+        await socket.accepted()
+        await socket.listened_to()
+    assert socket.outcome == "returned"
+    assert [record.levelname for record in caplog.records if record.name == "cancelable_deps"] == ["INFO"]
+
+
 @pytest.mark.usefixtures("who_reads")
 async def test_child_of_a_group_that_receives_may_clean_up() -> None:
     order: list[str] = []

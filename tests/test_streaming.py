@@ -13,6 +13,7 @@ import anyio.lowlevel
 import pytest
 from fastapi import APIRouter, FastAPI
 from starlette.background import BackgroundTask
+from starlette.responses import StreamingResponse
 
 from cancelable_deps import (
     Cancelable,
@@ -178,10 +179,30 @@ async def test_a_gap_begins_anew_with_each_chunk() -> None:
 async def test_an_event_stream_says_why_it_ends(door: str) -> None:
     body = Body()
     call = await get(app_for(door, body, timeout=0.05, media_type="text/event-stream"))
-    event, data = call.body.decode().removeprefix("chunk 0 ").strip().split("\n")
+    # Half an event, as of an upstream whose bytes are passed on as they come.
+    event, data = call.body.decode().removeprefix("chunk 0 \n\n").strip().split("\n")
     assert event == "event: cancelled"
     assert json.loads(data.removeprefix("data: ")) == {"reason": "timeout", "message": "Timed out after 0.05 seconds"}
     assert call.is_complete
+
+
+@pytest.mark.parametrize(("sent", "between"), [("", ""), ("data: 1\n\n", ""), ("data: 1\r\n\r\n", ""), ("da", "\n\n")])
+@pytest.mark.parametrize("door", ["response", "middleware"])
+async def test_the_last_event_is_one_of_its_own(door: str, sent: str, between: str) -> None:
+    async def body() -> AsyncIterator[bytes]:
+        yield b""
+        yield sent.encode()
+        yield b""
+        await anyio.sleep_forever()
+
+    async def app(*asgi: Any) -> None:
+        await StreamingResponse(body(), media_type="text/event-stream")(*asgi)
+
+    if door == "response":
+        call = await get(CancelableStreamingResponse(body(), media_type="text/event-stream", timeout=0.05))
+    else:
+        call = await get(RequestCancelationMiddleware(app, default_timeout=0.05))
+    assert call.body.decode().startswith(f"{sent}{between}event: cancelled\n")
 
 
 async def test_a_given_cancelable_stops_the_stream() -> None:
@@ -283,6 +304,26 @@ async def test_a_plain_iterator_runs_in_a_thread_and_is_closed() -> None:
         await call.hang_up()
     assert closed == ["closed"]
     assert not call.is_complete
+
+
+async def test_a_generator_behind_a_plain_iterable_is_closed() -> None:
+    events: list[str] = []
+    started = anyio.Event()
+
+    class Rows:
+        def __iter__(self) -> Iterator[bytes]:
+            try:
+                yield b"one"
+                anyio.from_thread.run_sync(started.set)
+                while True:
+                    yield b"more"
+            finally:
+                anyio.from_thread.run_sync(events.append, "closed in a thread")
+
+    async with running(CancelableStreamingResponse(Rows())) as call:
+        await started.wait()
+        await call.hang_up()
+    assert events == ["closed in a thread"]
 
 
 async def test_an_error_of_the_generator_is_its_own() -> None:
