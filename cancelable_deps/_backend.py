@@ -12,6 +12,7 @@ import threading
 from asyncio import get_running_loop
 from contextlib import suppress
 from contextvars import Context
+from inspect import CORO_CREATED, getcoroutinestate
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -87,7 +88,11 @@ class _AsyncioWorker:
         self._task = task
 
     def cancel(self) -> None:
-        self._task.cancel()
+        if getcoroutinestate(self._task.get_coro()) == CORO_CREATED:  # type: ignore[arg-type]
+            # Cancelled before it has begun it never would, and nobody be told of its end.
+            self._task.get_loop().call_soon(self._task.cancel, context=Context())
+        else:
+            self._task.cancel()
 
     @property
     def done(self) -> bool:
@@ -147,7 +152,8 @@ class AsyncioLoop:
             logger.debug("the event loop is closed: nothing is left to cancel in it")
 
     def spawn(self, work: Callable[[], Coroutine[Any, Any, None]], context: Context) -> Worker:
-        return _AsyncioWorker(self.loop.create_task(work(), context=context, name=work.__qualname__))
+        # Not by the loop's task factory, which may begin it eagerly, before we have the worker, or know no contexts.
+        return _AsyncioWorker(asyncio.Task(work(), loop=self.loop, context=context, name=work.__qualname__))
 
 
 class _TrioWorker:

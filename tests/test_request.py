@@ -417,6 +417,25 @@ async def test_finished_stream_is_no_disconnect(caplog: pytest.LogCaptureFixture
 
 
 @pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("door", ["decorator", "cancelable"])
+async def test_body_can_be_read_after_listening_that_ended_before_it_began(door: str) -> None:
+    async def work() -> StreamingResponse:
+        await anyio.lowlevel.checkpoint()
+        return StreamingResponse(echo())
+
+    async def echo() -> AsyncIterator[bytes]:
+        yield await requests[0].body()
+
+    async def keep(request: Request) -> None:
+        requests.append(request)
+
+    requests: list[Request] = []
+    app = application(door, work, dependencies=[Depends(keep)])
+    call = await get(app, content=b"body", spec_version="2.4")
+    assert (call.status, call.body) == (200, b"body")
+
+
+@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("disconnect", ["repeats", "once"])
 async def test_stream_that_is_never_sent_leaves_nothing(disconnect: str) -> None:
     app = FastAPI()
