@@ -373,7 +373,7 @@ class _RequestFinder:
     """Finds the request among the arguments that an endpoint is called with."""
 
     def __init__(self, endpoint: Any, signature: inspect.Signature) -> None:
-        namespace = getattr(_innermost(endpoint), "__globals__", {})
+        namespace = getattr(_what_runs(endpoint), "__globals__", {})
         self.annotations = {
             name: _resolve(parameter.annotation, namespace) for name, parameter in signature.parameters.items()
         }
