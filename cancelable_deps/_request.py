@@ -268,12 +268,15 @@ class RequestState:
         if self._reader is not None:
             await self._reader.join()
 
-    def close_with(self, stack: AsyncExitStack | None) -> None:
-        """Close when ``stack`` is closed; without one, listening ends with the last block."""
-        if stack is not None:
-            self._stack = stack
-            stack.push(self)
-            self.hold()
+    def close_with_handler(self) -> bool:
+        """Close when the handler has returned, if FastAPI tells us; otherwise listening ends with the last block."""
+        stack: AsyncExitStack | None = self.scope.get(_HANDLER_STACK_KEY)
+        if stack is None or self.is_closed:
+            return False
+        self._stack = stack
+        stack.push(self)
+        self.hold()
+        return True
 
     def keep_through_response(self, response: object = None) -> None:
         """Somebody listens until the response has ended, and closes us then: the handler's return does not.
@@ -399,6 +402,6 @@ def handler_state(request: Request) -> RequestState:
     """As `request_state`, called before the handler or in it: closed when the handler has returned."""
     made = SCOPE_KEY not in request.scope
     state = request_state(request)
-    if made and not state.is_closed:
-        state.close_with(request.scope.get(_HANDLER_STACK_KEY))
+    if made:
+        state.close_with_handler()
     return state

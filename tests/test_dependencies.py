@@ -32,6 +32,7 @@ from cancelable_deps import (
     with_cancelation,
 )
 from tests.calls import get, hang_up, running
+from tests.leftovers import nothing_left
 
 pytestmark = pytest.mark.anyio
 
@@ -245,6 +246,35 @@ async def test_task_group_of_a_background_task_does_not_take_the_end_for_a_disco
 
     call = await get(app)
     assert (call.status, done) == (200, ["whole", "whole"])
+
+
+@pytest.mark.parametrize("then", ["decorator", "cancelable", "another step"])
+async def test_a_decorated_step_of_a_handler_does_not_end_the_listening(then: str) -> None:
+    @with_cancelation
+    async def step(request: Request) -> None:
+        await anyio.sleep(0.02)
+
+    @with_cancelation
+    async def last(request: Request) -> None:
+        started.set()
+        await anyio.sleep_forever()
+
+    async def cancelable(request: Request, cancel: RequestCancelable) -> None:
+        async with cancel:
+            started.set()
+            await anyio.sleep_forever()
+
+    async def in_steps(request: Request) -> None:
+        await last(request)
+
+    started = anyio.Event()
+    app = FastAPI()
+    endpoints: dict[str, Any] = {"decorator": last, "cancelable": cancelable, "another step": in_steps}
+    app.get("/", dependencies=[Depends(step)])(endpoints[then])
+    async with nothing_left(), running(app) as call:
+        await started.wait()
+        await call.hang_up()
+    assert call.status == 499
 
 
 async def test_handles_of_one_request_share_reader_and_reason() -> None:
