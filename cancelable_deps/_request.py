@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import quote
 from weakref import ref
 
 import anyio
@@ -358,10 +359,11 @@ class RequestState:
             return
         self.reason = reason
         method = self.scope.get("method", "WEBSOCKET")
-        route = getattr(self.scope.get("route"), "path", None) or self.scope.get("path", "")
+        route = route_of(self.scope)
         elapsed = self.loop.time() - self.arrived
         extra = {"method": method, "route": route, "reason": str(reason), "elapsed": elapsed}
-        logger.info("%s %s cancelled after %.3f s: %s", method, route, elapsed, cause, extra=extra)
+        why = " ".join(str(cause).splitlines())
+        logger.info("%s %s cancelled after %.3f s: %s", method, route, elapsed, why, extra=extra)
 
     def _enter_drain(self) -> None:
         drain: Drain | None = self.loop.drain
@@ -372,6 +374,11 @@ class RequestState:
         if self.pen is not None:
             self.pen.pop(self, None)
             self.pen = None
+
+
+def route_of(scope: Scope) -> str:
+    """The route as it was written, for the log; where there is none the path, quoted: it may hold line breaks."""
+    return getattr(scope.get("route"), "path", None) or quote(scope.get("path", ""))
 
 
 def request_state(request: Request, *, held: bool = False) -> RequestState:

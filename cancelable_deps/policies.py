@@ -10,6 +10,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
 
 from ._backend import logger
+from ._request import route_of
 from ._socket import handler_state
 from .errors import CancelationError
 from .settings import seconds
@@ -75,7 +76,7 @@ class TimeoutPolicy:
         self.exceeded += 1
         scope = block._request.scope
         method = scope.get("method", "")
-        route = getattr(scope.get("route"), "path", None) or scope.get("path", "")
+        route = route_of(scope)
         extra = {"method": method, "route": route, "limit": self.timeout, "elapsed": block.elapsed}
         logger.info(
             "%s %s took %.3f s, longer than its advisory limit of %g s",

@@ -543,6 +543,20 @@ async def test_log_line_names_the_route(caplog: pytest.LogCaptureFixture) -> Non
     assert [record.__dict__["route"] for record in caplog.records] == ["/reports/{report_id}"]
 
 
+async def test_log_line_stays_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    async def bare(scope: Scope, receive: Receive, send: Send) -> None:
+        cancel = current_cancelable()
+        assert cancel is not None
+        await cancel.cancel(message="replaced\r\nINFO:root:by another")
+
+    caplog.set_level(logging.INFO, "cancelable_deps")
+    await get(RequestCancelationMiddleware(bare), "/a%0AINFO:root:b")
+    (record,) = caplog.records
+    method_and_path, _, reason = record.getMessage().partition(" cancelled after ")
+    assert method_and_path == "GET /a%0AINFO%3Aroot%3Ab"
+    assert reason.endswith(" s: manual: replaced INFO:root:by another")
+
+
 def alive(kind: type) -> set[int]:
     return {id(thing) for thing in gc.get_objects() if isinstance(thing, kind)}
 
