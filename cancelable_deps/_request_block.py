@@ -17,6 +17,7 @@ from .token import CancelationToken, Cause
 
 if TYPE_CHECKING:
     from ._backend import EventLoop
+    from ._polite import PoliteScope
     from .policies import TimeoutPolicy
 
 
@@ -185,6 +186,13 @@ class DoorBlock(RequestBlock):
         self._is_on_hold = False
         if self._scope is not None:
             self._scope.resume()
+
+    def _stop(self, scope: PoliteScope, cause: Cause) -> None:
+        super()._stop(scope, cause)
+        if self._is_on_hold:
+            # It may be no finished result, but a stream that has told its length and never makes its first chunk.
+            loop = self._request.loop
+            self._late = loop.call_at(loop.time() + self._cleanup_grace, self.resume)
 
     def _begin(self, loop: EventLoop) -> None:
         super()._begin(loop)

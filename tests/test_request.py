@@ -303,6 +303,31 @@ async def test_timeout_while_the_result_is_on_its_way(door: str) -> None:
     assert (call.status, call.body, call.is_complete) == (200, b'"finished"', True)
 
 
+@pytest.mark.parametrize("door", ["middleware", "route"])
+@pytest.mark.parametrize("ending", ["hang up", "time out"])
+async def test_stream_that_has_told_its_length_and_makes_no_chunk(door: str, ending: str) -> None:
+    limits: dict[str, Any] = {"default_timeout": 0.03 if ending == "time out" else None, "cleanup_grace": 0.03}
+    router = APIRouter(route_class=CancelableRoute.with_timeout(**limits)) if door == "route" else APIRouter()
+
+    async def chunks() -> AsyncIterator[bytes]:
+        await anyio.sleep_forever()
+        yield b"never"
+
+    @router.get("/")
+    async def endpoint() -> StreamingResponse:
+        return StreamingResponse(chunks(), headers={"content-length": "5"})
+
+    app = FastAPI()
+    app.include_router(router)
+    if door == "middleware":
+        app.add_middleware(RequestCancelationMiddleware, **limits)
+    async with checked(app) as call:
+        await call.response_started()
+        if ending == "hang up":
+            await call.hang_up()
+    assert (call.status, call.body, call.is_complete) == (200, b"", False)
+
+
 @pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("door", ["middleware", "decorator", "route", "cancelable"])
 async def test_rest_of_the_handler_is_stopped_when_the_inner_block_ends_in_that_tick(door: str) -> None:
