@@ -32,6 +32,10 @@ class RequestBlock(Cancelable):
     It has no scope until its task has come to wait for something: a handler that never does cannot be cancelled.
     """
 
+    _instead_of_entering_twice = (
+        "FastAPI hands it to every use of the same `Depends(...)` in a request. To have one for each use, write "
+        "`RequestCancelable`, or leave the cache out by `Depends(..., use_cache=False)`."
+    )
     _may_begin_late = True
     _is_whole = False
     """Whether what stops the block stops the request."""

@@ -31,7 +31,7 @@ def enter(block: Cancelable) -> None:
     """``with block:`` in a thread in which no event loop runs."""
     if block._loop is not None:
         raise RuntimeError(
-            f"{block!r} was entered before: a Cancelable serves one block. Make another one for another block."
+            f"{block!r} was entered before: a Cancelable serves one block. {block._instead_of_entering_twice}"
         )
     _refuse_a_running_loop(block)
     parent = _current.get()

@@ -277,6 +277,26 @@ async def test_a_decorated_step_of_a_handler_does_not_end_the_listening(then: st
     assert call.status == 499
 
 
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_a_shared_handle_that_is_entered_twice_says_how_to_have_two(is_async: bool) -> None:
+    async def rows(cancel: RequestCancelable) -> None:
+        async with cancel:
+            ...
+
+    async def in_the_loop(cancel: Cancelable = Depends(cancelable_dependency)) -> None:
+        async with cancel:
+            ...
+
+    def in_a_thread(cancel: Cancelable = Depends(cancelable_dependency)) -> None:
+        with cancel:
+            ...
+
+    app = FastAPI()
+    app.get("/", dependencies=[Depends(rows)])(in_the_loop if is_async else in_a_thread)
+    with pytest.raises(RuntimeError, match=r"entered before.* by `Depends\(\.\.\., use_cache=False\)`"):
+        await get(app)
+
+
 async def test_handles_of_one_request_share_reader_and_reason() -> None:
     app = FastAPI()
     started = anyio.Event()
