@@ -461,6 +461,13 @@ async def test_body_can_be_read_after_listening_that_ended_before_it_began(door:
 
 
 @pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("door", ["decorator", "cancelable"])
+async def test_server_is_not_asked_by_listening_that_ended_before_it_began(door: str) -> None:
+    call = await asgi.get(application(door, anyio.lowlevel.checkpoint))
+    assert (call.status, call.most_readers) == (200, 0)
+
+
+@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("disconnect", ["repeats", "once"])
 async def test_stream_that_is_never_sent_leaves_nothing(disconnect: str) -> None:
     app = FastAPI()
