@@ -66,6 +66,9 @@ class EventLoop(Protocol):
 
     def current_task(self) -> object: ...
 
+    def wake(self) -> None:
+        """What has just been scheduled, perhaps by a signal handler, is not to wait until the loop wakes up by itself."""
+
     newcomers: dict[Newcomer, None]
     """Those who are told when the current step of their task is over; whoever has left by then takes itself out."""
 
@@ -126,6 +129,10 @@ class AsyncioLoop:
 
     def current_task(self) -> object:
         return asyncio.current_task(self.loop)
+
+    def wake(self) -> None:
+        if asyncio.current_task(self.loop) is None:
+            self.loop.call_soon_threadsafe(int)
 
     def await_step(self) -> None:
         self.is_awaiting_step = True
@@ -208,6 +215,9 @@ class TrioLoop:
 
     def current_task(self) -> object:
         return self._current_task()
+
+    def wake(self) -> None:
+        pass  # trio wakes up at each signal
 
     def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
         async def call() -> None:

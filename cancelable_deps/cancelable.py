@@ -565,6 +565,8 @@ class Cancelable:
             self._loop.call_from_thread(self._fire, cause)
         else:
             self._fire(cause)
+            if self._loop is not None:
+                self._loop.wake()
 
     def _fire(self, cause: Cause) -> None:
         scope = self._begun_scope()

@@ -196,6 +196,8 @@ class _ThreadLoop:
     def current_task(self) -> object:
         return None
 
+    def wake(self) -> None: ...
+
     def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
         if self.home is None or not self.home.is_running_here():
             return _NoTimer()
