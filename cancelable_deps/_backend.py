@@ -12,6 +12,7 @@ import threading
 from asyncio import get_running_loop
 from contextlib import suppress
 from contextvars import Context
+from inspect import CORO_CREATED, getcoroutinestate
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ class EventLoop(Protocol):
 
     def current_task(self) -> object: ...
 
+    def wake(self) -> None:
+        """What has just been scheduled, perhaps by a signal handler, is not to wait until the loop wakes up by itself."""
+
     newcomers: dict[Newcomer, None]
     """Those who are told when the current step of their task is over; whoever has left by then takes itself out."""
 
@@ -87,7 +91,11 @@ class _AsyncioWorker:
         self._task = task
 
     def cancel(self) -> None:
-        self._task.cancel()
+        if getcoroutinestate(self._task.get_coro()) == CORO_CREATED:  # type: ignore[arg-type]
+            # Cancelled before it has begun it never would, and nobody be told of its end.
+            self._task.get_loop().call_soon(self._task.cancel, context=Context())
+        else:
+            self._task.cancel()
 
     @property
     def done(self) -> bool:
@@ -122,6 +130,10 @@ class AsyncioLoop:
     def current_task(self) -> object:
         return asyncio.current_task(self.loop)
 
+    def wake(self) -> None:
+        if asyncio.current_task(self.loop) is None:
+            self.loop.call_soon_threadsafe(int)
+
     def await_step(self) -> None:
         self.is_awaiting_step = True
         self.loop.call_soon(self._step_is_over, context=Context())
@@ -147,7 +159,8 @@ class AsyncioLoop:
             logger.debug("the event loop is closed: nothing is left to cancel in it")
 
     def spawn(self, work: Callable[[], Coroutine[Any, Any, None]], context: Context) -> Worker:
-        return _AsyncioWorker(self.loop.create_task(work(), context=context, name=work.__qualname__))
+        # Not by the loop's task factory, which may begin it eagerly, before we have the worker, or know no contexts.
+        return _AsyncioWorker(asyncio.Task(work(), loop=self.loop, context=context, name=work.__qualname__))
 
 
 class _TrioWorker:
@@ -202,6 +215,9 @@ class TrioLoop:
 
     def current_task(self) -> object:
         return self._current_task()
+
+    def wake(self) -> None:
+        pass  # trio wakes up at each signal
 
     def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
         async def call() -> None:

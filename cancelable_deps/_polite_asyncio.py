@@ -231,9 +231,9 @@ class AsyncioPoliteScope(CancelScope):
             # A task that it starts eagerly cancels us. Asked now, it would hear of it at an await that may come after us.
             self._cancel_handle = get_running_loop().call_soon(self._deliver_cancellation, self)
             return True
-        before = task.cancelling()
+        before = _cancellations(self)
         retry = CancelScope._deliver_cancellation(self, origin)
-        if task.cancelling() > before:
+        if _cancellations(self) > before:
             self.take_for_delivered()
         return retry
 
@@ -324,10 +324,9 @@ class AsyncioGate(CancelScope):
         if self._pending_uncancellations and self._grace > 0:
             self.take_for_delivered()
             return False
-        task: Any = self._host_task
-        before = task.cancelling()
+        before = _cancellations(self)
         retry = CancelScope._deliver_cancellation(self, origin)
-        if task.cancelling() > before:
+        if _cancellations(self) > before:
             self.take_for_delivered()
         return retry
 
@@ -340,3 +339,24 @@ class AsyncioGate(CancelScope):
             if self._deadline < math.inf:
                 timer: Any = self._loop.call_at(self._deadline, self.cancel)
                 self._timeout_handle = timer
+
+
+def _cancellations(scope: Any) -> int:
+    """How often the task of ``scope`` was cancelled; or what its worker thread runs in the loop, which it waits for."""
+    host = scope._host_task
+    count: int = host.cancelling()
+    scopes = [scope]
+    for inner in scopes:
+        count += sum(task.cancelling() for task in inner._tasks if task is not host and _runs_for_thread(task))
+        for child in inner._child_scopes:
+            if child._host_task is host:
+                scopes.append(child)
+            elif _runs_for_thread(child._host_task):
+                count += child._host_task.cancelling()
+    return count
+
+
+def _runs_for_thread(task: Any) -> bool:
+    """Whether anyio has started ``task`` for ``from_thread.run()``: beside the scope's own, the only ones of no group."""
+    state = None if _states is None else _states.get(task)
+    return state is not None and state.parent_id is None

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
-import anyio.lowlevel
 import anyio.to_process
 from anyio.streams.buffered import BufferedByteReceiveStream
 
@@ -119,8 +118,6 @@ class Pool:
         return code
 
     async def _keep(self) -> None:
-        # If tasks are started eagerly, we are not yet known as the keeper.
-        await anyio.lowlevel.checkpoint()
         me = self._keeper
         try:
             while self._keeper is me:

@@ -81,7 +81,8 @@ class ReadAhead:
 
     async def _read(self) -> None:
         try:
-            while self.end is None:
+            # Stopped before it has begun, it asks nothing: granian loses what a cancelled receive() was to get.
+            while self.end is None and not self._stopped:
                 while self._is_full():
                     await self._change()
                 self._keep(await self.raw())

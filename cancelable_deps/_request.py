@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import quote
 from weakref import ref
 
 import anyio
@@ -274,12 +275,15 @@ class RequestState:
         if self._reader is not None:
             await self._reader.join()
 
-    def close_with(self, stack: AsyncExitStack | None) -> None:
-        """Close when ``stack`` is closed; without one, listening ends with the last block."""
-        if stack is not None:
-            self._stack = stack
-            stack.push(self)
-            self.hold()
+    def close_with_handler(self) -> bool:
+        """Close when the handler has returned, if FastAPI tells us; otherwise listening ends with the last block."""
+        stack: AsyncExitStack | None = self.scope.get(_HANDLER_STACK_KEY)
+        if stack is None or self.is_closed:
+            return False
+        self._stack = stack
+        stack.push(self)
+        self.hold()
+        return True
 
     def keep_through_response(self, response: object = None) -> None:
         """Somebody listens until the response has ended, and closes us then: the handler's return does not.
@@ -361,10 +365,11 @@ class RequestState:
             return
         self.reason = reason
         method = self.scope.get("method", "WEBSOCKET")
-        route = getattr(self.scope.get("route"), "path", None) or self.scope.get("path", "")
+        route = route_of(self.scope)
         elapsed = self.loop.time() - self.arrived
         extra = {"method": method, "route": route, "reason": str(reason), "elapsed": elapsed}
-        logger.info("%s %s cancelled after %.3f s: %s", method, route, elapsed, cause, extra=extra)
+        why = " ".join(str(cause).splitlines())
+        logger.info("%s %s cancelled after %.3f s: %s", method, route, elapsed, why, extra=extra)
 
     def _enter_drain(self) -> None:
         drain: Drain | None = self.loop.drain
@@ -375,6 +380,11 @@ class RequestState:
         if self.pen is not None:
             self.pen.pop(self, None)
             self.pen = None
+
+
+def route_of(scope: Scope) -> str:
+    """The route as it was written, for the log; where there is none the path, quoted: it may hold line breaks."""
+    return getattr(scope.get("route"), "path", None) or quote(scope.get("path", ""))
 
 
 def request_state(request: Request, *, held: bool = False) -> RequestState:
@@ -405,6 +415,6 @@ def handler_state(request: Request) -> RequestState:
     """As `request_state`, called before the handler or in it: closed when the handler has returned."""
     made = SCOPE_KEY not in request.scope
     state = request_state(request)
-    if made and not state.is_closed:
-        state.close_with(request.scope.get(_HANDLER_STACK_KEY))
+    if made:
+        state.close_with_handler()
     return state

@@ -17,6 +17,7 @@ from .token import CancelationToken, Cause
 
 if TYPE_CHECKING:
     from ._backend import EventLoop
+    from ._polite import PoliteScope
     from .policies import TimeoutPolicy
 
 # What Starlette makes of an error that it would answer, had the response not started.
@@ -34,6 +35,10 @@ class RequestBlock(Cancelable):
     It has no scope until its task has come to wait for something: a handler that never does cannot be cancelled.
     """
 
+    _instead_of_entering_twice = (
+        "FastAPI hands it to every use of the same `Depends(...)` in a request. To have one for each use, write "
+        "`RequestCancelable`, or leave the cache out by `Depends(..., use_cache=False)`."
+    )
     _may_begin_late = True
     _is_whole = False
     """Whether what stops the block stops the request."""
@@ -192,6 +197,13 @@ class DoorBlock(RequestBlock):
         self._is_on_hold = False
         if self._scope is not None:
             self._scope.resume()
+
+    def _stop(self, scope: PoliteScope, cause: Cause) -> None:
+        super()._stop(scope, cause)
+        if self._is_on_hold:
+            # It may be no finished result, but a stream that has told its length and never makes its first chunk.
+            loop = self._request.loop
+            self._late = loop.call_at(loop.time() + self._cleanup_grace, self.resume)
 
     def _begin(self, loop: EventLoop) -> None:
         super()._begin(loop)

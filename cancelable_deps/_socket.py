@@ -298,7 +298,7 @@ def handler_state(connection: HTTPConnection) -> RequestState:
     made = SCOPE_KEY not in connection.scope
     state = socket_state(connection)
     if made:
-        state.close_with(connection.scope.get(_request._HANDLER_STACK_KEY))
+        state.close_with_handler()
     return state
 
 

@@ -87,6 +87,7 @@ class Cancelable:
     _is_unsettled = False
     """Whether something of this block, which has been left, is still to be awaited."""
 
+    _instead_of_entering_twice = "Make another one for another block, or share a CancelationToken between several."
     _lends_itself = False
     _inner: Cancelable | None = None
     """While it is open already: the block of whoever may enter it once more."""
@@ -458,8 +459,7 @@ class Cancelable:
             if self._lends_itself:
                 return self._enter_inner()
             raise RuntimeError(
-                f"{self!r} was entered before: a Cancelable serves one block. Make another one for another block, "
-                "or share a CancelationToken between several."
+                f"{self!r} was entered before: a Cancelable serves one block. {self._instead_of_entering_twice}"
             )
         loop = self._loop = current_loop() if loop is None else loop
         self._started = loop.time()
@@ -565,6 +565,8 @@ class Cancelable:
             self._loop.call_from_thread(self._fire, cause)
         else:
             self._fire(cause)
+            if self._loop is not None:
+                self._loop.wake()
 
     def _fire(self, cause: Cause) -> None:
         scope = self._begun_scope()

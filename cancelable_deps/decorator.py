@@ -221,6 +221,9 @@ def _decorate(endpoint: Any, options: _Options) -> Any:
             return await _run_alone(work, args, kwargs, options)
         made = SCOPE_KEY not in request.scope
         state = connection_state(request, held=True)
+        if made and request.scope.get("endpoint") is not guarded:
+            # Perhaps a dependency, or one step of a handler: what comes after it is to be listened for as well.
+            made = not state.close_with_handler()
         raised: BaseException | None = None
         result: Any = None
         try:
@@ -374,7 +377,7 @@ class _RequestFinder:
     """Finds the request among the arguments that an endpoint is called with."""
 
     def __init__(self, endpoint: Any, signature: inspect.Signature) -> None:
-        namespace = getattr(_innermost(endpoint), "__globals__", {})
+        namespace = getattr(_what_runs(endpoint), "__globals__", {})
         self.annotations = {
             name: _resolve(parameter.annotation, namespace) for name, parameter in signature.parameters.items()
         }

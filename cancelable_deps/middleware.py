@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from fnmatch import translate
 from typing import TYPE_CHECKING, Any, cast
 
+from starlette.applications import Starlette
 from starlette.middleware.base import BaseHTTPMiddleware
 
 from ._exceptions import raise_as_it_is
@@ -71,7 +72,7 @@ class RequestCancelationMiddleware:
                 await run_socket(self.app, scope, receive, send, self._limits)
             else:
                 if scope["type"] == "lifespan":
-                    await check_names_at_start(scope, receive, send, self._limits.policies or {})
+                    await check_names_at_start(self.app, scope, receive, send, self._limits.policies or {})
                 await self.app(scope, receive, send)
             return
         error = await run_request(self.app, scope, receive, send, self._limits)
@@ -127,6 +128,23 @@ def _guard_the_inside_of_base_http_middleware(app: Any) -> None:
         if isinstance(app, BaseHTTPMiddleware) and not isinstance(app.app, _Gateway):
             app.app = _Gateway(app.app)
         app = app.app
+    if isinstance(app, Starlette):
+        _guard_stack(app)
+
+
+def _guard_stack(app: Starlette) -> None:
+    """The same for an application that we stand around, whose own stack is built when it is called first."""
+    if app.middleware_stack is not None:
+        _guard_the_inside_of_base_http_middleware(app.middleware_stack)
+        return
+    build = app.build_middleware_stack
+
+    def build_guarded() -> ASGIApp:
+        stack = build()
+        _guard_the_inside_of_base_http_middleware(stack)
+        return stack
+
+    app.build_middleware_stack = build_guarded  # type: ignore[method-assign]
 
 
 class _Gateway:

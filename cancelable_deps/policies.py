@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from ._backend import logger
 from ._refusal import not_a_dependency, takes
+from ._request import route_of
 from ._socket import handler_state
 from .errors import CancelationError
 from .settings import seconds
@@ -18,7 +19,7 @@ from .settings import seconds
 if TYPE_CHECKING:
     from datetime import timedelta
 
-    from starlette.types import Receive, Scope, Send
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from ._request import RequestState
     from ._request_block import DoorBlock
@@ -27,6 +28,9 @@ ResponseWriter = Callable[[Request, CancelationError], Response | Awaitable[Resp
 
 POLICY_ATTRIBUTE = "cancelable_deps_policy"
 """Under this name what chooses a policy by its name says which, so that a wrong one is found at start."""
+
+_POLICIES_KEY = "cancelable_deps.policies"
+"""Under this key of a lifespan's scope one middleware tells those further in of its policies."""
 
 
 @final
@@ -73,7 +77,7 @@ class TimeoutPolicy:
         self.exceeded += 1
         scope = block._request.scope
         method = scope.get("method", "")
-        route = getattr(scope.get("route"), "path", None) or scope.get("path", "")
+        route = route_of(scope)
         extra = {"method": method, "route": route, "limit": self.timeout, "elapsed": block.elapsed}
         logger.info(
             "%s %s took %.3f s, longer than its advisory limit of %g s",
@@ -154,11 +158,14 @@ async def written(error: BaseException | None, request: Request) -> Response | N
 
 
 async def check_names_at_start(
-    scope: Scope, receive: Receive, send: Send, policies: Mapping[str, TimeoutPolicy]
+    wrapped: ASGIApp, scope: Scope, receive: Receive, send: Send, policies: Mapping[str, TimeoutPolicy]
 ) -> None:
     """Look through the routes of an application that starts for policies that nobody has defined."""
+    # There is none in the scope yet if we stand around it.
+    app = scope.get("app", wrapped)
+    known = scope[_POLICIES_KEY] = {**scope.get(_POLICIES_KEY, {}), **policies, **_policies_of(app)}
     try:
-        _check_names(getattr(scope.get("app"), "routes", ()), policies)
+        _check_names(getattr(app, "routes", ()), known)
     except LookupError as error:
         # Or servers would take an application that only raises for one that has no lifespan, and go on.
         await receive()
@@ -175,11 +182,11 @@ def _check_names(routes: Any, policies: Mapping[str, TimeoutPolicy]) -> None:
         # Since 0.137 FastAPI keeps an included router as it is, with what `include_router` was given beside it.
         router = getattr(route, "original_router", route)
         inner = getattr(router, "routes", None) or ()
-        _check_names(inner, {**policies, **_policies_of_mounted(getattr(route, "app", None))})
+        _check_names(inner, {**policies, **_policies_of(getattr(route, "app", None))})
 
 
-def _policies_of_mounted(app: Any) -> dict[str, TimeoutPolicy]:
-    """What the middleware of a mounted application adds."""
+def _policies_of(app: Any) -> dict[str, TimeoutPolicy]:
+    """What the middleware of an application adds."""
     policies: dict[str, TimeoutPolicy] = {}
     for middleware in getattr(app, "user_middleware", ()):
         given = middleware.kwargs.get("policies")

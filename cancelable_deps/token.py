@@ -51,9 +51,9 @@ C = TypeVar("C", bound="Callable[[CancelationToken], object]")
 class CancelationToken:
     """A cancellation that several blocks of work, in any task, thread or event loop, can share.
 
-    It can be cancelled once, from any thread, before or after a block with it is entered; the first reason stays. A
-    block that is entered with a cancelled token raises at once. Cancelling a block leaves its token alone, and so the
-    other blocks that share it.
+    It can be cancelled once, from any thread or signal handler, before or after a block with it is entered; the first
+    reason stays. A block that is entered with a cancelled token raises at once. Cancelling a block leaves its token
+    alone, and so the other blocks that share it.
     """
 
     __slots__ = ("__weakref__", "_cause", "_listeners")
@@ -163,6 +163,7 @@ class _Waiter:
     def token_cancelled(self, token: CancelationToken, cause: Cause) -> None:
         if self._loop.is_running_here():
             self.event.set()
+            self._loop.wake()
         else:
             self._loop.call_from_thread(self.event.set)
 

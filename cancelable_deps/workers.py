@@ -32,7 +32,7 @@ def enter(block: Cancelable) -> None:
     """``with block:`` in a thread in which no event loop runs."""
     if block._loop is not None:
         raise RuntimeError(
-            f"{block!r} was entered before: a Cancelable serves one block. Make another one for another block."
+            f"{block!r} was entered before: a Cancelable serves one block. {block._instead_of_entering_twice}"
         )
     _refuse_a_running_loop(block)
     parent = _current.get()
@@ -196,6 +196,8 @@ class _ThreadLoop:
 
     def current_task(self) -> object:
         return None
+
+    def wake(self) -> None: ...
 
     def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
         if self.home is None or not self.home.is_running_here():

@@ -203,6 +203,38 @@ async def test_spawned_work_is_cancelled() -> None:
     worker.cancel()
 
 
+async def test_spawned_work_that_is_cancelled_at_once_still_begins() -> None:
+    seen: list[str] = []
+
+    async def work() -> None:
+        seen.append("begun")
+        await anyio.sleep_forever()
+
+    async with nothing_left():
+        worker = current_loop().spawn(work, copy_context())
+        worker.cancel()
+        assert (worker.done, seen) == (False, [])
+        await worker.join()
+    assert seen == ["begun"]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_the_task_factory_of_the_users_has_no_say_in_spawned_work() -> None:
+    # As many in use, it knows no contexts; an eager one would begin the work before its starter knows of it.
+    def factory(loop: asyncio.AbstractEventLoop, coro: Any) -> Any:
+        raise NotImplementedError
+
+    loop = asyncio.get_running_loop()
+    released = anyio.Event()
+    loop.set_task_factory(factory)
+    try:
+        worker = current_loop().spawn(released.wait, copy_context())
+    finally:
+        loop.set_task_factory(None)
+    released.set()
+    await worker.join()
+
+
 async def test_joining_does_not_cancel_the_work_when_the_joiner_is_cancelled() -> None:
     released = anyio.Event()
     worker = current_loop().spawn(released.wait, copy_context())

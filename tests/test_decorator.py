@@ -116,6 +116,17 @@ async def test_decorated_method_of_an_instance() -> None:
     assert (await get(app, "/4", "POST")).json() == 20
 
 
+async def test_callable_object_with_a_body() -> None:
+    # Not in the list above: FastAPI before 0.123 cannot resolve its annotations, without us.
+    class Endpoint:
+        async def __call__(self, item: Item) -> str:
+            return item.name
+
+    app = FastAPI()
+    app.post("/")(with_cancelation(Endpoint()))
+    assert (await get(app, method="POST", json={"name": "a"})).json() == "a"
+
+
 def test_name_docstring_annotations_and_own_parameters_stay() -> None:
     decorated = with_cancelation(bare)
     assert (decorated.__name__, decorated.__doc__, decorated.__module__) == ("bare", "Doubles it.", __name__)

@@ -33,6 +33,7 @@ from cancelable_deps import (
 )
 from cancelable_deps.testing import advance
 from tests.calls import get, hang_up, movable_clock, running
+from tests.leftovers import nothing_left
 
 pytestmark = pytest.mark.anyio
 
@@ -246,6 +247,55 @@ async def test_task_group_of_a_background_task_does_not_take_the_end_for_a_disco
 
     call = await get(app)
     assert (call.status, done) == (200, ["whole", "whole"])
+
+
+@pytest.mark.parametrize("then", ["decorator", "cancelable", "another step"])
+async def test_a_decorated_step_of_a_handler_does_not_end_the_listening(then: str) -> None:
+    @with_cancelation
+    async def step(request: Request) -> None:
+        await anyio.sleep(0.02)
+
+    @with_cancelation
+    async def last(request: Request) -> None:
+        started.set()
+        await anyio.sleep_forever()
+
+    async def cancelable(request: Request, cancel: RequestCancelable) -> None:
+        async with cancel:
+            started.set()
+            await anyio.sleep_forever()
+
+    async def in_steps(request: Request) -> None:
+        await last(request)
+
+    started = anyio.Event()
+    app = FastAPI()
+    endpoints: dict[str, Any] = {"decorator": last, "cancelable": cancelable, "another step": in_steps}
+    app.get("/", dependencies=[Depends(step)])(endpoints[then])
+    async with nothing_left(), running(app) as call:
+        await started.wait()
+        await call.hang_up()
+    assert call.status == 499
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_a_shared_handle_that_is_entered_twice_says_how_to_have_two(is_async: bool) -> None:
+    async def rows(cancel: RequestCancelable) -> None:
+        async with cancel:
+            ...
+
+    async def in_the_loop(cancel: Cancelable = Depends(cancelable_dependency)) -> None:
+        async with cancel:
+            ...
+
+    def in_a_thread(cancel: Cancelable = Depends(cancelable_dependency)) -> None:
+        with cancel:
+            ...
+
+    app = FastAPI()
+    app.get("/", dependencies=[Depends(rows)])(in_the_loop if is_async else in_a_thread)
+    with pytest.raises(RuntimeError, match=r"entered before.* by `Depends\(\.\.\., use_cache=False\)`"):
+        await get(app)
 
 
 async def test_handles_of_one_request_share_reader_and_reason() -> None:

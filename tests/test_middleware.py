@@ -199,7 +199,7 @@ async def test_bare_decorator_keeps_the_default() -> None:
 
 
 @movable_clock
-@pytest.mark.parametrize("where", ["inside", "outside", "both", "twice inside"])
+@pytest.mark.parametrize("where", ["inside", "outside", "both", "twice inside", "inside of what we wrap"])
 @pytest.mark.parametrize("ending", ["hang up", "time out", "finish"])
 async def test_base_http_middleware_anywhere(where: str, ending: str) -> None:
     cleaned = anyio.Event()
@@ -221,10 +221,15 @@ async def test_base_http_middleware_anywhere(where: str, ending: str) -> None:
         app.middleware("http")(passing)
     if where == "twice inside":
         app.middleware("http")(passing)
-    app.add_middleware(RequestCancelationMiddleware, default_timeout=5 if ending == "time out" else None)
+    timeout = 5 if ending == "time out" else None
+    served: ASGIApp = app
+    if where == "inside of what we wrap":
+        served = RequestCancelationMiddleware(app, default_timeout=timeout)
+    else:
+        app.add_middleware(RequestCancelationMiddleware, default_timeout=timeout)
     if where in {"outside", "both"}:
         app.middleware("http")(passing)
-    async with running(app, method="POST", content=b"12345") as call:
+    async with running(served, method="POST", content=b"12345") as call:
         await call.running()
         if ending == "hang up":
             await call.hang_up()

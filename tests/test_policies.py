@@ -17,6 +17,7 @@ import anyio.to_thread
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, Request, Response, WebSocket
 from fastapi.responses import PlainTextResponse
+from starlette.types import ASGIApp
 
 from cancelable_deps import (
     Cancelable,
@@ -262,13 +263,17 @@ async def test_a_policy_without_a_door_says_what_to_do() -> None:
             await client.get("/")
 
 
-@pytest.mark.parametrize("where", ["decorator", "dependency", "router", "include", "mounted"])
+@pytest.mark.parametrize("where", ["decorator", "dependency", "router", "include", "mounted", "wrapped"])
 async def test_an_unknown_name_is_found_when_the_application_starts(where: str) -> None:
     app = inner = FastAPI()
     if where == "mounted":
         app = FastAPI()
         app.mount("/inner", inner)
-    app.add_middleware(RequestCancelationMiddleware, policies=POLICIES)
+    served: ASGIApp = app
+    if where == "wrapped":
+        served = RequestCancelationMiddleware(app, policies=POLICIES)
+    else:
+        app.add_middleware(RequestCancelationMiddleware, policies=POLICIES)
 
     async def endpoint() -> None: ...
 
@@ -282,8 +287,28 @@ async def test_an_unknown_name_is_found_when_the_application_starts(where: str) 
     else:
         inner.get("/wrong")(with_cancelation(policy="quikc")(endpoint))
     with pytest.raises(LookupError, match=r"no timeout policy 'quikc' \(route .*\); known are 'quick', 'own'"):
-        async with CancelableClient(app):
+        async with CancelableClient(served):
             pass
+
+
+@pytest.mark.parametrize("outermost", ["added", "wrapped"])
+async def test_several_of_us_around_one_application_know_the_policies_of_each_other(outermost: str) -> None:
+    async def never() -> None:
+        await anyio.sleep_forever()
+
+    app = FastAPI()
+    for name in ("inner", "outer"):
+        app.get(f"/{name}", dependencies=[Depends(timeout_policy(name))])(never)
+    app.add_middleware(RequestCancelationMiddleware, policies={"inner": TimeoutPolicy(SOON, status_code=501)})
+    outer = {"outer": TimeoutPolicy(SOON, status_code=502)}
+    served: ASGIApp = app
+    if outermost == "wrapped":
+        served = RequestCancelationMiddleware(app, policies=outer)
+    else:
+        app.add_middleware(RequestCancelationMiddleware, policies=outer)
+    async with CancelableClient(served) as client:
+        assert (await client.get("/inner")).status_code == 501
+        assert (await client.get("/outer")).status_code == 502
 
 
 @pytest.mark.parametrize("path", ["/inner/own", "/inner/outer", "/inner/both"])

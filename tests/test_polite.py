@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -166,6 +166,48 @@ async def test_it_is_delivered_once_and_the_cleanup_is_not_disturbed(
         else:
             assert work.block.cancel_nowait()
     assert work.journal == ["cancelled", *CLEANED, "ManualCancelation"]
+
+
+@pytest.mark.parametrize("around", ["nothing", "a scope", "a block", "a group", "a gate"])
+@pytest.mark.parametrize("inside", ["nothing", "a scope"])
+async def test_what_a_worker_thread_calls_in_the_loop_cleans_up_undisturbed(around: str, inside: str) -> None:
+    async def called() -> None:
+        try:
+            with anyio.CancelScope() if inside == "a scope" else nullcontext():
+                work.release.set()
+                try:
+                    await anyio.sleep_forever()
+                finally:
+                    await cleanup(work.journal)
+        finally:
+            await cleanup(work.journal)
+
+    async def in_a_thread() -> None:
+        await anyio.to_thread.run_sync(anyio.from_thread.run, called)
+
+    async def stand(work: Work) -> None:
+        if around == "a scope":
+            with anyio.fail_after(LONG):
+                await in_a_thread()
+        elif around == "a block":
+            async with Cancelable():
+                await in_a_thread()
+        elif around == "a group":
+            async with anyio.create_task_group():
+                await in_a_thread()
+        elif around == "a gate":
+            async with CancelableTaskGroup(Cancelable()) as group:
+                group.start_soon(in_a_thread)
+        else:
+            await in_a_thread()
+
+    work = Work(stand)
+    async with nothing_left(), anyio.create_task_group() as tasks:
+        tasks.start_soon(work.run)
+        await work.release.wait()
+        await anyio.wait_all_tasks_blocked()
+        assert work.block.cancel_nowait()
+    assert work.journal == [*CLEANED, *CLEANED, "cancelled", *CLEANED, "ManualCancelation"]
 
 
 async def being_the_caller(work: Work) -> None:

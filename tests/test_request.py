@@ -304,6 +304,31 @@ async def test_timeout_while_the_result_is_on_its_way(door: str) -> None:
     assert (call.status, call.body, call.is_complete) == (200, b'"finished"', True)
 
 
+@pytest.mark.parametrize("door", ["middleware", "route"])
+@pytest.mark.parametrize("ending", ["hang up", "time out"])
+async def test_stream_that_has_told_its_length_and_makes_no_chunk(door: str, ending: str) -> None:
+    limits: dict[str, Any] = {"default_timeout": 0.03 if ending == "time out" else None, "cleanup_grace": 0.03}
+    router = APIRouter(route_class=CancelableRoute.with_timeout(**limits)) if door == "route" else APIRouter()
+
+    async def chunks() -> AsyncIterator[bytes]:
+        await anyio.sleep_forever()
+        yield b"never"
+
+    @router.get("/")
+    async def endpoint() -> StreamingResponse:
+        return StreamingResponse(chunks(), headers={"content-length": "5"})
+
+    app = FastAPI()
+    app.include_router(router)
+    if door == "middleware":
+        app.add_middleware(RequestCancelationMiddleware, **limits)
+    async with checked(app) as call:
+        await call.response_started()
+        if ending == "hang up":
+            await call.hang_up()
+    assert (call.status, call.body, call.is_complete) == (200, b"", False)
+
+
 @pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("door", ["middleware", "decorator", "route", "cancelable"])
 async def test_rest_of_the_handler_is_stopped_when_the_inner_block_ends_in_that_tick(door: str) -> None:
@@ -418,6 +443,34 @@ async def test_finished_stream_is_no_disconnect(caplog: pytest.LogCaptureFixture
 
 
 @pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("door", ["decorator", "cancelable"])
+async def test_body_can_be_read_after_listening_that_ended_before_it_began(door: str) -> None:
+    async def work() -> StreamingResponse:
+        await anyio.lowlevel.checkpoint()
+        return StreamingResponse(echo())
+
+    async def echo() -> AsyncIterator[bytes]:
+        yield await requests[0].body()
+
+    async def keep(request: Request) -> None:
+        requests.append(request)
+
+    requests: list[Request] = []
+    app = application(door, work, dependencies=[Depends(keep)])
+    call = await get(app, content=b"body", spec_version="2.4")
+    assert (call.status, call.body) == (200, b"body")
+
+
+# trio may let the reader begin before the handler ends: it runs what is due in any order.
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("door", ["decorator", "cancelable"])
+async def test_server_is_not_asked_by_listening_that_ended_before_it_began(door: str) -> None:
+    call = await asgi.get(application(door, anyio.lowlevel.checkpoint))
+    assert (call.status, call.most_readers) == (200, 0)
+
+
+@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("disconnect", ["repeats", "once"])
 async def test_stream_that_is_never_sent_leaves_nothing(disconnect: str) -> None:
     app = FastAPI()
@@ -523,6 +576,20 @@ async def test_log_line_names_the_route(caplog: pytest.LogCaptureFixture) -> Non
 
     await hang_up(app, "/reports/7")
     assert [record.__dict__["route"] for record in caplog.records] == ["/reports/{report_id}"]
+
+
+async def test_log_line_stays_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    async def bare(scope: Scope, receive: Receive, send: Send) -> None:
+        cancel = current_cancelable()
+        assert cancel is not None
+        await cancel.cancel(message="replaced\r\nINFO:root:by another")
+
+    caplog.set_level(logging.INFO, "cancelable_deps")
+    await get(RequestCancelationMiddleware(bare), "/a%0AINFO:root:b")
+    (record,) = caplog.records
+    method_and_path, _, reason = record.getMessage().partition(" cancelled after ")
+    assert method_and_path == "GET /a%0AINFO%3Aroot%3Ab"
+    assert reason.endswith(" s: manual: replaced INFO:root:by another")
 
 
 def alive(kind: type) -> set[int]:

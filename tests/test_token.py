@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -21,6 +23,7 @@ from cancelable_deps import (
     SignalCancelation,
 )
 
+from .calls import CEILING
 from .leftovers import nothing_left
 
 pytestmark = pytest.mark.anyio
@@ -317,3 +320,30 @@ def test_a_block_whose_loop_was_closed_under_it_does_not_disturb_the_others() ->
     abandoned._log_destroy_pending = False
     with pytest.raises((RuntimeError, ValueError)):
         abandoned.get_coro().close()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs a signal that nobody uses")
+@pytest.mark.parametrize("how", ["block", "wait"])
+async def test_a_signal_handler_wakes_a_loop_that_has_nothing_to_do(how: str) -> None:
+    def send_signal() -> None:
+        time.sleep(0.05)  # until the loop has gone to sleep; if that comes later, this shows nothing
+        signal.pthread_kill(main, signal.SIGUSR1)
+
+    token = CancelationToken()
+    main = threading.get_ident()
+    assert threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGUSR1, lambda *_: token.cancel_nowait(CancelationReason.SIGNAL))
+    started = anyio.current_time()
+    try:
+        with anyio.fail_after(CEILING):
+            threading.Thread(target=send_signal).start()
+            if how == "wait":
+                await token.wait()
+            else:
+                with pytest.raises(SignalCancelation):
+                    async with Cancelable(token=token):
+                        await anyio.sleep_forever()
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+    # The ceiling itself wakes the loop, and is then overtaken.
+    assert anyio.current_time() - started < CEILING / 2
