@@ -43,7 +43,7 @@ from tests.server_workers import add_worker_endpoints
 
 DOWNLOAD = [hashlib.sha512(bytes([number])).digest() * 1024 for number in range(128)]
 DOWNLOAD_DIGEST = hashlib.sha256(b"".join(DOWNLOAD)).hexdigest()
-SHORT = 0.2
+SHORT = 0.4
 JOURNAL_CEILING = 15
 
 Work = Callable[[], Awaitable[Response]]
