@@ -60,10 +60,19 @@ class Demo:
         self.runs: dict[str, Snapshot] = {}
         self._board = Board()
         self._numbers = itertools.count()
-        Thread(target=self._read_output, daemon=True).start()
+        self._reader = Thread(target=self._read_output, daemon=True)
+        self._reader.start()
+
+    def start(self) -> None:
         self.address = self.printed(r"Open (http://\S+)/ ").group(1)
         self.port = int(self.address.rsplit(":", 1)[1])
         Thread(target=self._read_events, daemon=True).start()
+
+    def end(self) -> None:
+        with self.process:
+            self.process.kill()
+            # Before its output is closed.
+            self._reader.join()
 
     def _read_output(self) -> None:
         assert self.process.stdout is not None
@@ -140,11 +149,12 @@ def running_demo(folder: Path, size: int = SIZE, **environment: str) -> Iterator
         stderr=subprocess.STDOUT,
         text=True,
     )
-    with process:
-        try:
-            yield Demo(process)
-        finally:
-            process.kill()
+    demo = Demo(process)
+    try:
+        demo.start()
+        yield demo
+    finally:
+        demo.end()
 
 
 @pytest.fixture(scope="module")
