@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING
 
 from fastapi.exceptions import FastAPIError
 
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from ._cut import Headers
-
-
-_NO_ASGI: Final[dict[str, Any]] = {"version": "3.0"}
 
 
 class Limits:
@@ -70,9 +67,8 @@ async def run_request(
         state = RequestState(scope, receive, held=True)
         state.cleanup_grace = limits.cleanup_grace
         receive = state.receive
-        # From here on streams need not listen: we do. So they run in this task, and their cleanup has its grace; in a
-        # task group of their own, as under older versions, it would have none.
-        scope["asgi"] = {**scope.get("asgi", _NO_ASGI), "spec_version": "2.4"}
+        # So streams run in this task, and their cleanup has its grace; in a task group of their own it would have none.
+        state.listen_for_streams()
     block = DoorBlock(state, timeout=limits.timeout, cleanup_grace=limits.cleanup_grace)
     if state.default is None:
         state.default = block

@@ -196,14 +196,12 @@ class EndpointGenerator(GuardedGenerator):
         self._state = state
         self._policy = block.policy
         self._ours = ours
-        # Starlette's response would listen beside us, on the server's receive(). It does not under ASGI 2.4.
-        state.scope["asgi"] = {**state.scope.get("asgi", {}), "spec_version": "2.4"}
+        state.listen_for_streams()
         if ours:
             state.keep_through_response()
         # Private; should it be gone one day, the generator is closed when it is collected.
-        stack = state.scope.get("fastapi_inner_astack")
-        if stack is not None:
-            stack.push_async_exit(self._response_ended)
+        if state.request_stack is not None:
+            state.request_stack.push_async_exit(self._response_ended)
 
     async def _response_ended(self, kind: object, exc: BaseException | None, traceback: object) -> None:
         await self.aclose()

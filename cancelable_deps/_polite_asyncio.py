@@ -231,11 +231,7 @@ class AsyncioPoliteScope(CancelScope):
             # A task that it starts eagerly cancels us. Asked now, it would hear of it at an await that may come after us.
             self._cancel_handle = get_running_loop().call_soon(self._deliver_cancellation, self)
             return True
-        before = _cancellations(self)
-        retry = CancelScope._deliver_cancellation(self, origin)
-        if _cancellations(self) > before:
-            self.take_for_delivered()
-        return retry
+        return _deliver(self, origin)
 
     def take_for_delivered(self) -> None:
         if self.is_delivered:
@@ -324,11 +320,7 @@ class AsyncioGate(CancelScope):
         if self._pending_uncancellations and self._grace > 0:
             self.take_for_delivered()
             return False
-        before = _cancellations(self)
-        retry = CancelScope._deliver_cancellation(self, origin)
-        if _cancellations(self) > before:
-            self.take_for_delivered()
-        return retry
+        return _deliver(self, origin)
 
     def take_for_delivered(self) -> None:
         self.is_delivered = True
@@ -339,6 +331,15 @@ class AsyncioGate(CancelScope):
             if self._deadline < math.inf:
                 timer: Any = self._loop.call_at(self._deadline, self.cancel)
                 self._timeout_handle = timer
+
+
+def _deliver(scope: AsyncioPoliteScope | AsyncioGate, origin: Any) -> bool:
+    """As anyio does it; and the scope is told if its task was reached."""
+    before = _cancellations(scope)
+    retry = CancelScope._deliver_cancellation(scope, origin)
+    if _cancellations(scope) > before:
+        scope.take_for_delivered()
+    return retry
 
 
 def _cancellations(scope: Any) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 from urllib.parse import quote
 from weakref import ref
 
@@ -42,6 +42,8 @@ PROBE_KEY = "cancelable_deps.probe"
 _HANDLER_STACK_KEY = "fastapi_function_astack"
 # The one around the response and its background tasks; only for what must not be left behind by an error.
 _REQUEST_STACK_KEY = "fastapi_inner_astack"
+
+_NO_ASGI: Final[dict[str, Any]] = {"version": "3.0"}
 
 
 class RequestState:
@@ -296,9 +298,18 @@ class RequestState:
             return
         self._kept = True
         # Unless an error on the way means that this response is never sent.
-        request_stack: AsyncExitStack | None = self.scope.get(_REQUEST_STACK_KEY)
-        if request_stack is not None:
-            request_stack.push_async_callback(self.aclose)
+        if self.request_stack is not None:
+            self.request_stack.push_async_callback(self.aclose)
+
+    @property
+    def request_stack(self) -> AsyncExitStack | None:
+        """FastAPI's, which is closed when the response and its background tasks are over; ``None`` without it."""
+        stack: AsyncExitStack | None = self.scope.get(_REQUEST_STACK_KEY)
+        return stack
+
+    def listen_for_streams(self) -> None:
+        """Starlette's streams need not listen from here on, beside us: under ASGI 2.4 they do not."""
+        self.scope["asgi"] = {**self.scope.get("asgi", _NO_ASGI), "spec_version": "2.4"}
 
     # FastAPI's stack of exits takes any context manager, and this is its cheapest form.
     def __enter__(self) -> None: ...

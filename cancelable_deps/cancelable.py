@@ -458,9 +458,7 @@ class Cancelable:
         if self._loop is not None:
             if self._lends_itself:
                 return self._enter_inner()
-            raise RuntimeError(
-                f"{self!r} was entered before: a Cancelable serves one block. {self._instead_of_entering_twice}"
-            )
+            raise self._entered_before()
         loop = self._loop = current_loop() if loop is None else loop
         self._started = loop.time()
         if self._timeout is not None:
@@ -484,6 +482,11 @@ class Cancelable:
             loop.newcomers[self] = None
             if not loop.is_awaiting_step:
                 loop.await_step()
+
+    def _entered_before(self) -> RuntimeError:
+        return RuntimeError(
+            f"{self!r} was entered before: a Cancelable serves one block. {self._instead_of_entering_twice}"
+        )
 
     def _enter_inner(self) -> None:
         """A streaming response has entered it around the generator that was to."""

@@ -96,8 +96,7 @@ class CancelableStreamingResponse(StreamingResponse):
         # One that was kept for us is ours to close; any other is that of a middleware or route class.
         ours = state is None or state._kept
         if state is None:
-            state = RequestState(scope, receive)
-            state.hold()
+            state = RequestState(scope, receive, held=True)
         try:
             error = await self._run(state, send, ours)
             if error is not None:

@@ -31,9 +31,7 @@ if TYPE_CHECKING:
 def enter(block: Cancelable) -> None:
     """``with block:`` in a thread in which no event loop runs."""
     if block._loop is not None:
-        raise RuntimeError(
-            f"{block!r} was entered before: a Cancelable serves one block. {block._instead_of_entering_twice}"
-        )
+        raise block._entered_before()
     _refuse_a_running_loop(block)
     parent = _current.get()
     home = block._home() or _home_of(parent)
