@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio.testing
 
+from cancelable_deps._request import SCOPE_KEY
 from cancelable_deps.testing import Call, CancelableClient, SocketCall
+from tests.leftovers import nothing_left
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -56,6 +58,15 @@ async def connected(app: ASGIApp, path: str = "/", **options: Any) -> AsyncGener
     options.setdefault("send_raises", True)
     async with _client(app, options) as client, client.websocket(path, **options) as socket:
         yield socket
+
+
+@asynccontextmanager
+async def checked_socket(app: ASGIApp, path: str = "/", **options: Any) -> AsyncGenerator[SocketCall]:
+    """A WebSocket whose client stays until the application ends it, and that leaves nothing of ours."""
+    async with nothing_left(), connected(app, path, **options) as socket:
+        yield socket
+        await socket.ended()
+    assert SCOPE_KEY not in socket.scope
 
 
 async def say(socket: SocketCall, *messages: str | bytes) -> None:

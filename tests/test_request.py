@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -40,14 +40,6 @@ pytestmark = pytest.mark.anyio
 
 DOORS = ["decorator", "cancelable", "task_group", "event", "middleware", "route", "all"]
 STOPPING_DOORS = [door for door in DOORS if door != "event"]
-
-
-@pytest.fixture
-def at_once() -> Iterator[None]:
-    """Listen from the handler's first moment, so that a race can be driven without waiting."""
-    configure(listen_after=0)
-    yield
-    configure(listen_after=0.005)
 
 
 def application(door: str, work: Any, **options: Any) -> FastAPI:

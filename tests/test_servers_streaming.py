@@ -32,14 +32,19 @@ def is_known_well(server: Server) -> bool:
     return server.variant.name.startswith("uvicorn")
 
 
-@pytest.mark.parametrize("stack", STACKS)
-def test_a_hang_up_stops_a_stream(server: Server, stack: str) -> None:
+def hung_up_in(server: Server, path: str) -> list[str]:
+    """What became of a stream whose client leaves after its head."""
     key = new_key()
     connection = server.connect()
-    connection.send(request(f"{stack}/stream", key))
+    connection.send(request(path, key))
     connection.head()
     connection.reset()
-    assert server.journal(key, "ended") == ["status:200", "cancelled", "cleaned up", "ended"]
+    return server.journal(key, "ended")
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_a_hang_up_stops_a_stream(server: Server, stack: str) -> None:
+    assert hung_up_in(server, f"{stack}/stream") == ["status:200", "cancelled", "cleaned up", "ended"]
 
 
 @pytest.mark.parametrize("ours", ["true", "false"])
@@ -61,12 +66,7 @@ def test_a_timeout_cuts_a_stream_visibly_and_quietly(server: Server, stack: str)
 
 @pytest.mark.parametrize("stack", ["/inside", "/outside"])
 def test_a_stream_is_stopped_behind_a_base_http_middleware(server: Server, stack: str) -> None:
-    key = new_key()
-    connection = server.connect()
-    connection.send(request(f"{stack}/stream", key))
-    connection.head()
-    connection.reset()
-    assert server.journal(key, "ended") == ["status:200", "cancelled", "cleaned up", "ended"]
+    assert hung_up_in(server, f"{stack}/stream") == ["status:200", "cancelled", "cleaned up", "ended"]
 
 
 @pytest.mark.parametrize("stack", ["/inside", "/outside"])
@@ -111,12 +111,7 @@ def needs_generators() -> None:
 @pytest.mark.parametrize("kind", ["sse", "jsonl", "raw", "plain-sse", "plain-jsonl", "plain-raw"])
 def test_a_hang_up_stops_a_generator_endpoint(server: Server, stack: str, kind: str) -> None:
     needs_generators()
-    key = new_key()
-    connection = server.connect()
-    connection.send(request(f"{stack}/generated/{kind}", key))
-    connection.head()
-    connection.reset()
-    assert server.journal(key, "ended") == ["status:200", "cancelled", "cleaned up", "ended"]
+    assert hung_up_in(server, f"{stack}/generated/{kind}") == ["status:200", "cancelled", "cleaned up", "ended"]
 
 
 @pytest.mark.parametrize("stack", STACKS)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 from weakref import ref
 
@@ -41,7 +41,7 @@ from cancelable_deps import (
 )
 from cancelable_deps._request import SCOPE_KEY
 from cancelable_deps._socket import CLOSE_TEXT_BYTES, close_text
-from cancelable_deps.testing import SocketCall
+from tests.calls import checked_socket as checked
 from tests.calls import closed, connected, say
 from tests.leftovers import nothing_left
 
@@ -49,13 +49,6 @@ pytestmark = pytest.mark.anyio
 
 DOORS = ["decorator", "cancelable", "task_group", "event", "middleware", "all"]
 STOPPING_DOORS = [door for door in DOORS if door != "event"]
-
-
-@pytest.fixture
-def at_once() -> Iterator[None]:
-    configure(listen_after=0)
-    yield
-    configure(listen_after=0.005)
 
 
 @pytest.fixture(params=["read by the application", "read ahead"])
@@ -105,15 +98,6 @@ def application(door: str, work: Callable[[WebSocket], Any], **options: Any) -> 
         app.add_middleware(BaseHTTPMiddleware, dispatch=pass_on)
         app.add_middleware(RequestCancelationMiddleware, default_timeout=0)
     return app
-
-
-@asynccontextmanager
-async def checked(app: ASGIApp, path: str = "/", **options: Any) -> AsyncGenerator[SocketCall]:
-    """A WebSocket whose client stays until the application ends it, and that leaves nothing of ours."""
-    async with nothing_left(), connected(app, path, **options) as socket:
-        yield socket
-        await socket.ended()
-    assert SCOPE_KEY not in socket.scope
 
 
 class Counted:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
@@ -11,7 +10,6 @@ import pytest
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
-from starlette.types import ASGIApp
 
 from cancelable_deps import (
     Cancelable,
@@ -23,10 +21,8 @@ from cancelable_deps import (
     TimeoutCancelation,
     current_cancelable,
 )
-from cancelable_deps._request import SCOPE_KEY
-from cancelable_deps.testing import SocketCall
+from tests.calls import checked_socket as checked
 from tests.calls import closed, connected, say
-from tests.leftovers import nothing_left
 
 pytestmark = pytest.mark.anyio
 
@@ -42,15 +38,6 @@ def application(work: Work, **options: Any) -> FastAPI:
             await work(socket)
 
     return app
-
-
-@asynccontextmanager
-async def checked(app: ASGIApp, path: str = "/", **options: Any) -> AsyncGenerator[SocketCall]:
-    """A WebSocket whose client stays until the application ends it, and that leaves nothing of ours."""
-    async with nothing_left(), connected(app, path, **options) as client:
-        yield client
-        await client.ended()
-    assert SCOPE_KEY not in client.scope
 
 
 async def test_everything_goes_through() -> None:

@@ -7,6 +7,8 @@ import struct
 import time
 from typing import BinaryIO
 
+from examples._collatz import count_steps
+
 STEP = 500
 
 _BOARD = struct.Struct("=qqq")
@@ -17,20 +19,12 @@ def longest_collatz(below: int, board: str) -> dict[str, int]:
     longest, most, began = 1, 0, time.process_time()
     with open(board, "r+b", buffering=0) as written:
         for number in range(1, below + 1):
-            steps = _steps(number)
+            steps = count_steps(number)
             if steps > most:
                 longest, most = number, steps
             if number % STEP == 0 or number == below:
                 _write(written, number, time.process_time() - began)
     return {"start": longest, "steps": most}
-
-
-def _steps(number: int) -> int:
-    steps = 0
-    while number > 1:
-        number = number * 3 + 1 if number % 2 else number // 2
-        steps += 1
-    return steps
 
 
 def _write(board: BinaryIO, done: int, seconds: float) -> None:
