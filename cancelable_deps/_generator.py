@@ -196,7 +196,8 @@ class EndpointGenerator(GuardedGenerator):
         self._state = state
         self._policy = block.policy
         self._ours = ours
-        state.listen_for_streams()
+        if state.outermost is None:
+            state.listen_for_streams()
         if ours:
             state.keep_through_response()
         # Private; should it be gone one day, the generator is closed when it is collected.
@@ -216,6 +217,8 @@ class EndpointGenerator(GuardedGenerator):
             self._state.client_left()
         else:
             super()._cancel()
+            # The response was told that its client left, and has time to end by itself. It has: here the stream ends.
+            cast("DoorBlock", self._block).stop_at_once()
 
     def _produced(self) -> None:
         if self._policy is not None:

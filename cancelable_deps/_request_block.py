@@ -9,7 +9,7 @@ from starlette.requests import ClientDisconnect
 
 from ._debugger import is_debugged
 from ._request import RequestState
-from .cancelable import Cancelable
+from .cancelable import Cancelable, _current
 from .errors import CancelationError, DisconnectCancelation
 from .reasons import CancelationReason
 from .settings import settings
@@ -17,7 +17,7 @@ from .token import CancelationToken, Cause
 
 if TYPE_CHECKING:
     from ._backend import EventLoop
-    from ._polite import PoliteScope
+    from ._polite import Mark, PoliteScope
     from .policies import TimeoutPolicy
 
 # What Starlette makes of an error that it would answer, had the response not started.
@@ -104,6 +104,23 @@ class RequestBlock(Cancelable):
         if not self._request.is_held:
             self._request.unwatch(self)
 
+    def _fire(self, cause: Cause) -> None:
+        if not (self.is_active and self._request.postpones(self, cause)):
+            super()._fire(cause)
+
+    def stop_at_once(self) -> None:
+        """Stop what is to be stopped, also where others have time to end by themselves."""
+        for child in list(self._children or ()):
+            if isinstance(child, RequestBlock):
+                # The innermost answers.
+                child.stop_at_once()
+        if self._token.cause is not None and self.is_active:
+            super()._fire(self._token.cause)
+
+    def stop_now(self, cause: Cause) -> None:
+        """Do what was postponed."""
+        self._fire(cause)
+
     def _has_to_settle(self) -> bool:
         return bool(self._to_await) or self._request.has_stopped_listening
 
@@ -151,8 +168,8 @@ class DoorBlock(RequestBlock):
     """The block of a door around the whole handler: its token is the root token, so what stops it stops the request."""
 
     _is_whole = True
-    _is_on_hold = False
     policy: TimeoutPolicy | None = None
+    _place_outside: Mark | None = None
 
     def _expire(self) -> None:
         if self.policy is None or _timeouts_are_off():
@@ -166,6 +183,30 @@ class DoorBlock(RequestBlock):
         self._timeout = policy.enforced_timeout
         self._deadline = math.inf if self._timeout is None else self._started + self._timeout
         self._rearm()
+
+    @property
+    def is_left(self) -> bool:
+        return self._ended is not None
+
+    def move_in(self) -> bool:
+        """Let the block begin where the caller stands, further in; ``False`` if it has begun already."""
+        if self._position is None or self._loop is None or self._loop.mark is None:
+            return False
+        self._place_outside, self._position = self._position, self._loop.mark()
+        return True
+
+    def move_out(self) -> None:
+        """Open the block once more, where it was before it was moved in: something there holds the response back."""
+        loop = self._loop
+        assert loop is not None
+        self._ended = None
+        self._fired = self._is_unsettled = False
+        self._outside = _current.set(self)
+        self._position = self._place_outside
+        loop.newcomers[self] = None
+        if not loop.is_awaiting_step:
+            loop.await_step()
+        self._token.listen(self)
 
     def _runs_in(self, task: object) -> bool:
         return self._task is task or (self.is_active and task in self._request.main_tasks)
@@ -187,33 +228,19 @@ class DoorBlock(RequestBlock):
         self._deadline = math.inf
         self._rearm()
 
-    def hold(self) -> None:
-        """Until `resume`, nothing can stop the block: the handler is done, its response is on its way."""
-        self._is_on_hold = True
+    def finish(self) -> None:
+        """The result is there: no stop that is under way reaches the task any more, nor does the end of a grace."""
         if self._scope is not None:
-            self._scope.hold()
+            self._scope.release()
 
-    def resume(self) -> None:
-        self._is_on_hold = False
-        if self._scope is not None:
-            self._scope.resume()
-
-    def _stop(self, scope: PoliteScope, cause: Cause) -> None:
-        super()._stop(scope, cause)
-        if self._is_on_hold:
-            # It may be no finished result, but a stream that has told its length and never makes its first chunk.
-            loop = self._request.loop
-            self._late = loop.call_at(loop.time() + self._cleanup_grace, self.resume)
-
-    def _begin(self, loop: EventLoop) -> None:
-        super()._begin(loop)
-        if self._is_on_hold and self._scope is not None:
-            self._scope.hold()
+    def _fire_at_last(self) -> None:
+        cause = self._token.cause
+        if cause is not None and not (self.is_active and self._request.postpones(self, cause)):
+            super()._fire_at_last()
 
     def release(self) -> None:
         """Nothing can stop the block any more: the response is complete, and what follows is background work."""
         self._deadline = math.inf
-        self._is_on_hold = True
         self._token.unlisten(self)
         if self._scope is None:
             # At shutdown there must be something to stop background tasks by.
@@ -222,6 +249,12 @@ class DoorBlock(RequestBlock):
         else:
             self._stop_timers()
             self._scope.release()
+
+    def stop_at_once(self) -> None:
+        if self._request.is_closed and self._scope is not None:
+            # It was released.
+            self._scope.resume()
+        super().stop_at_once()
 
     def stop_background(self, cause: Cause) -> None:
         """After `release`: stop what is left all the same."""

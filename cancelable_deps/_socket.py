@@ -75,6 +75,23 @@ class SocketState(RequestState):
         if by_receiving and block is not None and self.token.cause is not None:
             block._is_told(self.token.cause)
 
+    @property
+    def has_listeners(self) -> bool:
+        """Always false: a handler that waits for a message is told by that message, before it is stopped."""
+        return False
+
+    @property
+    def has_watchers(self) -> bool:
+        return False
+
+    def _disconnect(self) -> None:
+        super()._disconnect()
+        assert self.token.cause is not None
+        self.log(self.token.cause.reason, self.token.cause)
+
+    def note_disconnect(self) -> None:
+        """Log nothing: that was done when the disconnect was heard, or is left to what handles it."""
+
     def log(self, reason: CancelationReason, cause: object) -> None:
         if not self._quiet:
             super().log(reason, cause)

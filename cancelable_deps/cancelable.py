@@ -12,7 +12,7 @@ import anyio.lowlevel
 
 from ._backend import EventLoop, Timer, current_loop, logger
 from ._condition import Condition
-from ._exceptions import collapse, raise_as_it_is
+from ._exceptions import answer_of_group, carries_cancelation, collapse, raise_as_it_is
 from ._polite import polite_scope
 from ._refusal import NotADependency
 from ._sections import Deferral, Shield
@@ -100,6 +100,10 @@ class Cancelable:
     _fired = False
     _deferred = False
     _only_marked = False
+    takes_groups_apart = True
+    """Whether somebody else's group that has an ``HTTPException`` leaves as that."""
+
+    _has_task_group = False
     _group_scope: anyio.CancelScope | None = None
     _group_gates: dict[object, Gate] | None = None
     _late: Timer | None = None
@@ -586,6 +590,16 @@ class Cancelable:
             child._mark(f"The enclosing {self!r}")
         self._stop(scope, cause)
 
+    def _hold(self) -> None:
+        """Let no cancellation of the block reach its task until `_resume`."""
+        scope = self._begun_scope()
+        if scope is not None:
+            scope.hold()
+
+    def _resume(self) -> None:
+        if self._scope is not None:
+            self._scope.resume()
+
     def _answers(self, cause: Cause) -> bool:
         return self._token.cause is cause or any(child._answers(cause) for child in self._children or ())
 
@@ -649,10 +663,18 @@ class Cancelable:
     def _outcome(self, exc: BaseException | None, remaining: BaseException | None) -> BaseException:
         if remaining is None:
             return self._stopped(exc)
-        remaining = collapse(remaining)
+        remaining = self._take_apart(remaining)
         if isinstance(remaining, ParentCancelation) and self._token.is_cancelled:
             return self._stopped(remaining)
         return remaining
+
+    def _take_apart(self, exc: BaseException) -> BaseException:
+        """Return the exception that a group on its way out stands for, if it is a group of ours."""
+        if not isinstance(exc, BaseExceptionGroup):
+            return exc
+        if self._has_task_group or self._token.is_cancelled or carries_cancelation(exc):
+            return collapse(exc)
+        return answer_of_group(exc) if self.takes_groups_apart else exc
 
     def _stopped(self, exc: BaseException | None) -> BaseException:
         if not self._token.is_cancelled:

@@ -348,14 +348,15 @@ def _listen_through(response: StreamingResponse, state: RequestState) -> None:
     # Starlette's response would await the server's receive() beside our reader, which must not be cancelled for it:
     # granian then reports a client as gone that is not. So the response listens through the reader, until it ends.
     version = state.scope.get("asgi", {}).get("spec_version", "2.0")
-    if tuple(map(int, version.split("."))) >= (2, 4):
+    if tuple(map(int, version.split("."))) >= (2, 4) or state.outermost is not None:
+        # It does not listen, or a door hands it our reader.
         return
 
-    stream_response = response.stream_response
+    listen, stream_response = response.listen_for_disconnect, response.stream_response
 
     async def listen_for_disconnect(receive: Receive) -> None:
         try:
-            await state.wait_disconnected()
+            await listen(state.receive)
         finally:
             with anyio.CancelScope(shield=True):
                 await state.aclose()

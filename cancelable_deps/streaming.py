@@ -43,8 +43,8 @@ class CancelableStreamingResponse(StreamingResponse):
     A client that left gets nothing more. For every other reason the stream is visibly cut: its connection closes
     without the last chunk, or, as ``text/event-stream``, it ends with ``event: cancelled`` whose data is
     ``{"reason": ..., "message": ...}``. Where the server cannot be told to close, the `CancelationError` is raised into
-    it, which it logs. Background tasks run after a stream that is whole or whose client has left, not after one that
-    was cut.
+    it, which it logs. Background tasks run when the stream has ended, also where it was stopped or cut; not after an
+    error of the iterator's own.
 
     :param cancel: another `Cancelable` that stops the stream. One that has not been entered is entered by the
         response, around the iterator: its timeout counts from there. The iterator may enter it as well, once.
@@ -99,9 +99,12 @@ class CancelableStreamingResponse(StreamingResponse):
             state = RequestState(scope, receive, held=True)
         try:
             error = await self._run(state, send, ours)
-            if error is not None:
-                await self._take_leave(error, state, send)
-                return
+            if error is not None and await self._is_cut(error, state, send):
+                error = None
+            elif error is not None and not ours:
+                # The door around us raises it into the server. From here it would meet those that answer errors.
+                state.cut_by, error = error, None
+                state.cannot_be_cut = True
         finally:
             if ours:
                 with anyio.CancelScope(shield=True):
@@ -110,6 +113,8 @@ class CancelableStreamingResponse(StreamingResponse):
             if not ours and state.token.cause is not None:
                 state.spare_background()
             await self.background()
+        if error is not None:
+            raise error
 
     async def _run(self, state: RequestState, send: Send, ours: bool) -> CancelationError | None:
         """Send the stream, and say why it was cut, if it was."""
@@ -149,11 +154,11 @@ class CancelableStreamingResponse(StreamingResponse):
             finally:
                 cancel.token.unlisten(block)
 
-    async def _take_leave(self, error: CancelationError, state: RequestState, send: Send) -> None:
+    async def _is_cut(self, error: CancelationError, state: RequestState, send: Send) -> bool:
+        """Cut the stream; return whether that was possible, or nobody is there to be told."""
         is_cut = await cut(self.raw_headers, self._last, error, send, state, stalled=self._stalled)
-        # A client that left while the iterator cleaned up has nothing to be told.
-        if not is_cut and not state.has_left:
-            raise error
+        # A client may have left while the iterator cleaned up.
+        return is_cut or state.has_left
 
 
 class _Stream:
@@ -176,9 +181,9 @@ class _Stream:
         try:
             # A stop that has come already is answered with its status.
             self._block.check()
-            await self._start()
             cancel = self._response._cancel
             blocks = (self._block,) if cancel is None else (self._block, cancel)
+            await self._start(blocks)
             await feed(iterator, self._send_chunk, blocks, self._within_limit)
         finally:
             self._chunks.end()
@@ -186,12 +191,21 @@ class _Stream:
             del self._chunks, self._sends  # They know us: cycles.
             await close(iterator)
 
-    async def _start(self) -> None:
+    async def _start(self, blocks: tuple[Cancelable, ...]) -> None:
         response = self._response
         self.started = True
-        await self._send_on(
-            {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
-        )
+        message = {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
+        # Nobody could tell whether the start of a stream that is stopped now has got out. But where it does not get out
+        # at all, a stop has to wait no longer than for a cleanup.
+        let_through = _Limit(self._state.loop, self._block._cleanup_grace, lambda _: _resume(blocks))
+        for block in blocks:
+            block._hold()
+        let_through.begin()
+        try:
+            await self._send_on(message)
+        finally:
+            let_through.end()
+            _resume(blocks)
 
     async def _send_chunk(self, chunk: Chunk) -> None:
         body = chunk.encode(self._response.charset) if isinstance(chunk, str) else chunk
@@ -227,6 +241,11 @@ class _Stream:
     def _no_room(self, limit: float) -> None:
         self._response._stalled = True
         self._block.cancel_nowait(CancelationReason.TIMEOUT, f"The client took nothing for {limit:g} seconds")
+
+
+def _resume(blocks: tuple[Cancelable, ...]) -> None:
+    for block in blocks:
+        block._resume()
 
 
 class _Limit:

@@ -59,6 +59,7 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         self._gate = self._make_gate()
         self._gate.begin()
         self._is_open = True
+        self._block._has_task_group = True
         self._block._group_scope = self._group.cancel_scope
         self._block._group_gates = self._gates = {self._block._task: self._gate}
         return self
