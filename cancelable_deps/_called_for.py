@@ -1,7 +1,9 @@
 """For which request FastAPI calls a decorated function that has no parameter for one.
 
 A parameter of ours would be in the way of every decorator between the route and ours: in its cache keys, its hints, its
-schemas. So FastAPI says it beside the arguments, in a context variable, which is set while the route's handler runs.
+schemas. So no signature shows one. Where nothing is between, FastAPI is made to give the request as a keyword all the
+same, which costs least. Otherwise it is told beside the arguments, in a context variable that is set while the route's
+handler runs.
 """
 
 from __future__ import annotations
@@ -23,7 +25,12 @@ if TYPE_CHECKING:
 
     from starlette.requests import HTTPConnection
 
+KEYWORD: Final = "cancelable_deps_request"
 TARGET_ATTRIBUTE: Final = "__cancelable_deps_target__"
+
+# Of FastAPI's description of a function: the name of the parameter that takes the request or WebSocket. Not public; if
+# it is gone one day, the context variable serves for all.
+_PARAMETER_OF_FASTAPI: Final = "http_connection_param_name"
 
 # They make what a route runs for each request, of what is known when the app is built: where other libraries that follow
 # a request (tracers, error reporters) stand as well. Nothing closer to FastAPI's public surface is given the endpoint
@@ -35,7 +42,11 @@ _MOST_CALLABLES: Final = 500
 
 
 class Target:
-    """Stands for one decorated function that is to be told its request."""
+    """Stands for one decorated function, to be told its request."""
+
+    function: Any = None
+    has_own = False
+    """Whether it has a parameter for the request."""
 
     is_on_route = False
 
@@ -64,7 +75,8 @@ def is_told() -> bool:
     if not told:
         logger.warning(
             "this version of FastAPI does not tell @with_cancelation for which request it calls a function: functions "
-            "without a parameter for the request get one, `cancelable_deps_request`, which decorators above ours see"
+            "without a parameter for the request get one, `%s`, which decorators above ours see",
+            KEYWORD,
         )
     return told
 
@@ -81,9 +93,10 @@ def _is_asked(route: Callable[..., object]) -> bool:
 def _telling(make: Any) -> Any:
     @functools.wraps(make)
     def make_and_tell(*args: Any, **kwargs: Any) -> Any:
-        targets = _targets(kwargs["dependant"] if "dependant" in kwargs else args[0])
+        dependant = kwargs["dependant"] if "dependant" in kwargs else args[0]
+        to_tell = frozenset(target for called in _all(dependant) for target in _targets_to_tell(called))
         handle = make(*args, **kwargs)
-        return _called_for(handle, targets) if targets else handle
+        return _called_for(handle, to_tell) if to_tell else handle
 
     return make_and_tell
 
@@ -100,17 +113,21 @@ def _called_for(handle: Any, targets: frozenset[Target]) -> Any:
     return handle_and_tell
 
 
-def _targets(dependant: Any) -> frozenset[Target]:
-    targets = {target for call in _calls(dependant) for target in _targets_in(call)}
-    for target in targets:
-        target.is_on_route = True
-    return frozenset(targets)
-
-
-def _calls(dependant: Any) -> Iterator[Any]:
-    yield dependant.call
+def _all(dependant: Any) -> Iterator[Any]:
+    yield dependant
     for dependency in dependant.dependencies:
-        yield from _calls(dependency)
+        yield from _all(dependency)
+
+
+def _targets_to_tell(dependant: Any) -> Iterator[Target]:
+    """Those that what FastAPI calls leads to, but for one that it is: that is given the request as a keyword."""
+    for target in _targets_in(dependant.call):
+        target.is_on_route = True
+        called = getattr(dependant.call, "__func__", dependant.call)
+        if called is target.function and hasattr(dependant, _PARAMETER_OF_FASTAPI):
+            setattr(dependant, _PARAMETER_OF_FASTAPI, KEYWORD)
+        else:
+            yield target
 
 
 def _targets_in(call: Any) -> Iterator[Target]:
@@ -119,7 +136,8 @@ def _targets_in(call: Any) -> Iterator[Target]:
     while to_look_at and len(seen) < _MOST_CALLABLES:
         for inner in _held_by(to_look_at.pop()):
             if isinstance(inner, Target):
-                yield inner
+                if not inner.has_own:
+                    yield inner
             elif callable(inner) and id(inner) not in seen:
                 seen.add(id(inner))
                 to_look_at.append(inner)

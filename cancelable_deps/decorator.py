@@ -15,7 +15,7 @@ from starlette.responses import StreamingResponse
 from starlette.websockets import WebSocket
 
 from ._backend import current_loop
-from ._called_for import TARGET_ATTRIBUTE, Target, is_told, request_for
+from ._called_for import KEYWORD, TARGET_ATTRIBUTE, Target, is_told, request_for
 from ._dress import dressed, innermost, signature_of, what_runs
 from ._exceptions import raise_as_it_is
 from ._generator import EndpointGenerator, GuardedGenerator, ThreadedGenerator
@@ -41,8 +41,6 @@ E = TypeVar("E", bound=Callable[..., Coroutine[Any, Any, Any] | AsyncIterator[An
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Under this name the endpoint is given the request, if it has no parameter for it.
-_INJECTED: Final = "cancelable_deps_request"
 _COVERED: Final = "__cancelable_deps_covered__"
 
 
@@ -389,9 +387,6 @@ def _listen_through(response: StreamingResponse, state: RequestState) -> None:
 class _RequestFinder(Target):
     """Finds the request that an endpoint is called for: among its arguments, or where FastAPI tells it."""
 
-    function: Any = None
-    is_given = False
-
     def __init__(self, endpoint: Any) -> None:
         signature = signature_of(endpoint)
         namespace = getattr(what_runs(endpoint), "__globals__", {})
@@ -407,19 +402,14 @@ class _RequestFinder(Target):
     def be_given_the_request(self, guarded: Any) -> None:
         """``guarded`` is the function that will ask."""
         self.function = guarded
-        if self.own is not None:
-            return
-        if is_told():
-            setattr(guarded, TARGET_ATTRIBUTE, self)
-        else:
-            self.is_given = True
+        self.has_own = self.own is not None
+        setattr(guarded, TARGET_ATTRIBUTE, self)
+        if not self.has_own and not is_told():
             guarded.__signature__ = _with_request(signature_of(guarded))
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HTTPConnection | None:
         if self.own is None:
-            found = request_for(self)
-            if found is None:
-                found = kwargs.pop(_INJECTED, None) if self.is_given else _first_of(args)
+            found = kwargs.pop(KEYWORD, None) or request_for(self) or _first_of(args)
         elif self.own in kwargs:
             found = kwargs[self.own]
         else:
@@ -429,7 +419,7 @@ class _RequestFinder(Target):
 
 def _with_request(signature: inspect.Signature) -> inspect.Signature:
     parameters = list(signature.parameters.values())
-    ours = inspect.Parameter(_INJECTED, inspect.Parameter.KEYWORD_ONLY, annotation=HTTPConnection, default=None)
+    ours = inspect.Parameter(KEYWORD, inspect.Parameter.KEYWORD_ONLY, annotation=HTTPConnection, default=None)
     at = len(parameters) - (bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
     parameters.insert(at, ours)
     return signature.replace(parameters=parameters)
