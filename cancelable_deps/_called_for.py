@@ -135,7 +135,8 @@ def _targets_in(call: Any) -> Iterator[Target]:
     to_look_at, seen = [call], {id(call)}
     while to_look_at and len(seen) < _MOST_CALLABLES:
         for inner in _held_by(to_look_at.pop()):
-            if isinstance(inner, Target):
+            # Not isinstance(), which asks the object: some proxies for what there is only during a request raise then.
+            if issubclass(type(inner), Target):
                 if not inner.has_own:
                     yield inner
             elif callable(inner) and id(inner) not in seen:
@@ -146,7 +147,7 @@ def _targets_in(call: Any) -> Iterator[Target]:
 def _held_by(function: Any) -> list[Any]:
     """What may be the function that a decorator has wrapped; not all of them leave a ``__wrapped__``."""
     held: list[Any] = []
-    # Some proxies for what there is only during a request raise at every touch.
+    # The same proxies.
     with suppress(Exception):
         held.append(getattr(function, "__wrapped__", None))
         held.append(getattr(function, TARGET_ATTRIBUTE, None))

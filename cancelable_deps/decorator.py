@@ -128,9 +128,15 @@ def with_cancelation(
     code of the reason and its message as the text; before ``accept`` it refuses the handshake with the status.
 
     A plain ``def`` handler runs in a worker thread, as without the decorator, and becomes an ``async`` one for those who
-    call it themselves (FastAPI included, which therefore validates its result in the event loop). Nothing can interrupt
-    a thread: it is stopped where it calls ``current_cancelable().check()``, and the response waits for it. While it
-    waits for a free thread it can be cancelled at once.
+    call it themselves: ``await report()``, while ``report()`` alone has not begun. (FastAPI is one of them, and therefore
+    validates its result in the event loop.) Nothing can interrupt a thread: it is stopped where it calls
+    ``current_cancelable().check()``, and the response waits for it. While it waits for a free thread it can be cancelled
+    at once.
+
+    Other decorators may stand above and below. They find the signature, the type hints and the defaults of the handler,
+    and are called with its arguments alone: the request comes to us beside them. What a decorator above answers itself
+    (a cache, a limiter) never comes to us. What stands in for a dependency by ``app.dependency_overrides`` is told no
+    request, unless it has a parameter for it.
 
     :param timeout: seconds from the handler's start, of a WebSocket in all, for a ``def`` one the waiting for a thread
         included. It replaces the default of the middleware or route class; ``None`` switches that off for this route.
@@ -409,7 +415,11 @@ class _RequestFinder(Target):
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HTTPConnection | None:
         if self.own is None:
-            found = kwargs.pop(KEYWORD, None) or request_for(self) or _first_of(args)
+            found = kwargs.pop(KEYWORD, None)
+            if found is None:
+                found = request_for(self)
+            if found is None and args:
+                found = _first_of(args)
         elif self.own in kwargs:
             found = kwargs[self.own]
         else:
