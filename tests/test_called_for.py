@@ -265,6 +265,26 @@ async def test_with_a_fastapi_that_describes_a_function_otherwise_it_is_told_all
     assert (await hang_up(app, "/3")).status == 499
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+async def test_an_integration_that_wraps_what_fastapi_calls(is_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As error reporters and tracers do, some before FastAPI has made the handler, and some after."""
+    assert is_told()
+    make: Any = fastapi.routing.get_request_handler
+
+    def make_reported(*, dependant: Any, **options: Any) -> Any:
+        if is_first:
+            dependant.call = passing_on(dependant.call)
+        handler = make(dependant=dependant, **options)
+        if not is_first:
+            dependant.call = passing_on(dependant.call)
+        return handler
+
+    monkeypatch.setattr(fastapi.routing, "get_request_handler", make_reported)
+    app = FastAPI()
+    app.get("/{n}")(with_cancelation(forever))
+    assert (await hang_up(app, "/3")).status == 499
+
+
 class Awkward:
     """A proxy for what there is only during a request: every look at it fails."""
 
