@@ -147,7 +147,10 @@ async def test_an_endpoint_that_another_one_calls_is_called_for_no_request(betwe
     lifted: list[bool] = []
     inner = app.get("/inner")(between(with_cancelation(timeout=1)(forever_not)))
 
-    async def outer(request: Request) -> str:
+    # Which is told the request while the endpoint runs, too.
+    dependency = Depends(passing_on(with_cancelation(forever_not)))
+
+    async def outer(request: Request, value: Annotated[str, dependency]) -> str:
         state = request.scope[SCOPE_KEY]
         await inner()
         lifted.append(state.default is None)
