@@ -17,7 +17,7 @@ from .token import CancelationToken, Cause
 
 if TYPE_CHECKING:
     from ._backend import EventLoop
-    from ._polite import Mark, PoliteScope
+    from ._polite import Mark
     from .policies import TimeoutPolicy
 
 # What Starlette makes of an error that it would answer, had the response not started.
