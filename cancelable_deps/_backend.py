@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
+    from weakref import ref
 
     import trio
 
+    from ._deadlines import Line
     from ._polite import Mark
 
 logger = logging.getLogger("cancelable_deps")
@@ -72,6 +74,9 @@ class EventLoop(Protocol):
     newcomers: dict[Newcomer, None]
     """Those who are told when the current step of their task is over; whoever has left by then takes itself out."""
 
+    lines: dict[float, ref[Line]]
+    """By their limits, those in which somebody waits for a deadline."""
+
     is_awaiting_step: bool
 
     def await_step(self) -> None:
@@ -119,6 +124,7 @@ class AsyncioLoop:
         self.extras: dict[Any, Any] = {}
         self.mark = make_marker(loop)
         self.newcomers: dict[Newcomer, None] = {}
+        self.lines: dict[float, ref[Line]] = {}
         self.is_awaiting_step = False
 
     def is_running_here(self) -> bool:
@@ -207,6 +213,7 @@ class TrioLoop:
         self._current_task = trio.lowlevel.current_task
         self.mark: Callable[[], Mark] | None = None
         self.newcomers: dict[Newcomer, None] = {}
+        self.lines: dict[float, ref[Line]] = {}
         self.is_awaiting_step = False
         self._sleep_until = trio.sleep_until
 

@@ -127,7 +127,17 @@ class _Exchange:
     before its work begins, can be stopped again when that is out.
     """
 
-    __slots__ = ("_block", "_send", "_state", "_trailers", "is_complete", "last", "started", "stream_headers")
+    __slots__ = (
+        "_block",
+        "_request",
+        "_send",
+        "_state",
+        "_trailers",
+        "is_complete",
+        "last",
+        "started",
+        "stream_headers",
+    )
 
     def __init__(self, send: Send, block: DoorBlock, state: RequestState | None) -> None:
         self.started = self._trailers = self.is_complete = False
@@ -135,6 +145,8 @@ class _Exchange:
         self.last = b""
         self._send = send
         self._block = block
+        # Not asked of the block, which lets go of it: a task that the handler has left behind may still send.
+        self._request = block._request
         # Of a door further in, whose response may still be held back by something between it and the outermost door.
         self._state = state
 
@@ -145,7 +157,7 @@ class _Exchange:
             if message.get("more_body", False) or self._trailers:
                 self._block.resume()
                 self.last = message.get("body") or self.last
-            elif self._block._request.is_cut:
+            elif self._request.is_cut:
                 return
             else:
                 self._complete()
@@ -161,9 +173,8 @@ class _Exchange:
             await self._send(message)
         except OSError:
             # Since ASGI 2.4 this is how a server says that the client left.
-            state = self._block._request
-            state.client_left()
-            if not state.is_deferring:
+            self._request.client_left()
+            if not self._request.is_deferring:
                 raise
         if is_start and not _has_length(message):
             self.stream_headers = message.get("headers", ())

@@ -19,7 +19,6 @@ from .token import CancelationToken, Cause
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
     from contextlib import AsyncExitStack
-    from typing import Protocol
 
     from starlette.requests import Request
     from starlette.types import Message, Receive, Scope
@@ -27,10 +26,6 @@ if TYPE_CHECKING:
     from ._drain import Drain
     from ._request_block import DoorBlock, RequestBlock
     from .policies import TimeoutPolicy
-
-    class Watcher(Protocol):
-        def armed(self) -> None:
-            """The request has run for a while, and is listened to."""
 
 
 SCOPE_KEY = "cancelable_deps"
@@ -44,6 +39,18 @@ _HANDLER_STACK_KEY = "fastapi_function_astack"
 _REQUEST_STACK_KEY = "fastapi_inner_astack"
 
 _NO_ASGI: Final[dict[str, Any]] = {"version": "3.0"}
+
+
+class Remains(ref["RequestState"]):
+    """A request, to those who may outlive it: they keep it not, and know whether its client has left."""
+
+    __slots__ = ("has_left",)
+    has_left: bool
+
+    def defer_disconnect(self, by: int) -> None:
+        state = self()
+        if state is not None:
+            state.defer_disconnect(by)
 
 
 class RequestState:
@@ -81,7 +88,8 @@ class RequestState:
     """The block with the timeout that a route's own replaces."""
 
     _stack: AsyncExitStack | None = None
-    _watchers: tuple[Watcher, ...] = ()
+    _watchers: tuple[object, ...] = ()
+    _remains: Remains | None = None
 
     def __init__(self, scope: Scope, receive: Receive, *, held: bool = False) -> None:
         if held:
@@ -99,6 +107,14 @@ class RequestState:
             self.token.cancel_because(loop.drain.cause())
 
     @property
+    def remains(self) -> Remains:
+        """What the blocks that have been left keep of us."""
+        if self._remains is None:
+            self._remains = Remains(self)
+            self._remains.has_left = self.has_left
+        return self._remains
+
+    @property
     def reader(self) -> Reader:
         """Made for the first who asks: most requests are over before anybody reads or listens."""
         if self._reader is None:
@@ -109,10 +125,9 @@ class RequestState:
         """The application's ``receive()``."""
         return self.reader.receive()
 
-    def watch(self, watcher: Watcher) -> None:
+    def watch(self, watcher: object) -> None:
         self._watchers += (watcher,)
         if self.is_armed or self.is_closed:
-            watcher.armed()
             if not self.is_closed:
                 self.reader.arm(self.loop)
             self._enter_drain()
@@ -127,7 +142,7 @@ class RequestState:
             else:
                 self.arm()
 
-    def unwatch(self, watcher: Watcher) -> None:
+    def unwatch(self, watcher: object) -> None:
         watchers = self._watchers
         if len(watchers) == 1 and watchers[0] is watcher:
             self._watchers = ()
@@ -155,8 +170,6 @@ class RequestState:
         if not self.is_closed:
             if self._stack is not None:
                 self._stack.push_async_callback(self.handler_returned)
-            for watcher in self._watchers:
-                watcher.armed()
             self.reader.arm(self.loop)
         self._enter_drain()
 
@@ -171,6 +184,8 @@ class RequestState:
         if self.is_closed:
             return
         self.has_left = True
+        if self._remains is not None:
+            self._remains.has_left = True
         if not self._deferrals:
             self._disconnect()
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 from starlette.requests import ClientDisconnect
 
 from ._debugger import is_debugged
-from ._request import RequestState
+from ._request import Remains, RequestState
 from .cancelable import Cancelable
 from .errors import CancelationError, DisconnectCancelation
 from .reasons import CancelationReason
@@ -18,6 +18,7 @@ from .token import CancelationToken, Cause
 if TYPE_CHECKING:
     from ._backend import EventLoop
     from ._polite import PoliteScope
+    from ._sections import OwnerOfClient
     from .policies import TimeoutPolicy
 
 # What Starlette makes of an error that it would answer, had the response not started.
@@ -43,6 +44,9 @@ class RequestBlock(Cancelable):
     _is_whole = False
     """Whether what stops the block stops the request."""
 
+    _remains: Remains | None = None
+    """In place of the request, when the block has been left."""
+
     def __init__(
         self, state: RequestState, *, timeout: float | None = None, cleanup_grace: float | None = None
     ) -> None:
@@ -58,19 +62,19 @@ class RequestBlock(Cancelable):
             self._grace = cleanup_grace
 
     async def __aenter__(self) -> Self:
+        if self._remains is not None:
+            raise self._entered_before()
         self._enter(self._request.loop)
         return self
 
     @property
-    def _owner_of_client(self) -> RequestState:
-        return self._request
-
-    def armed(self) -> None:
-        self._start_timer()
+    def _owner_of_client(self) -> OwnerOfClient:
+        return self._request if self._remains is None else self._remains
 
     def _begin(self, loop: EventLoop) -> None:
         if self._timeout is not None and _timeouts_are_off():
             self._deadline = math.inf
+            self._leave_line()
         super()._begin(loop)
 
     def _expire(self) -> None:
@@ -80,6 +84,12 @@ class RequestBlock(Cancelable):
         else:
             super()._expire()
 
+    def time_is_up(self, now: float) -> None:
+        super().time_is_up(now)
+        if self._remains is None and self.is_cancelled and not self._request.is_closed:
+            # In a loop that was blocked the sweep is late as well. While the handler cleans up its client may leave.
+            self._request.arm_now()
+
     def _home(self) -> EventLoop:
         return self._request.loop
 
@@ -87,8 +97,6 @@ class RequestBlock(Cancelable):
         if self._request.is_closed and isinstance(self._parent, RequestBlock):
             self._follow(self._parent._request)
         self._request.watch(self)
-        if self._timeout is not None and self._timeout < 3 * settings.listen_after:
-            self._start_timer()
 
     def _follow(self, state: RequestState) -> None:
         """Entered in the body of a response, after the handler's return had closed our own request state."""
@@ -107,10 +115,21 @@ class RequestBlock(Cancelable):
     def _has_to_settle(self) -> bool:
         return bool(self._to_await) or self._request.has_stopped_listening
 
-    async def _settle(self) -> None:
+    async def _end_what_is_left(self) -> None:
         if self._to_await:
             await self._await_callbacks()
         await self._request.settle()
+
+    def _let_go(self) -> None:
+        super()._let_go()
+        if self._remains is None:
+            self._remains = self._request.remains
+            del self._request
+
+    @property
+    def known_request(self) -> RequestState | None:
+        """The request; once the block is left, for as long as somebody else knows it."""
+        return self._request if self._remains is None else self._remains()
 
     def _outcome(self, exc: BaseException | None, remaining: BaseException | None) -> BaseException:
         outcome = super()._outcome(exc, remaining)
@@ -215,12 +234,12 @@ class DoorBlock(RequestBlock):
         self._deadline = math.inf
         self._is_on_hold = True
         self._token.unlisten(self)
+        self._stop_timers()
         if self._scope is None:
             # At shutdown there must be something to stop background tasks by.
             if self._loop is not None and self._loop.drain is None:
                 self._loop.newcomers.pop(self, None)
         else:
-            self._stop_timers()
             self._scope.release()
 
     def stop_background(self, cause: Cause) -> None:

@@ -12,6 +12,7 @@ import anyio.lowlevel
 
 from ._backend import EventLoop, Timer, current_loop, logger
 from ._condition import Condition
+from ._deadlines import wait_in_line
 from ._exceptions import collapse, raise_as_it_is
 from ._polite import polite_scope
 from ._refusal import NotADependency
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from anyio import CapacityLimiter
 
+    from ._deadlines import Line
     from ._polite import Gate, Mark, PoliteScope
     from ._sections import OwnerOfClient
     from .token import Listener
@@ -94,7 +96,9 @@ class Cancelable:
 
     _position: Mark | None = None
     _scope: PoliteScope | None = None
-    _timer: Timer | None = None
+    _line: Line | None = None
+    """Where it waits for its deadline."""
+
     _parent: Cancelable | None = None
     _children: list[Cancelable] | None = None
     _fired = False
@@ -248,13 +252,9 @@ class Cancelable:
 
     def _rearm(self) -> None:
         """The deadline has been moved."""
-        if self._scope is None:
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        self._scope.move_deadline(self._deadline)
-        self._start_timer()
+        if self._scope is not None:
+            self._scope.move_deadline(self._deadline)
+        self._await_deadline()
 
     def cancel_nowait(self, reason: CancelationReason = CancelationReason.MANUAL, message: str | None = None) -> bool:
         """Stop the block, from any thread, without waiting for its end. Before it is entered: entering will raise.
@@ -482,6 +482,9 @@ class Cancelable:
             loop.newcomers[self] = None
             if not loop.is_awaiting_step:
                 loop.await_step()
+        if self._timeout is not None and self._deadline < math.inf:
+            # From here on, whether it has begun or not: the loop may be blocked until the time is up.
+            self._line = wait_in_line(loop, self._timeout, self, self._deadline)
 
     def _entered_before(self) -> RuntimeError:
         return RuntimeError(
@@ -536,7 +539,6 @@ class Cancelable:
 
     def _watch(self, loop: EventLoop) -> None:
         """Start what can stop the block while it is open."""
-        self._start_timer()
         if self._condition is not None:
             self._condition.start(self.cancel_nowait, loop)
 
@@ -545,16 +547,34 @@ class Cancelable:
             self._condition.stop()
 
     def _stop_timers(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._leave_line()
         if self._late is not None:
             self._late.cancel()
             self._late = None
 
-    def _start_timer(self) -> None:
-        if self._deadline < math.inf and self._timer is None and self._loop is not None and self._scope is not None:
-            self._timer = self._loop.call_at(self._deadline, self._expire)
+    def _await_deadline(self) -> None:
+        """Wait for the deadline that is set now, if the block is open and not stopped yet."""
+        self._leave_line()
+        loop = self._loop
+        if self._timeout is None or loop is None or not self.is_active or self._token.cause is not None:
+            return
+        if self._deadline <= loop.time():
+            # A timer would be a pass of the loop late, and the work that it is to stop be done by then.
+            self._expire()
+        elif self._deadline < math.inf:
+            self._line = wait_in_line(loop, self._timeout, self, self._deadline)
+
+    def _leave_line(self) -> None:
+        if self._line is not None:
+            self._line.leave(self)
+            self._line = None
+
+    def time_is_up(self, now: float) -> None:
+        """The line in which we wait tells us; not for users."""
+        self._line = None
+        # One that has been moved since, by a thread that has not got through to the loop yet, is waited for anew.
+        if self._deadline <= now:
+            self._expire()
 
     def _expire(self) -> None:
         limit = "" if self._timeout is None else f" after {self._timeout:g} seconds"
@@ -617,10 +637,13 @@ class Cancelable:
         scope, self._scope = self._scope, None
         self._position = None
         self._ended = self._loop.time()
+        if self._line is not None:
+            self._leave_line()
         self._token.unlisten(self)
         if self._upstream is not None or self._callbacks:
             self._unlisten()
         _current.reset(self._outside)
+        del self._outside
         if scope is None:
             self._loop.newcomers.pop(self, None)
             self._forget()
@@ -634,7 +657,22 @@ class Cancelable:
             self._leave_parents(self._parent, is_told or (scope is not None and scope.is_delivered))
             if is_told and self._token.cause is not None:
                 self._parent._is_told(self._token.cause)
+        if not self._is_unsettled:
+            self._let_go()
         return outcome
+
+    def _let_go(self) -> None:
+        """The block is left for good, and is to keep nothing of what it served.
+
+        Whatever outlives it knows it as long as it lives: a task that the work has started and the context of a timer,
+        even a cancelled one, have it for their `current_cancelable`.
+        """
+        if self._progress_callbacks is not None:
+            self._progress_callbacks = None
+        if self._to_await:
+            self._to_await = ()
+        if self._condition is not None:
+            self._condition = None
 
     def _forget(self) -> None:
         """The block is left before it has begun in earnest."""
@@ -672,12 +710,14 @@ class Cancelable:
         if self._callbacks:
             for callback in self._callbacks:
                 self._token.unlisten(callback)
+            self._callbacks = ()
         if self._upstream is not None:
             self._upstream.unlisten(self)
+            self._upstream = None
 
     def _leave_parents(self, parent: Cancelable | None, answered: bool) -> None:
         if parent is not None and parent._children is not None:
-            parent._children = [child for child in parent._children if child is not self]
+            parent._children = [child for child in parent._children if child is not self] or None
         while parent is not None:
             parent._stop_what_is_left(answered)
             parent = parent._parent
@@ -698,6 +738,12 @@ class Cancelable:
         return bool(self._to_await) or self._condition is not None
 
     async def _settle(self) -> None:
+        try:
+            await self._end_what_is_left()
+        finally:
+            self._let_go()
+
+    async def _end_what_is_left(self) -> None:
         if self._condition is not None:
             await self._condition.join()
         if self._to_await:
