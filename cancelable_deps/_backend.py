@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
-    from weakref import ref
 
     import trio
 
@@ -74,7 +73,7 @@ class EventLoop(Protocol):
     newcomers: dict[Newcomer, None]
     """Those who are told when the current step of their task is over; whoever has left by then takes itself out."""
 
-    lines: dict[float, ref[Line]]
+    lines: dict[float, Line]
     """By their limits, those in which somebody waits for a deadline."""
 
     is_awaiting_step: bool
@@ -124,7 +123,7 @@ class AsyncioLoop:
         self.extras: dict[Any, Any] = {}
         self.mark = make_marker(loop)
         self.newcomers: dict[Newcomer, None] = {}
-        self.lines: dict[float, ref[Line]] = {}
+        self.lines: dict[float, Line] = {}
         self.is_awaiting_step = False
 
     def is_running_here(self) -> bool:
@@ -213,9 +212,10 @@ class TrioLoop:
         self._current_task = trio.lowlevel.current_task
         self.mark: Callable[[], Mark] | None = None
         self.newcomers: dict[Newcomer, None] = {}
-        self.lines: dict[float, ref[Line]] = {}
+        self.lines: dict[float, Line] = {}
         self.is_awaiting_step = False
         self._sleep_until = trio.sleep_until
+        self._checkpoint_if_cancelled = trio.lowlevel.checkpoint_if_cancelled
 
     def is_running_here(self) -> bool:
         return _running_trio_token() is self.token
@@ -228,7 +228,11 @@ class TrioLoop:
 
     def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
         async def call() -> None:
-            await self._sleep_until(when)
+            if self.time() < when:
+                await self._sleep_until(when)
+            else:
+                # To sleep would take two passes of the loop more, and whoever is overdue is to be stopped in this one.
+                await self._checkpoint_if_cancelled()
             callback()
 
         # Whoever looks at the tasks of a loop sees what this one is for.

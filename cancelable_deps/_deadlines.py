@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
-from weakref import ref
 
 from ._backend import logger
 from ._sweep import sweep_of
@@ -34,44 +33,31 @@ class Line:
     The timer ends with the last who waits, and the line with it; so the lines of a loop are those in use.
     """
 
-    __slots__ = ("__weakref__", "_last", "_limit", "_looked_at_by", "_loop", "_timer", "waiting")
+    __slots__ = ("_limit", "_loop", "looked_at_by", "timer", "waiting")
 
     def __init__(self, loop: EventLoop, limit: float) -> None:
         self._loop = loop
         self._limit = limit
-        self._timer: Timer | None = None
-        self._looked_at_by: float | None = None
+        self.timer: Timer | None = None
+        self.looked_at_by: float | None = None
         """When the sweep or the timer looks at the latest; ``None`` if neither does."""
-        self._last = 0.0
         self.waiting: dict[Waiting, float] = {}
         """Their deadlines, in order. Not asked of themselves: one that moves its own would hold up those behind it."""
 
-    def has_room_for(self, deadline: float) -> bool:
-        """Whether it comes after those of all who wait, and somebody looks in time."""
-        if self.waiting:
-            return deadline >= self._last
-        return self._looked_at_by is None or deadline >= self._looked_at_by
-
-    def add(self, item: Waiting, deadline: float) -> None:
-        self._last = self.waiting[item] = deadline
-        if self._looked_at_by is None and self._go_on(self._loop.time()):
+    def begin(self) -> None:
+        """The first has come."""
+        if self._go_on(self._loop.time()):
             sweep_of(self._loop, _NEW).watch(self)
-
-    def leave(self, item: Waiting) -> None:
-        self.waiting.pop(item, None)
-        if self._timer is not None and not self.waiting:
-            self._end()
 
     def look(self) -> bool:
         """Tell those who are overdue; whether the sweep is to come again."""
         return self._look(self._loop.time())
 
     def _tick(self) -> None:
-        assert self._looked_at_by is not None
-        self._timer = None
+        assert self.looked_at_by is not None
+        self.timer = None
         # uvloop counts in milliseconds, and its timers may go off half of one early.
-        now = max(self._loop.time(), self._looked_at_by)
-        if self._look(now):
+        if self._look(max(self._loop.time(), self.looked_at_by)):
             sweep_of(self._loop, _NEW).watch(self)
 
     def _look(self, now: float) -> bool:
@@ -88,26 +74,24 @@ class Line:
 
     def _go_on(self, now: float) -> bool:
         """See to it that somebody looks at the deadline of the first; whether the sweep is to."""
-        if not self.waiting:
-            self._end()
+        for first in self.waiting.values():
+            # It began so long before its deadline.
+            if first > now + _NEW and first - self._limit > now - _NEW:
+                self.looked_at_by = now + _NEW
+                return True
+            self.looked_at_by = first
+            self.timer = self._loop.call_at(first, self._tick)
             return False
-        first = next(iter(self.waiting.values()))
-        # It began so long before its deadline.
-        if first > now + _NEW and first - self._limit > now - _NEW:
-            self._looked_at_by = now + _NEW
-            return True
-        self._looked_at_by = first
-        self._timer = self._loop.call_at(first, self._tick)
+        self.end()
         return False
 
-    def _end(self) -> None:
-        """Nobody waits any more."""
-        self._looked_at_by = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        known = self._loop.lines.get(self._limit)
-        if known is not None and known() is self:
+    def end(self) -> None:
+        """The last who waited has left: nobody need look any more."""
+        self.looked_at_by = None
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+        if self._loop.lines.get(self._limit) is self:
             del self._loop.lines[self._limit]
 
 
@@ -119,16 +103,26 @@ def _tell(item: Waiting, now: float) -> None:
         logger.exception("a timeout could not be acted on")
 
 
-def wait_in_line(loop: EventLoop, limit: float, item: Waiting, deadline: float) -> Line:
-    """Let ``item``, which has ``limit`` seconds, wait for ``deadline`` until it leaves the line that is returned."""
-    known = loop.lines.get(limit)
-    line = None if known is None else known()
+def new_line(loop: EventLoop, limit: float) -> Line:
+    """The line for `limit`, which there is not yet."""
+    line = loop.lines[limit] = Line(loop, limit)
+    return line
+
+
+def wait_belatedly(loop: EventLoop, limit: float, item: Waiting, deadline: float) -> Line:
+    """Let ``item``, which began some time ago, wait for ``deadline`` until it leaves the line that is returned.
+
+    If others began in between, that is one of its own.
+    """
+    line = loop.lines.get(limit)
     if line is None:
-        # The loop knows its lines weakly: whoever waits in one, or looks at it, keeps it.
+        line = new_line(loop, limit)
+    elif line.waiting:
+        if deadline < next(reversed(line.waiting.values())):
+            line = Line(loop, limit)
+    elif line.looked_at_by is not None and deadline < line.looked_at_by:
         line = Line(loop, limit)
-        loop.lines[limit] = ref(line)
-    elif not line.has_room_for(deadline):
-        # Its deadline was moved after it had begun: it has a line, and so a timer, of its own.
-        line = Line(loop, limit)
-    line.add(item, deadline)
+    line.waiting[item] = deadline
+    if line.looked_at_by is None:
+        line.begin()
     return line

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 from urllib.parse import quote
-from weakref import ref
+from weakref import WeakSet, ref
 
 import anyio
 
@@ -41,16 +41,18 @@ _REQUEST_STACK_KEY = "fastapi_inner_astack"
 _NO_ASGI: Final[dict[str, Any]] = {"version": "3.0"}
 
 
-class Remains(ref["RequestState"]):
-    """A request, to those who may outlive it: they keep it not, and know whether its client has left."""
+# The root tokens of requests whose client was seen to leave: all that a block which outlives its request has of it.
+_clients_left: WeakSet[CancelationToken] = WeakSet()
 
-    __slots__ = ("has_left",)
-    has_left: bool
+
+class PastRequest:
+    """A request that is over and gone, to whoever still asks for its client."""
+
+    def __init__(self, token: CancelationToken) -> None:
+        self.has_left = token in _clients_left
 
     def defer_disconnect(self, by: int) -> None:
-        state = self()
-        if state is not None:
-            state.defer_disconnect(by)
+        """There is nothing left to be deferred."""
 
 
 class RequestState:
@@ -89,7 +91,6 @@ class RequestState:
 
     _stack: AsyncExitStack | None = None
     _watchers: tuple[object, ...] = ()
-    _remains: Remains | None = None
 
     def __init__(self, scope: Scope, receive: Receive, *, held: bool = False) -> None:
         if held:
@@ -105,14 +106,6 @@ class RequestState:
             scope[PROBE_KEY](self)
         if loop.drain is not None and loop.drain.refuses:
             self.token.cancel_because(loop.drain.cause())
-
-    @property
-    def remains(self) -> Remains:
-        """What the blocks that have been left keep of us."""
-        if self._remains is None:
-            self._remains = Remains(self)
-            self._remains.has_left = self.has_left
-        return self._remains
 
     @property
     def reader(self) -> Reader:
@@ -184,8 +177,7 @@ class RequestState:
         if self.is_closed:
             return
         self.has_left = True
-        if self._remains is not None:
-            self._remains.has_left = True
+        _clients_left.add(self.token)
         if not self._deferrals:
             self._disconnect()
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, Self
+from weakref import ref
 
 from starlette.requests import ClientDisconnect
 
 from ._debugger import is_debugged
-from ._request import Remains, RequestState
+from ._request import PastRequest, RequestState
 from .cancelable import Cancelable
 from .errors import CancelationError, DisconnectCancelation
 from .reasons import CancelationReason
@@ -44,8 +45,8 @@ class RequestBlock(Cancelable):
     _is_whole = False
     """Whether what stops the block stops the request."""
 
-    _remains: Remains | None = None
-    """In place of the request, when the block has been left."""
+    _left: ref[RequestState] | None = None
+    """The request, once the block has been left."""
 
     def __init__(
         self, state: RequestState, *, timeout: float | None = None, cleanup_grace: float | None = None
@@ -53,23 +54,30 @@ class RequestBlock(Cancelable):
         self._request = state
         if self._is_whole:
             self._token = state.token
+            self._upstream = None
         else:
             self._token = CancelationToken()
             self._upstream = state.token
-        if timeout is not None:
-            self._timeout = timeout
+        self._timeout = timeout
+        # Every request asks for these, some more than once. To write one costs a tenth of finding it in the class.
+        self._loop = self._line = self._scope = self._inner = self._parent = self._left = self._progress_callbacks = (
+            None
+        )
+        self._callbacks = ()
+        self._is_unsettled = False
         if cleanup_grace is not None:
             self._grace = cleanup_grace
 
     async def __aenter__(self) -> Self:
-        if self._remains is not None:
+        if self._left is not None:
             raise self._entered_before()
         self._enter(self._request.loop)
         return self
 
     @property
     def _owner_of_client(self) -> OwnerOfClient:
-        return self._request if self._remains is None else self._remains
+        request = self.known_request
+        return PastRequest(self._upstream or self._token) if request is None else request
 
     def _begin(self, loop: EventLoop) -> None:
         if self._timeout is not None and _timeouts_are_off():
@@ -86,7 +94,7 @@ class RequestBlock(Cancelable):
 
     def time_is_up(self, now: float) -> None:
         super().time_is_up(now)
-        if self._remains is None and self.is_cancelled and not self._request.is_closed:
+        if self._left is None and self.is_cancelled and not self._request.is_closed:
             # In a loop that was blocked the sweep is late as well. While the handler cleans up its client may leave.
             self._request.arm_now()
 
@@ -121,15 +129,18 @@ class RequestBlock(Cancelable):
         await self._request.settle()
 
     def _let_go(self) -> None:
-        super()._let_go()
-        if self._remains is None:
-            self._remains = self._request.remains
+        if self._is_unsettled:
+            self._to_await = ()
+        if self._progress_callbacks is not None:
+            self._progress_callbacks = None
+        if self._left is None:
+            self._left = ref(self._request)
             del self._request
 
     @property
     def known_request(self) -> RequestState | None:
         """The request; once the block is left, for as long as somebody else knows it."""
-        return self._request if self._remains is None else self._remains()
+        return self._request if self._left is None else self._left()
 
     def _outcome(self, exc: BaseException | None, remaining: BaseException | None) -> BaseException:
         outcome = super()._outcome(exc, remaining)
@@ -234,12 +245,14 @@ class DoorBlock(RequestBlock):
         self._deadline = math.inf
         self._is_on_hold = True
         self._token.unlisten(self)
-        self._stop_timers()
+        if self._line is not None:
+            self._leave_line()
         if self._scope is None:
             # At shutdown there must be something to stop background tasks by.
             if self._loop is not None and self._loop.drain is None:
                 self._loop.newcomers.pop(self, None)
         else:
+            self._stop_timers()
             self._scope.release()
 
     def stop_background(self, cause: Cause) -> None:

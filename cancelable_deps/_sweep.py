@@ -23,6 +23,7 @@ class Watched(Protocol):
 
     def look(self) -> bool:
         """Called at the end of the interval; whether at that of the next as well."""
+        ...
 
 
 class Sweep:

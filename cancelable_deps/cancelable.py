@@ -12,7 +12,7 @@ import anyio.lowlevel
 
 from ._backend import EventLoop, Timer, current_loop, logger
 from ._condition import Condition
-from ._deadlines import wait_in_line
+from ._deadlines import new_line, wait_belatedly
 from ._exceptions import collapse, raise_as_it_is
 from ._polite import polite_scope
 from ._refusal import NotADependency
@@ -251,10 +251,21 @@ class Cancelable:
         return True
 
     def _rearm(self) -> None:
-        """The deadline has been moved."""
-        if self._scope is not None:
-            self._scope.move_deadline(self._deadline)
-        self._await_deadline()
+        """Wait for the deadline that is set now, if the block is open and not stopped yet."""
+        if self._line is not None:
+            self._leave_line()
+        loop, scope = self._loop, self._scope
+        if scope is not None:
+            scope.move_deadline(self._deadline)
+        elif self._position is None:
+            return
+        if self._timeout is None or loop is None or self._deadline == math.inf or self._token.cause is not None:
+            return
+        if self._deadline <= loop.time():
+            # A timer would be a pass of the loop late, and the work that it is to stop be done by then.
+            self._expire()
+        else:
+            self._line = wait_belatedly(loop, self._timeout, self, self._deadline)
 
     def cancel_nowait(self, reason: CancelationReason = CancelationReason.MANUAL, message: str | None = None) -> bool:
         """Stop the block, from any thread, without waiting for its end. Before it is entered: entering will raise.
@@ -484,7 +495,11 @@ class Cancelable:
                 loop.await_step()
         if self._timeout is not None and self._deadline < math.inf:
             # From here on, whether it has begun or not: the loop may be blocked until the time is up.
-            self._line = wait_in_line(loop, self._timeout, self, self._deadline)
+            # Here, as below on leaving, without a call: a request pays for each.
+            line = self._line = loop.lines.get(self._timeout) or new_line(loop, self._timeout)
+            line.waiting[self] = self._deadline
+            if line.looked_at_by is None:
+                line.begin()
 
     def _entered_before(self) -> RuntimeError:
         return RuntimeError(
@@ -547,27 +562,19 @@ class Cancelable:
             self._condition.stop()
 
     def _stop_timers(self) -> None:
-        self._leave_line()
+        if self._line is not None:
+            self._leave_line()
         if self._late is not None:
             self._late.cancel()
             self._late = None
 
-    def _await_deadline(self) -> None:
-        """Wait for the deadline that is set now, if the block is open and not stopped yet."""
-        self._leave_line()
-        loop = self._loop
-        if self._timeout is None or loop is None or not self.is_active or self._token.cause is not None:
-            return
-        if self._deadline <= loop.time():
-            # A timer would be a pass of the loop late, and the work that it is to stop be done by then.
-            self._expire()
-        elif self._deadline < math.inf:
-            self._line = wait_in_line(loop, self._timeout, self, self._deadline)
-
     def _leave_line(self) -> None:
-        if self._line is not None:
-            self._line.leave(self)
+        line = self._line
+        if line is not None:
             self._line = None
+            line.waiting.pop(self, None)
+            if line.timer is not None and not line.waiting:
+                line.end()
 
     def time_is_up(self, now: float) -> None:
         """The line in which we wait tells us; not for users."""
@@ -637,8 +644,12 @@ class Cancelable:
         scope, self._scope = self._scope, None
         self._position = None
         self._ended = self._loop.time()
-        if self._line is not None:
-            self._leave_line()
+        line = self._line
+        if line is not None:
+            self._line = None
+            line.waiting.pop(self, None)
+            if line.timer is not None and not line.waiting:
+                line.end()
         self._token.unlisten(self)
         if self._upstream is not None or self._callbacks:
             self._unlisten()
@@ -667,12 +678,13 @@ class Cancelable:
         Whatever outlives it knows it as long as it lives: a task that the work has started and the context of a timer,
         even a cancelled one, have it for their `current_cancelable`.
         """
+        if self._upstream is not None:
+            self._upstream = None
+        if self._is_unsettled:
+            self._to_await = ()
+            self._condition = None
         if self._progress_callbacks is not None:
             self._progress_callbacks = None
-        if self._to_await:
-            self._to_await = ()
-        if self._condition is not None:
-            self._condition = None
 
     def _forget(self) -> None:
         """The block is left before it has begun in earnest."""
@@ -713,7 +725,6 @@ class Cancelable:
             self._callbacks = ()
         if self._upstream is not None:
             self._upstream.unlisten(self)
-            self._upstream = None
 
     def _leave_parents(self, parent: Cancelable | None, answered: bool) -> None:
         if parent is not None and parent._children is not None:

@@ -21,7 +21,6 @@ from .errors import CancelationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
-    from weakref import ref
 
     from anyio import CapacityLimiter
 
@@ -77,7 +76,7 @@ def leave(block: Cancelable, exc: BaseException | None) -> BaseException | None:
 
 
 def _watch(block: Cancelable, home: EventLoop) -> None:
-    block._await_deadline()
+    block._rearm()
     block._watch(home)
 
 
@@ -196,7 +195,7 @@ class _ThreadLoop:
         self.time = time.monotonic if home is None else home.time
         self.extras: dict[Any, Any] = {}
         self.newcomers: dict[Newcomer, None] = {}
-        self.lines: dict[float, ref[Line]] = {}
+        self.lines: dict[float, Line] = {}
 
     def await_step(self) -> None:
         raise NotImplementedError
