@@ -256,8 +256,9 @@ async def test_what_moves_a_deadline_moves_the_block() -> None:
 
 
 async def test_a_thread_that_extends_in_time_is_heard_before_the_deadline() -> None:
+    cancel = Cancelable(timeout=LIMIT)
     with suppress(CancelationError):
-        async with nothing_left(), Cancelable(timeout=LIMIT) as cancel:
+        async with nothing_left(), cancel:
             thread = threading.Thread(target=cancel.extend, args=[100])
             thread.start()
             thread.join()
@@ -346,6 +347,22 @@ async def test_a_loop_that_is_blocked_past_the_limit_and_the_works_end_stops_the
     async with nothing_left():
         call = await get(app_of(door))
     assert (call.status, call.json) == (504, {"detail": f"Timed out after {LIMIT:g} seconds"})
+
+
+@pytest.mark.parametrize("door", DOORS)
+async def test_a_handler_that_blocks_the_loop_past_its_limit_is_stopped_at_its_first_await(
+    door: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def block_at_once() -> str:
+        time.sleep(1.5 * LIMIT)  # noqa: ASYNC251
+        await anyio.sleep(LIMIT / 2)
+        await anyio.lowlevel.checkpoint()
+        return "finished"
+
+    monkeypatch.setattr("tests.test_deadlines.finish_late", block_at_once)
+    async with nothing_left():
+        call = await get(app_of(door))
+    assert call.status == 504
 
 
 @pytest.mark.parametrize("door", DOORS)
