@@ -15,29 +15,37 @@ if TYPE_CHECKING:
 # default, so that one timer serves both.
 _NEW = 0.005
 
+# So long before its deadline each gets a timer of its own: what is due in one pass of the loop happens in its order only
+# if each has one when the pass begins. A sleep that ends before the limit then wins, and one that ends after it loses,
+# though the loop was blocked past both; for longer than that, and whoever is overdue is told when somebody looks.
+CLOSE = 0.1
+
 
 class Waiting(Protocol):
     """Somebody with a deadline."""
 
+    _line: Line | None
+    """Where it waits. Whoever is done before its time leaves."""
+
     def time_is_up(self, now: float) -> None:
-        """Called once, in the event loop; whoever is done before leaves the line."""
+        """Called once, in the event loop, when it has been taken out of its line."""
 
 
 class Line:
     """Equal limits end in the order in which they began, so the first to come is the first to be due.
 
-    Somebody looks at the deadline of the first at the latest: the loop's sweep while the first is new, from then on a
-    timer. All who are overdue at that moment are told in that same pass of the loop, so before whatever is due after
-    them: a timer that is made for one who is overdue comes a pass later.
+    Somebody looks some time before the deadline of the first: the loop's sweep while the first is new, from then on a
+    timer. The timer ends with the last who waits, and the line with it; so the lines of a loop are those in use.
 
-    The timer ends with the last who waits, and the line with it; so the lines of a loop are those in use.
+    One whose deadline is close has a line to itself, with a timer that goes off at that very moment.
     """
 
-    __slots__ = ("_limit", "_loop", "looked_at_by", "timer", "waiting")
+    __slots__ = ("_ahead", "_limit", "_loop", "looked_at_by", "timer", "waiting")
 
-    def __init__(self, loop: EventLoop, limit: float) -> None:
+    def __init__(self, loop: EventLoop, limit: float, ahead: float = CLOSE) -> None:
         self._loop = loop
         self._limit = limit
+        self._ahead = ahead
         self.timer: Timer | None = None
         self.looked_at_by: float | None = None
         """When the sweep or the timer looks at the latest; ``None`` if neither does."""
@@ -50,7 +58,7 @@ class Line:
             sweep_of(self._loop, _NEW).watch(self)
 
     def look(self) -> bool:
-        """Tell those who are overdue; whether the sweep is to come again."""
+        """Take out those whose time comes; whether the sweep is to come again."""
         return self._look(self._loop.time())
 
     def _tick(self) -> None:
@@ -61,26 +69,32 @@ class Line:
             sweep_of(self._loop, _NEW).watch(self)
 
     def _look(self, now: float) -> bool:
-        due = []
+        close = []
         for item, deadline in self.waiting.items():
-            if deadline > now:
+            if deadline - self._ahead > now:
                 break
-            due.append(item)
-        for item in due:
+            close.append(item)
+        for item in close:
             # One of them may have ended another.
-            if self.waiting.pop(item, None) is not None:
+            if (due := self.waiting.pop(item, None)) is None:
+                continue
+            if due > now and self._ahead:
+                item._line = wait_alone(self._loop, item, due)
+            else:
+                item._line = None
                 _tell(item, now)
         return self._go_on(now)
 
     def _go_on(self, now: float) -> bool:
-        """See to it that somebody looks at the deadline of the first; whether the sweep is to."""
+        """See to it that somebody looks in time for the first; whether the sweep is to."""
         for first in self.waiting.values():
+            by = first - self._ahead
             # It began so long before its deadline.
-            if first > now + _NEW and first - self._limit > now - _NEW:
+            if self._ahead and by > now + _NEW and first - self._limit > now - _NEW:
                 self.looked_at_by = now + _NEW
                 return True
-            self.looked_at_by = first
-            self.timer = self._loop.call_at(first, self._tick)
+            self.looked_at_by = by
+            self.timer = self._loop.call_at(by, self._tick)
             return False
         self.end()
         return False
@@ -109,19 +123,26 @@ def new_line(loop: EventLoop, limit: float) -> Line:
     return line
 
 
-def wait_belatedly(loop: EventLoop, limit: float, item: Waiting, deadline: float) -> Line:
-    """Let ``item``, which began some time ago, wait for ``deadline`` until it leaves the line that is returned.
+def wait_alone(loop: EventLoop, item: Waiting, deadline: float) -> Line:
+    """Let ``item`` wait for ``deadline`` with a timer of its own."""
+    line = Line(loop, 0.0, 0.0)
+    line.waiting[item] = line.looked_at_by = deadline
+    line.timer = loop.call_at(deadline, line._tick)
+    return line
 
-    If others began in between, that is one of its own.
-    """
+
+def wait_belatedly(loop: EventLoop, limit: float, item: Waiting, deadline: float) -> Line:
+    """Let ``item``, which began some time ago, wait for ``deadline``; alone if that is close or others came in between."""
+    if deadline - loop.time() <= CLOSE:
+        return wait_alone(loop, item, deadline)
     line = loop.lines.get(limit)
     if line is None:
         line = new_line(loop, limit)
     elif line.waiting:
         if deadline < next(reversed(line.waiting.values())):
-            line = Line(loop, limit)
-    elif line.looked_at_by is not None and deadline < line.looked_at_by:
-        line = Line(loop, limit)
+            return wait_alone(loop, item, deadline)
+    elif line.looked_at_by is not None and deadline - CLOSE < line.looked_at_by:
+        return wait_alone(loop, item, deadline)
     line.waiting[item] = deadline
     if line.looked_at_by is None:
         line.begin()

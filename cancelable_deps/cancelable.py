@@ -12,7 +12,7 @@ import anyio.lowlevel
 
 from ._backend import EventLoop, Timer, current_loop, logger
 from ._condition import Condition
-from ._deadlines import new_line, wait_belatedly
+from ._deadlines import CLOSE, new_line, wait_alone, wait_belatedly
 from ._exceptions import collapse, raise_as_it_is
 from ._polite import polite_scope
 from ._refusal import NotADependency
@@ -496,10 +496,13 @@ class Cancelable:
         if self._timeout is not None and self._deadline < math.inf:
             # From here on, whether it has begun or not: the loop may be blocked until the time is up.
             # Here, as below on leaving, without a call: a request pays for each.
-            line = self._line = loop.lines.get(self._timeout) or new_line(loop, self._timeout)
-            line.waiting[self] = self._deadline
-            if line.looked_at_by is None:
-                line.begin()
+            if self._timeout <= CLOSE:
+                self._line = wait_alone(loop, self, self._deadline)
+            else:
+                line = self._line = loop.lines.get(self._timeout) or new_line(loop, self._timeout)
+                line.waiting[self] = self._deadline
+                if line.looked_at_by is None:
+                    line.begin()
 
     def _entered_before(self) -> RuntimeError:
         return RuntimeError(
@@ -578,7 +581,6 @@ class Cancelable:
 
     def time_is_up(self, now: float) -> None:
         """The line in which we wait tells us; not for users."""
-        self._line = None
         # One that has been moved since, by a thread that has not got through to the loop yet, is waited for anew.
         if self._deadline <= now:
             self._expire()

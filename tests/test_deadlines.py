@@ -80,23 +80,22 @@ class Item:
     def __init__(self, told: Callable[[], object] = lambda: None) -> None:
         self.told_at: list[float] = []
         self._told = told
-        self.line: Line | None = None
+        self._line: Line | None = None
 
     def time_is_up(self, now: float) -> None:
         self.told_at.append(now)
-        self.line = None
         self._told()
 
     def wait(self, loop: Any, limit: float, began: float | None = None) -> Item:
-        self.line = wait_belatedly(loop, limit, self, (loop.now if began is None else began) + limit)
+        self._line = wait_belatedly(loop, limit, self, (loop.now if began is None else began) + limit)
         return self
 
     def leave(self) -> None:
-        assert self.line is not None
-        self.line.waiting.pop(self, None)
-        if self.line.timer is not None and not self.line.waiting:
-            self.line.end()
-        self.line = None
+        line, self._line = self._line, None
+        assert line is not None
+        line.waiting.pop(self, None)
+        if line.timer is not None and not line.waiting:
+            line.end()
 
 
 def test_each_is_told_once_at_its_deadline() -> None:
@@ -116,7 +115,9 @@ def test_equal_limits_have_one_timer_between_them() -> None:
         Item().wait(loop, 30)
     assert len(loop.timers) == 1
     loop.advance(1)
-    assert [timer.when for timer in loop.timers] == [30.0]
+    assert len(loop.timers) == 1
+    loop.advance(29.95)
+    assert {timer.when for timer in loop.timers} == {30.0}
 
 
 def test_who_are_soon_gone_start_no_timer_each() -> None:
@@ -162,7 +163,9 @@ def test_all_who_are_overdue_are_told_at_once_when_the_loop_was_blocked(limit: f
     loop = Loop()
     items = [Item().wait(loop, limit) for _ in range(5)]
     loop.now = 100.0
-    loop.timers.pop().callback()
+    for timer in list(loop.timers):
+        loop.timers.remove(timer)
+        timer.callback()
     assert [item.told_at for item in items] == [[100.0]] * 5
 
 
@@ -171,7 +174,7 @@ def test_somebody_looks_no_later_than_the_first_deadline(limit: float) -> None:
     loop = Loop()
     for step in range(200):
         item = Item().wait(loop, limit)
-        assert min(timer.when for timer in loop.timers) <= next(iter(item.line.waiting.values()))  # type: ignore[union-attr]
+        assert min(timer.when for timer in loop.timers) <= next(iter(item._line.waiting.values()))  # type: ignore[union-attr]
         if step % 3:
             item.leave()
         loop.advance(loop.now + 0.0017)
@@ -226,7 +229,7 @@ def test_a_timer_that_goes_off_a_little_early_tells_all_the_same() -> None:
     loop = Loop()
     item = Item().wait(loop, 30)
     loop.advance(1)
-    loop.now = 29.9996
+    loop.advance(29.9996)
     loop.timers.pop().callback()
     assert item.told_at == [30.0]
 
@@ -234,6 +237,14 @@ def test_a_timer_that_goes_off_a_little_early_tells_all_the_same() -> None:
 def test_a_new_line_is_that_of_its_limit() -> None:
     loop: Any = Loop()
     assert loop.lines == {30: new_line(loop, 30)}
+
+
+def test_who_is_moved_on_to_a_timer_of_its_own_may_still_leave() -> None:
+    loop = Loop()
+    item = Item().wait(loop, 30)
+    loop.advance(29.95)
+    item.leave()
+    assert (loop.timers, loop.lines) == ([], {})
 
 
 async def test_a_block_waits_in_the_line_of_its_limit_and_leaves_nothing() -> None:
@@ -445,6 +456,26 @@ async def test_a_sleep_that_ends_after_the_limit_loses_in_the_same_pass(
     monkeypatch.setattr("tests.test_deadlines.finish_late", sleep_on)
     call = await get(app_of(door))
     assert call.status == 504
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio", pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop")])
+@pytest.mark.parametrize("door", DOORS)
+async def test_a_sleep_that_ends_before_the_limit_wins_in_the_same_pass(
+    door: str, monkeypatch: pytest.MonkeyPatch, anyio_backend: object
+) -> None:
+    async def sleep_less() -> str:
+        block_the_loop()
+        await anyio.sleep(LIMIT / 2)
+        return "finished"
+
+    monkeypatch.setattr("tests.test_deadlines.finish_late", sleep_less)
+    app = app_of(door)
+    calls = [Call(app) for _ in range(5)]
+    with anyio.fail_after(CEILING):
+        async with anyio.create_task_group() as tasks:
+            for call in calls:
+                tasks.start_soon(call.run)
+    assert {call.status for call in calls} == {200}
 
 
 @pytest.mark.parametrize("door", DOORS)
