@@ -192,6 +192,10 @@ class _TrioWorker:
         self._scope.cancel()
 
     @property
+    def is_cancelled(self) -> bool:
+        return self._scope.cancel_called
+
+    @property
     def done(self) -> bool:
         return self._ended.is_set()
 
@@ -215,7 +219,6 @@ class TrioLoop:
         self.lines: dict[float, Line] = {}
         self.is_awaiting_step = False
         self._sleep_until = trio.sleep_until
-        self._checkpoint_if_cancelled = trio.lowlevel.checkpoint_if_cancelled
 
     def is_running_here(self) -> bool:
         return _running_trio_token() is self.token
@@ -230,14 +233,15 @@ class TrioLoop:
         async def call() -> None:
             if self.time() < when:
                 await self._sleep_until(when)
-            else:
-                # To sleep would take two passes of the loop more, and whoever is overdue is to be stopped in this one.
-                await self._checkpoint_if_cancelled()
+            elif timer.is_cancelled:
+                return
+            # Who is overdue by now is to be stopped in this pass of the loop: to sleep would take two more.
             callback()
 
         # Whoever looks at the tasks of a loop sees what this one is for.
         call.__qualname__ = getattr(callback, "__qualname__", call.__qualname__)
-        return _TrioWorker(call, None)
+        timer = _TrioWorker(call, None)
+        return timer
 
     def await_step(self) -> None:
         raise NotImplementedError

@@ -465,17 +465,16 @@ async def test_a_sleep_that_ends_before_the_limit_wins_in_the_same_pass(
 ) -> None:
     async def sleep_less() -> str:
         block_the_loop()
-        await anyio.sleep(LIMIT / 2)
+        await anyio.sleep(LIMIT / 10)
         return "finished"
 
-    monkeypatch.setattr("tests.test_deadlines.finish_late", sleep_less)
     app = app_of(door)
-    calls = [Call(app) for _ in range(5)]
-    with anyio.fail_after(CEILING):
-        async with anyio.create_task_group() as tasks:
-            for call in calls:
-                tasks.start_soon(call.run)
-    assert {call.status for call in calls} == {200}
+    # The first request of an application takes some milliseconds before it comes to its handler.
+    monkeypatch.setattr("tests.test_deadlines.finish_late", anyio.lowlevel.checkpoint)
+    await get(app)
+    monkeypatch.setattr("tests.test_deadlines.finish_late", sleep_less)
+    call = await get(app)
+    assert call.status == 200
 
 
 @pytest.mark.parametrize("door", DOORS)
