@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     import trio
 
+    from ._deadlines import Line
     from ._polite import Mark
 
 logger = logging.getLogger("cancelable_deps")
@@ -72,6 +73,9 @@ class EventLoop(Protocol):
     newcomers: dict[Newcomer, None]
     """Those who are told when the current step of their task is over; whoever has left by then takes itself out."""
 
+    lines: dict[float, Line]
+    """By their limits, those in which somebody waits for a deadline."""
+
     is_awaiting_step: bool
 
     def await_step(self) -> None:
@@ -119,6 +123,7 @@ class AsyncioLoop:
         self.extras: dict[Any, Any] = {}
         self.mark = make_marker(loop)
         self.newcomers: dict[Newcomer, None] = {}
+        self.lines: dict[float, Line] = {}
         self.is_awaiting_step = False
 
     def is_running_here(self) -> bool:
@@ -187,6 +192,10 @@ class _TrioWorker:
         self._scope.cancel()
 
     @property
+    def is_cancelled(self) -> bool:
+        return self._scope.cancel_called
+
+    @property
     def done(self) -> bool:
         return self._ended.is_set()
 
@@ -207,6 +216,7 @@ class TrioLoop:
         self._current_task = trio.lowlevel.current_task
         self.mark: Callable[[], Mark] | None = None
         self.newcomers: dict[Newcomer, None] = {}
+        self.lines: dict[float, Line] = {}
         self.is_awaiting_step = False
         self._sleep_until = trio.sleep_until
 
@@ -221,12 +231,17 @@ class TrioLoop:
 
     def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
         async def call() -> None:
-            await self._sleep_until(when)
+            if self.time() < when:
+                await self._sleep_until(when)
+            elif timer.is_cancelled:
+                return
+            # Who is overdue by now is to be stopped in this pass of the loop: to sleep would take two more.
             callback()
 
         # Whoever looks at the tasks of a loop sees what this one is for.
         call.__qualname__ = getattr(callback, "__qualname__", call.__qualname__)
-        return _TrioWorker(call, None)
+        timer = _TrioWorker(call, None)
+        return timer
 
     def await_step(self) -> None:
         raise NotImplementedError

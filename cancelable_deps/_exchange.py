@@ -121,10 +121,11 @@ async def run_through(block: DoorBlock, work: Awaitable[object]) -> BaseExceptio
         await work
     except BaseException as exc:
         outcome = exc
-    if not block.is_left:
-        outcome = block._leave(outcome)
-        if block._is_unsettled:
-            await block._settle()
+    still_open = block if not block.is_left else block.successor
+    if still_open is not None:
+        outcome = still_open._leave(outcome)
+        if still_open._is_unsettled:
+            await still_open._settle()
     try:
         return outcome
     finally:

@@ -99,7 +99,7 @@ class Gateway:
         finally:
             del outcome  # Its traceback knows this frame: a cycle, as long as this frame knows it.
             if not state.is_closed:
-                block.move_out()
+                block.move_out(state)
 
     async def _run_in_task(self, state: RequestState, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application in a block of its own, in a task that need not be that of the middleware."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 from urllib.parse import quote
-from weakref import ref
+from weakref import WeakSet, ref
 
 import anyio
 
@@ -24,7 +24,6 @@ from .token import CancelationToken, Cause
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping
     from contextlib import AsyncExitStack
-    from typing import Protocol
 
     from starlette.requests import Request
     from starlette.types import Message, Receive, Scope
@@ -33,10 +32,6 @@ if TYPE_CHECKING:
     from ._request_block import DoorBlock, RequestBlock
     from .errors import CancelationError
     from .policies import TimeoutPolicy
-
-    class Watcher(Protocol):
-        def armed(self) -> None:
-            """The request has run for a while, and is listened to."""
 
 
 SCOPE_KEY = "cancelable_deps"
@@ -50,6 +45,20 @@ _HANDLER_STACK_KEY = "fastapi_function_astack"
 _REQUEST_STACK_KEY = "fastapi_inner_astack"
 
 _NO_ASGI: Final[dict[str, Any]] = {"version": "3.0"}
+
+
+# The root tokens of requests whose client was seen to leave: all that a block which outlives its request has of it.
+_clients_left: WeakSet[CancelationToken] = WeakSet()
+
+
+class PastRequest:
+    """A request that is over and gone, to whoever still asks for its client."""
+
+    def __init__(self, token: CancelationToken) -> None:
+        self.has_left = token in _clients_left
+
+    def defer_disconnect(self, by: int) -> None:
+        """There is nothing left to be deferred."""
 
 
 class RequestState:
@@ -118,7 +127,7 @@ class RequestState:
     """The block with the timeout that a route's own replaces."""
 
     _stack: AsyncExitStack | None = None
-    _watchers: tuple[Watcher, ...] = ()
+    _watchers: tuple[object, ...] = ()
 
     def __init__(self, scope: Scope, receive: Receive, *, held: bool = False) -> None:
         if held:
@@ -146,10 +155,9 @@ class RequestState:
         """The application's ``receive()``."""
         return self.reader.receive()
 
-    def watch(self, watcher: Watcher) -> None:
+    def watch(self, watcher: object) -> None:
         self._watchers += (watcher,)
         if self.is_armed or self.is_closed:
-            watcher.armed()
             if not self.is_closed:
                 self.reader.arm(self.loop)
             self._enter_drain()
@@ -164,7 +172,7 @@ class RequestState:
             else:
                 self.arm()
 
-    def unwatch(self, watcher: Watcher) -> None:
+    def unwatch(self, watcher: object) -> None:
         watchers = self._watchers
         if len(watchers) == 1 and watchers[0] is watcher:
             self._watchers = ()
@@ -192,8 +200,6 @@ class RequestState:
         if not self.is_closed:
             if self._stack is not None:
                 self._stack.push_async_callback(self.handler_returned)
-            for watcher in self._watchers:
-                watcher.armed()
             self.reader.arm(self.loop)
         self._enter_drain()
 
@@ -208,6 +214,7 @@ class RequestState:
         if self.is_closed:
             return
         self.has_left = True
+        _clients_left.add(self.token)
         if not self._deferrals:
             self._disconnect()
 
@@ -523,6 +530,13 @@ class RequestState:
     def add_policies(self, policies: Mapping[str, TimeoutPolicy]) -> None:
         """Those of one more door: a mounted application has those of the one around it, too."""
         self.policies = policies if self.policies is None else {**self.policies, **policies}
+
+    def replace(self, block: DoorBlock, by: DoorBlock) -> None:
+        """``by`` has taken the place of ``block``."""
+        if self.outermost is block:
+            self.outermost = by
+        if self.default is block:
+            self.default = by
 
     def replace_default(self, policy: TimeoutPolicy) -> None:
         """The route has chosen a policy."""

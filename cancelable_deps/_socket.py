@@ -193,6 +193,10 @@ class SocketBlock(RequestBlock):
     """A block whose errors Starlette answers with a close."""
 
     _request: SocketState
+    if TYPE_CHECKING:
+
+        @property
+        def known_request(self) -> SocketState | None: ...
 
     def _enter(self, loop: EventLoop | None = None) -> None:
         try:
@@ -207,7 +211,8 @@ class SocketBlock(RequestBlock):
         try:
             super().check()
         except CancelationError as exc:
-            raise self._request.error(exc) from None
+            state = self.known_request
+            raise _twin_of(exc, _GONE) if state is None else state.error(exc) from None
 
 
 class SocketDoorBlock(SocketBlock, DoorBlock):

@@ -12,6 +12,7 @@ import anyio.lowlevel
 
 from ._backend import EventLoop, Timer, current_loop, logger
 from ._condition import Condition
+from ._deadlines import CLOSE, new_line, wait_alone, wait_belatedly
 from ._exceptions import answer_of_group, carries_cancelation, collapse, raise_as_it_is
 from ._polite import polite_scope
 from ._refusal import NotADependency
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from anyio import CapacityLimiter
 
+    from ._deadlines import Line
     from ._polite import Gate, Mark, PoliteScope
     from ._sections import OwnerOfClient
     from .token import Listener
@@ -94,7 +96,9 @@ class Cancelable:
 
     _position: Mark | None = None
     _scope: PoliteScope | None = None
-    _timer: Timer | None = None
+    _line: Line | None = None
+    """Where it waits for its deadline."""
+
     _parent: Cancelable | None = None
     _children: list[Cancelable] | None = None
     _fired = False
@@ -251,14 +255,21 @@ class Cancelable:
         return True
 
     def _rearm(self) -> None:
-        """The deadline has been moved."""
-        if self._scope is None:
+        """Wait for the deadline that is set now, if the block is open and not stopped yet."""
+        if self._line is not None:
+            self._leave_line()
+        loop, scope = self._loop, self._scope
+        if scope is not None:
+            scope.move_deadline(self._deadline)
+        elif self._position is None:
             return
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        self._scope.move_deadline(self._deadline)
-        self._start_timer()
+        if self._timeout is None or loop is None or self._deadline == math.inf or self._token.cause is not None:
+            return
+        if self._deadline <= loop.time():
+            # A timer would be a pass of the loop late, and the work that it is to stop be done by then.
+            self._expire()
+        else:
+            self._line = wait_belatedly(loop, self._timeout, self, self._deadline)
 
     def cancel_nowait(self, reason: CancelationReason = CancelationReason.MANUAL, message: str | None = None) -> bool:
         """Stop the block, from any thread, without waiting for its end. Before it is entered: entering will raise.
@@ -476,8 +487,7 @@ class Cancelable:
         if self._token.cause is not None:
             self._refuse(parent, self._token.cause)
         if parent is not None and parent._runs_in(loop.current_task()):
-            self._parent = parent
-            parent._children = [*(parent._children or ()), self]
+            self._link_to(parent)
         self._outside = _current.set(self)
         if loop.mark is None or not self._may_begin_late:
             self._begin(loop)
@@ -486,6 +496,20 @@ class Cancelable:
             loop.newcomers[self] = None
             if not loop.is_awaiting_step:
                 loop.await_step()
+        if self._timeout is not None and self._deadline < math.inf:
+            # From here on, whether it has begun or not: the loop may be blocked until the time is up.
+            # Here, as below on leaving, without a call: a request pays for each.
+            if self._timeout <= CLOSE:
+                self._line = wait_alone(loop, self, self._deadline)
+            else:
+                line = self._line = loop.lines.get(self._timeout) or new_line(loop, self._timeout)
+                line.waiting[self] = self._deadline
+                if line.looked_at_by is None:
+                    line.begin()
+
+    def _link_to(self, parent: Cancelable) -> None:
+        self._parent = parent
+        parent._children = [*(parent._children or ()), self]
 
     def _entered_before(self) -> RuntimeError:
         return RuntimeError(
@@ -540,7 +564,6 @@ class Cancelable:
 
     def _watch(self, loop: EventLoop) -> None:
         """Start what can stop the block while it is open."""
-        self._start_timer()
         if self._condition is not None:
             self._condition.start(self.cancel_nowait, loop)
 
@@ -549,16 +572,25 @@ class Cancelable:
             self._condition.stop()
 
     def _stop_timers(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        if self._line is not None:
+            self._leave_line()
         if self._late is not None:
             self._late.cancel()
             self._late = None
 
-    def _start_timer(self) -> None:
-        if self._deadline < math.inf and self._timer is None and self._loop is not None and self._scope is not None:
-            self._timer = self._loop.call_at(self._deadline, self._expire)
+    def _leave_line(self) -> None:
+        line = self._line
+        if line is not None:
+            self._line = None
+            line.waiting.pop(self, None)
+            if line.timer is not None and not line.waiting:
+                line.end()
+
+    def time_is_up(self, now: float) -> None:
+        """The line in which we wait tells us; not for users."""
+        # One that has been moved since, by a thread that has not got through to the loop yet, is waited for anew.
+        if self._deadline <= now:
+            self._expire()
 
     def _expire(self) -> None:
         limit = "" if self._timeout is None else f" after {self._timeout:g} seconds"
@@ -631,10 +663,17 @@ class Cancelable:
         scope, self._scope = self._scope, None
         self._position = None
         self._ended = self._loop.time()
+        line = self._line
+        if line is not None:
+            self._line = None
+            line.waiting.pop(self, None)
+            if line.timer is not None and not line.waiting:
+                line.end()
         self._token.unlisten(self)
         if self._upstream is not None or self._callbacks:
             self._unlisten()
         _current.reset(self._outside)
+        del self._outside
         if scope is None:
             self._loop.newcomers.pop(self, None)
             self._forget()
@@ -648,7 +687,23 @@ class Cancelable:
             self._leave_parents(self._parent, is_told or (scope is not None and scope.is_delivered))
             if is_told and self._token.cause is not None:
                 self._parent._is_told(self._token.cause)
+        if not self._is_unsettled:
+            self._let_go()
         return outcome
+
+    def _let_go(self) -> None:
+        """The block is left for good, and is to keep nothing of what it served.
+
+        Whatever outlives it knows it as long as it lives: a task that the work has started and the context of a timer,
+        even a cancelled one, have it for their `current_cancelable`.
+        """
+        if self._upstream is not None:
+            self._upstream = None
+        if self._is_unsettled:
+            self._to_await = ()
+            self._condition = None
+        if self._progress_callbacks is not None:
+            self._progress_callbacks = None
 
     def _forget(self) -> None:
         """The block is left before it has begun in earnest."""
@@ -694,12 +749,13 @@ class Cancelable:
         if self._callbacks:
             for callback in self._callbacks:
                 self._token.unlisten(callback)
+            self._callbacks = ()
         if self._upstream is not None:
             self._upstream.unlisten(self)
 
     def _leave_parents(self, parent: Cancelable | None, answered: bool) -> None:
         if parent is not None and parent._children is not None:
-            parent._children = [child for child in parent._children if child is not self]
+            parent._children = [child for child in parent._children if child is not self] or None
         while parent is not None:
             parent._stop_what_is_left(answered)
             parent = parent._parent
@@ -720,6 +776,12 @@ class Cancelable:
         return bool(self._to_await) or self._condition is not None
 
     async def _settle(self) -> None:
+        try:
+            await self._end_what_is_left()
+        finally:
+            self._let_go()
+
+    async def _end_what_is_left(self) -> None:
         if self._condition is not None:
             await self._condition.join()
         if self._to_await:

@@ -75,7 +75,8 @@ class TimeoutPolicy:
         if not self.advisory or block.elapsed <= self.timeout:
             return
         self.exceeded += 1
-        scope = block._request.scope
+        state = block.known_request
+        scope: Scope = {} if state is None else state.scope
         method = scope.get("method", "")
         route = route_of(scope)
         extra = {"method": method, "route": route, "limit": self.timeout, "elapsed": block.elapsed}

@@ -85,8 +85,9 @@ class CancelableStreamingResponse(StreamingResponse):
         self._cancel = cancel
         self._stalled = False
         self._last: bytes | memoryview = b""
-        if isinstance(cancel, RequestBlock):
-            keep_for_stream(cancel._request, self)
+        request = cancel.known_request if isinstance(cancel, RequestBlock) else None
+        if request is not None:
+            keep_for_stream(request, self)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from anyio import CapacityLimiter
 
+    from ._deadlines import Line
     from ._polite import Mark
     from .token import CancelationToken, Cause
 
@@ -49,7 +50,7 @@ def enter(block: Cancelable) -> None:
     _link(block, parent)
     block._outside = _current.set(block)
     if home is not None:
-        home.call_from_thread(block._watch, home)
+        home.call_from_thread(_watch, block, home)
 
 
 def leave(block: Cancelable, exc: BaseException | None) -> BaseException | None:
@@ -63,16 +64,26 @@ def leave(block: Cancelable, exc: BaseException | None) -> BaseException | None:
     with suppress(ValueError):
         # A generator dependency is entered in one thread of FastAPI's and left in another, each with its own context.
         _current.reset(block._outside)
+    del block._outside
+    _close_what_cannot_be_awaited(block)
+    outcome = exc if exc is None else block._outcome(exc, exc)
+    if _home_of(block) is None:
+        block._let_go()
     # After the call that was made on entering, and before the end of this thread's work is known there: calls from
     # threads are made in their order.
     loop.call_from_thread(_stop, block)
-    _close_what_cannot_be_awaited(block)
-    return exc if exc is None else block._outcome(exc, exc)
+    return outcome
+
+
+def _watch(block: Cancelable, home: EventLoop) -> None:
+    block._rearm()
+    block._watch(home)
 
 
 def _stop(block: Cancelable) -> None:
     block._stop_timers()
     block._unwatch()
+    block._let_go()
 
 
 def _refuse_a_running_loop(block: Cancelable) -> None:
@@ -184,6 +195,7 @@ class _ThreadLoop:
         self.time = time.monotonic if home is None else home.time
         self.extras: dict[Any, Any] = {}
         self.newcomers: dict[Newcomer, None] = {}
+        self.lines: dict[float, Line] = {}
 
     def await_step(self) -> None:
         raise NotImplementedError
