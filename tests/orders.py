@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import anyio
 import anyio.lowlevel
+import trio
 import trio.testing
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -561,6 +562,10 @@ def run_together(apps: dict[str, ASGIApp], keys: list[str], backend: str) -> dic
         if backend == "asyncio"
         else {"clock": trio.testing.MockClock(autojump_threshold=0)}
     )
+    # Private: trio else lets chance decide which of two tasks goes first, and a seed would not be the same every time.
+    scheduler: Any = trio._core._run
+    scheduler._ALLOW_DETERMINISTIC_SCHEDULING = True
+    scheduler._r.seed(keys[0])
     try:
         anyio.run(main, backend=backend, backend_options=options)
     except Exception as exc:
