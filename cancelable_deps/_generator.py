@@ -10,7 +10,7 @@ import anyio.lowlevel
 import anyio.to_thread
 from starlette.requests import ClientDisconnect
 
-from ._cut import closes_without_last_chunk, reason_and_message
+from ._cut import cut_at_once, reason_and_message
 from ._exceptions import raise_as_it_is
 from .errors import CancelationError
 from .reasons import CancelationReason
@@ -244,9 +244,7 @@ class EndpointGenerator(GuardedGenerator):
             self._close_state()
             if event is not None:
                 return event
-            if type(getattr(raw, "__self__", None)).__module__.startswith("uvicorn.") and (
-                await closes_without_last_chunk(raw)
-            ):
+            if await cut_at_once(raw, self._state.scope):
                 raise StopAsyncIteration
         raise_as_it_is(error)
 

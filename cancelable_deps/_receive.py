@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from types import BuiltinMethodType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import anyio
 import anyio.lowlevel
 
 from ._backend import current_loop
 from ._read_ahead import ReadAhead
+from ._server import loses_what_is_cancelled, server_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -148,14 +148,7 @@ class Reader(ReadAhead):
 
     def _take_end(self, message: Message) -> None:
         self.end = message
-        # hypercorn says it once, by a queue, and a response that listens after us would wait for it for ever.
-        owner: Any = getattr(self.raw, "__self__", None)
-        kind = (type(owner).__module__, type(owner).__name__)
-        if kind == ("asyncio.queues", "Queue"):
-            owner.put_nowait(message)
-        elif kind == ("trio", "MemoryReceiveChannel"):
-            # Private, as the channel's other end is the server's.
-            owner._state.data.append(message)
+        server_of(self.raw, self._scope).say_again(message)
 
     def _next(self) -> Message:
         assert self._messages is not None
@@ -202,8 +195,8 @@ class Reader(ReadAhead):
         return message
 
     def _is_fragile(self) -> bool:
-        """Whether a pending ``receive()`` must not be cancelled: granian, written in Rust, then lies to the next one."""
-        return isinstance(self.raw, BuiltinMethodType) and (
+        """Whether a pending ``receive()`` must not be cancelled."""
+        return loses_what_is_cancelled(self.raw) and (
             self._body_over or anyio.current_effective_deadline() == -math.inf
         )
 

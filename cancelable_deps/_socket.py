@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import suppress
 from contextvars import copy_context
 from functools import cache
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from weakref import WeakMethod, ref
 
@@ -19,6 +18,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from . import _request
 from ._request import SCOPE_KEY, RequestState, request_state
 from ._request_block import DoorBlock, RequestBlock
+from ._server import can_refuse_socket_with
 from ._socket_reader import SocketReader
 from .cancelable import current_cancelable
 from .errors import CancelationError, DisconnectCancelation
@@ -182,11 +182,8 @@ class SocketState(RequestState):
             await anyio.lowlevel.checkpoint()
 
     def _can_refuse_with(self, status_code: int) -> bool:
-        if "websocket.http.response" not in (self.scope.get("extensions") or {}):
-            return False
-        # uvicorn's older implementation fails at a status that Python has no name for, and 499 is nginx's.
-        server = type(getattr(self.reader.raw, "__self__", None)).__module__
-        return status_code in set(HTTPStatus) or server != "uvicorn.protocols.websockets.websockets_impl"
+        is_announced = "websocket.http.response" in (self.scope.get("extensions") or {})
+        return is_announced and can_refuse_socket_with(self.reader.raw, status_code)
 
 
 class SocketBlock(RequestBlock):
