@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
+from traceback import walk_tb
 from typing import TYPE_CHECKING
 
 from fastapi.exceptions import FastAPIError
 
 from ._cut import cut
 from ._exceptions import raise_as_it_is
+from ._foreign import SENDING, as_failure, is_anothers
 from ._request import SCOPE_KEY, RequestState
 from ._request_block import DoorBlock
 from .errors import CancelationError
@@ -104,8 +107,7 @@ async def run_request(
             return None
         # A middleware inside took our cancellation for its own, and sent nothing.
         return state.token.cause.error()
-    if state.token.cause is not None and type(outcome) is FastAPIError:
-        # "Response not awaited": FastAPI's own nursery around an event stream took it for its own, on trio.
+    if state.token.cause is not None and _tells_that_it_was_swallowed(outcome):
         state.log(state.token.cause.reason, state.token.cause)
         outcome = state.token.cause.error()
     if exchange.started and isinstance(outcome, CancelationError):
@@ -118,6 +120,18 @@ async def run_request(
         raise_as_it_is(outcome)
     finally:
         del outcome  # Its traceback knows this frame: a cycle, as long as this frame knows it.
+
+
+def _tells_that_it_was_swallowed(outcome: BaseException) -> bool:
+    """Whether it is how FastAPI finds out that a dependency with ``yield``, or on trio its own nursery, has kept an error.
+
+    It says so where one of ``scope="request"`` has. Where one of ``scope="function"`` has it does not notice, and goes on
+    to a response that was never assigned.
+    """
+    if type(outcome) is not UnboundLocalError:
+        return type(outcome) is FastAPIError
+    innermost = deque(walk_tb(outcome.__traceback__), maxlen=1)
+    return any(frame.f_globals.get("__name__") == "fastapi.routing" for frame, _ in innermost)
 
 
 class _Exchange:
@@ -165,6 +179,10 @@ class _Exchange:
             state.client_left()
             if not state.is_deferring:
                 raise
+        except BaseException as exc:
+            if is_anothers(exc, self._block._request.loop):
+                raise as_failure(exc, SENDING) from exc
+            raise
         if is_start and not _has_length(message):
             self.stream_headers = message.get("headers", ())
             self._block.resume()

@@ -10,6 +10,7 @@ import anyio
 import anyio.lowlevel
 
 from ._backend import current_loop
+from ._foreign import RECEIVING, with_own_failures
 from ._read_ahead import ReadAhead
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class Reader(ReadAhead):
     async def _pull(self) -> Message:
         self._pulling = True
         try:
-            message = await self.raw()
+            message = await with_own_failures(RECEIVING, self.raw)
             if message["type"] == "http.disconnect":
                 self._take_end(message)
             else:

@@ -10,6 +10,7 @@ from weakref import ref
 import anyio
 
 from ._backend import current_loop, logger
+from ._members import Members, with_one_more, without
 from ._receive import Reader
 from ._sweep import sweep_of
 from .reasons import CancelationReason
@@ -81,7 +82,7 @@ class RequestState:
     """The block with the timeout that a route's own replaces."""
 
     _stack: AsyncExitStack | None = None
-    _watchers: tuple[Watcher, ...] = ()
+    _watchers: Members[Watcher] = ()
 
     def __init__(self, scope: Scope, receive: Receive, *, held: bool = False) -> None:
         if held:
@@ -110,7 +111,7 @@ class RequestState:
         return self.reader.receive()
 
     def watch(self, watcher: Watcher) -> None:
-        self._watchers += (watcher,)
+        self._watchers = with_one_more(self._watchers, watcher) if self._watchers else (watcher,)
         if self.is_armed or self.is_closed:
             watcher.armed()
             if not self.is_closed:
@@ -129,10 +130,10 @@ class RequestState:
 
     def unwatch(self, watcher: Watcher) -> None:
         watchers = self._watchers
-        if len(watchers) == 1 and watchers[0] is watcher:
+        if watchers == (watcher,):
             self._watchers = ()
         else:
-            self._watchers = tuple(other for other in watchers if other is not watcher)
+            self._watchers = without(watchers, watcher)
         if not self._watchers:
             if self.pen is not None:
                 self._leave_pen()
@@ -155,7 +156,7 @@ class RequestState:
         if not self.is_closed:
             if self._stack is not None:
                 self._stack.push_async_callback(self.handler_returned)
-            for watcher in self._watchers:
+            for watcher in tuple(self._watchers):
                 watcher.armed()
             self.reader.arm(self.loop)
         self._enter_drain()

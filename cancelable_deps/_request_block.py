@@ -178,7 +178,7 @@ class DoorBlock(RequestBlock):
             outcome = outcome.__cause__
         if isinstance(outcome, CancelationError):
             # Also that of a block which was opened by hand below, and knows nothing of the request.
-            self._request.log(outcome.reason, outcome.detail)
+            self._request.log(outcome.reason, outcome.message or outcome.detail)
         return outcome
 
     def drop_timeout(self) -> None:

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from . import _request
+from ._foreign import SENDING, as_failure, is_anothers
 from ._request import SCOPE_KEY, RequestState, request_state
 from ._request_block import DoorBlock, RequestBlock
 from ._socket_reader import SocketReader
@@ -111,6 +112,14 @@ class SocketState(RequestState):
 
     async def send(self, send: Send, message: Message) -> None:
         """Pass on what the application, or Starlette for it, sends."""
+        try:
+            await self._send(send, message)
+        except BaseException as exc:
+            if is_anothers(exc, self.loop):
+                raise as_failure(exc, SENDING) from exc
+            raise
+
+    async def _send(self, send: Send, message: Message) -> None:
         kind = message["type"]
         if kind == "websocket.close":
             await self._close(send, message)

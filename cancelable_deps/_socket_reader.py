@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Protocol
 
+from ._foreign import RECEIVING, with_own_failures
 from ._read_ahead import ReadAhead
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class SocketReader(ReadAhead):
     async def _pull(self) -> Message:
         self._pulling = True
         try:
-            message = await self.raw()
+            message = await with_own_failures(RECEIVING, self.raw)
             self._is_connected = True
             if message["type"] == "websocket.disconnect":
                 self.end = message

@@ -11,6 +11,7 @@ import anyio.lowlevel
 from starlette.responses import StreamingResponse
 
 from ._cut import cut
+from ._foreign import SENDING, with_own_failures
 from ._generator import ThreadedGenerator, close, feed
 from ._request import SCOPE_KEY, RequestState
 from ._request_block import RequestBlock
@@ -121,7 +122,7 @@ class CancelableStreamingResponse(StreamingResponse):
         except CancelationError as exc:
             if not stream.started:
                 raise
-            state.log(exc.reason, exc.detail)
+            state.log(exc.reason, exc.message or exc.detail)
             # A `cancel` of another request may bring the disconnect of that one's client.
             return None if exc.reason is CancelationReason.DISCONNECT and state.has_left else exc
         if ours:
@@ -129,7 +130,7 @@ class CancelableStreamingResponse(StreamingResponse):
             state.close()
         # Since ASGI 2.4 it raises if the client has left. It may have, now that it has everything.
         with suppress(OSError):
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await with_own_failures(SENDING, send, {"type": "http.response.body", "body": b"", "more_body": False})
         return None
 
     async def _run_inside(self, stream: _Stream, block: RequestBlock) -> None:
@@ -210,7 +211,7 @@ class _Stream:
     async def _send_on(self, message: dict[str, Any]) -> None:
         self._sends.begin()
         try:
-            await self._send(message)
+            await with_own_failures(SENDING, self._send, message)
         except OSError:
             # Since ASGI 2.4 this is how a server says that the client left.
             self._state.client_left()

@@ -85,8 +85,9 @@ def test_the_message_is_the_detail_except_where_it_tells_of_the_inside(
 ) -> None:
     error = error_class("a secret")
     assert error.message == "a secret"
-    assert error.detail == (reason.text if reason is CancelationReason.ERROR else "a secret")
-    assert ("a secret" in str(error)) == (reason is not CancelationReason.ERROR)
+    tells_of_the_inside = reason in {CancelationReason.ERROR, CancelationReason.PARENT}
+    assert error.detail == (reason.text if tells_of_the_inside else "a secret")
+    assert ("a secret" in str(error)) == (not tells_of_the_inside)
 
 
 def test_an_empty_message_is_a_message() -> None:
