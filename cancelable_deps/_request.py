@@ -15,7 +15,7 @@ from ._receive import Reader
 from ._sweep import sweep_of
 from .reasons import CancelationReason
 from .settings import settings
-from .token import CancelationToken, Cause
+from .token import CancelationToken, Cause, telling_everybody
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -200,11 +200,12 @@ class RequestState:
             self._deferred = None
 
     def _disconnect(self) -> None:
-        self.token.cancel_nowait(CancelationReason.DISCONNECT)
-        assert self.token.cause is not None
-        self.log(self.token.cause.reason, self.token.cause)
-        if self._leaving is not None:
-            self._call_in_loop(self._leaving.set)
+        with telling_everybody():
+            self.token.cancel_nowait(CancelationReason.DISCONNECT)
+            assert self.token.cause is not None
+            self.log(self.token.cause.reason, self.token.cause)
+            if self._leaving is not None:
+                self._call_in_loop(self._leaving.set)
 
     def _call_in_loop(self, callback: Callable[[], object]) -> None:
         if self.loop.is_running_here():

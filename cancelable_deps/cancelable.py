@@ -21,7 +21,7 @@ from ._sections import Deferral, Shield
 from .errors import CancelationError, ParentCancelation
 from .reasons import CancelationReason
 from .settings import seconds, settings
-from .token import Callback, CancelationToken, Cause, call_logged, check_reason, close_unawaited
+from .token import Callback, CancelationToken, Cause, call_logged, check_reason, close_unawaited, telling_everybody
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -611,10 +611,11 @@ class Cancelable:
             # The innermost block of a task answers; the same cancellation twice would hit the cleanup of the first.
             self._deferred = True
             return
-        # First: a gate further in looks whether its block is cancelled when the cancellation comes by.
-        for child in children:
-            child._mark(f"The enclosing {self!r}")
-        self._stop(scope, cause)
+        with telling_everybody():
+            # First: a gate further in looks whether its block is cancelled when the cancellation comes by.
+            for child in children:
+                child._mark(f"The enclosing {self!r}")
+            self._stop(scope, cause)
 
     def _open_children(self) -> list[Cancelable]:
         # A copy: those in a thread come and go while another one cancels.

@@ -110,7 +110,7 @@ class CancelableStreamingResponse(StreamingResponse):
         if self.background is not None:
             if not ours and state.token.cause is not None:
                 state.spare_background()
-            await self.background()
+            await with_own_failures("the background of a response", self.background)
 
     async def _run(self, state: RequestState, send: Send, ours: bool) -> CancelationError | None:
         """Send the stream, and say why it was cut, if it was."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from asyncio import isfuture
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar, final
 
@@ -18,7 +19,7 @@ from .errors import CancelationError
 from .reasons import CancelationReason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 class Cause:
@@ -56,10 +57,27 @@ _CLAIM: Final = _Claim()
 
 class _Telling(threading.local):
     exits: list[BaseException] | None = None
-    """While this thread tells the listeners of a token: what some of them have raised that ends the process."""
+    """While this thread tells several listeners: what some of them have raised that ends the process."""
 
 
 _telling: Final = _Telling()
+
+
+@contextmanager
+def telling_everybody() -> Iterator[None]:
+    """Keep back what a listener raises that ends the process, and raise it at the end; of several, the first."""
+    if _telling.exits is not None:
+        # The outermost raises it.
+        yield
+        return
+    exits = _telling.exits = []
+    try:
+        yield
+    finally:
+        _telling.exits = None
+    if exits:
+        raise exits[0]
+
 
 C = TypeVar("C", bound="Callable[[CancelationToken], object]")
 
@@ -123,19 +141,10 @@ class CancelationToken:
         """Cancel with a cause recorded elsewhere, so that several tokens have one and the same."""
         if not self._is_first(cause):
             return False
-        exits: list[BaseException] = []
-        outermost = _telling.exits is None
-        if outermost:
-            _telling.exits = exits
-        try:
+        with telling_everybody():
             # Innermost first: a block inside another one was entered later, and stops before the outer one need be told.
             for listener in reversed(list(self._listeners)):
                 call_logged(listener.token_cancelled, self, cause)
-        finally:
-            if outermost:
-                _telling.exits = None
-        if exits:
-            raise exits[0]
         return True
 
     def _is_first(self, cause: Cause) -> bool:

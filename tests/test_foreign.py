@@ -35,9 +35,11 @@ from cancelable_deps import (
     progress_response,
     with_cancelation,
 )
+from cancelable_deps._drain import Drain, Limits
 from cancelable_deps._foreign import ThisTask
 from cancelable_deps.task_group import CancelableTaskGroup
 from cancelable_deps.testing import Call
+from cancelable_deps.token import Cause
 from tests.calls import CEILING, checked_socket, connected, get, running
 from tests.leftovers import nothing_left
 
@@ -1035,3 +1037,53 @@ async def test_a_call_that_waits_can_be_stopped_by_its_client() -> None:
         await call.listened_to()
         await call.hang_up()
     assert journal == ["stopped"]
+
+
+class InFlight:
+    """A request, as a `Drain` sees it."""
+
+    pen: Any = None
+    is_closed = False
+
+    def __init__(self, exit_kind: type[BaseException]) -> None:
+        self.token = CancelationToken()
+        self.token.on_cancel(lambda token: self.leave(exit_kind))
+
+    def leave(self, exit_kind: type[BaseException]) -> None:
+        raise exit_kind
+
+    def stop(self, cause: Cause) -> None:
+        self.token.cancel_because(cause)
+
+
+@every_exit
+async def test_what_ends_the_process_passes_when_all_requests_have_been_stopped(exit_kind: type[BaseException]) -> None:
+    limits = Limits(grace=0, background_grace=0, retry_after=1, refuse_new=False)
+    drain = Drain.joined(limits)
+    requests = [InFlight(exit_kind) for _ in range(3)]
+    for request in requests:
+        drain.add(request)
+    try:
+        for stop in (drain._cut, drain._cut_background):
+            with pytest.raises(exit_kind):
+                stop()
+            assert all(request.token.is_cancelled for request in requests)
+            for request in requests:
+                request.token = InFlight(exit_kind).token
+    finally:
+        for request in requests:
+            drain.requests.pop(request)
+        drain.leave(limits)
+
+
+@every_cancellation
+@pytest.mark.parametrize("doors", [("ours",), ("base", "ours")], ids=lambda doors: "+".join(doors))
+async def test_a_background_task_that_fails_is_a_failure(doors: tuple[str, ...], fail: Callable[[], Any]) -> None:
+    async def chunks() -> AsyncIterator[str]:
+        yield "one"
+
+    response = CancelableStreamingResponse(chunks(), background=BackgroundTask(fail))
+    async with nothing_left():
+        call = await get(behind(response, *doors), raise_app_exceptions=False)
+    assert (call.body, call.is_complete) == (b"one", True)
+    assert isinstance(call.exception, RuntimeError)
