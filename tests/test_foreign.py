@@ -32,6 +32,7 @@ from cancelable_deps import (
     RequestTaskGroup,
     TimeoutCancelation,
     TimeoutPolicy,
+    current_cancelable,
     progress_response,
     with_cancelation,
 )
@@ -370,9 +371,13 @@ async def test_a_future_that_a_callback_cancels_does_not_cost_the_response() -> 
     waited_for: list[asyncio.Future[None]] = []
 
     @app.get("/")
-    @with_cancelation(timeout=SOON, on_cancel=lambda block: waited_for[0].cancel())
+    @with_cancelation(timeout=SOON)
     async def report() -> None:
         waited_for.append(asyncio.get_running_loop().create_future())
+        block = current_cancelable()
+        assert block is not None
+        # Told before the block is, as it comes after it.
+        block.on_cancel(lambda block: waited_for[0].cancel())
         await waited_for[0]
 
     async with nothing_left():
@@ -933,6 +938,26 @@ async def test_a_thread_that_asks_whether_it_is_cancelled_has_not_failed() -> No
                 with pytest.raises(ManualCancelation):
                     async with block:
                         await block.run_in_thread(ask)
+
+
+async def test_a_thread_that_asks_for_a_scope_of_anyio_has_not_failed() -> None:
+    started = anyio.Event()
+
+    def ask() -> None:
+        anyio.from_thread.run_sync(started.set)
+        while True:
+            anyio.from_thread.check_cancelled()
+
+    async def cancel_when_started(scope: anyio.CancelScope) -> None:
+        await started.wait()
+        scope.cancel()
+
+    async with nothing_left(), anyio.create_task_group() as tasks:
+        with anyio.fail_after(CEILING), anyio.CancelScope() as scope:
+            tasks.start_soon(cancel_when_started, scope)
+            async with Cancelable() as block:
+                await block.run_in_thread(ask)
+    assert scope.cancelled_caught
 
 
 async def cancel_when(started: anyio.Event, block: Cancelable) -> None:
