@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections import deque
 from traceback import walk_tb
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from fastapi.exceptions import FastAPIError
 
 from ._cut import cut
 from ._exceptions import raise_as_it_is
-from ._foreign import SENDING, as_failure, is_anothers
+from ._foreign import SENDING, told
 from ._request import SCOPE_KEY, RequestState
 from ._request_block import DoorBlock
 from .errors import CancelationError
@@ -179,10 +180,8 @@ class _Exchange:
             state.client_left()
             if not state.is_deferring:
                 raise
-        except BaseException as exc:
-            if is_anothers(exc, self._block._request.loop):
-                raise as_failure(exc, SENDING) from exc
-            raise
+        except CancelledError as exc:
+            raise_as_it_is(told(exc, self._block._request.loop, SENDING))
         if is_start and not _has_length(message):
             self.stream_headers = message.get("headers", ())
             self._block.resume()

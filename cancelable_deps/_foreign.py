@@ -67,6 +67,11 @@ def is_anothers(exc: BaseException, loop: EventLoop) -> bool:
     return isinstance(exc, CancelledError) and not loop.is_cancelled_by(exc, 0)
 
 
+def told(exc: BaseException, loop: EventLoop, what: str) -> BaseException:
+    """Return ``exc``, or if it `is_anothers` the failure of ``what`` that it stands for."""
+    return as_failure(exc, what) if is_anothers(exc, loop) else exc
+
+
 async def with_own_failures(what: str, function: Callable[..., Awaitable[T]], *args: object) -> T:
     """Await ``function(*args)``; another's cancellation arrives as a failure of ``what``."""
     this_task = ThisTask()

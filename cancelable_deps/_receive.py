@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from asyncio import CancelledError
 from types import BuiltinMethodType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,7 +11,8 @@ import anyio
 import anyio.lowlevel
 
 from ._backend import current_loop
-from ._foreign import RECEIVING, with_own_failures
+from ._exceptions import raise_as_it_is
+from ._foreign import RECEIVING, told
 from ._read_ahead import ReadAhead
 
 if TYPE_CHECKING:
@@ -134,11 +136,13 @@ class Reader(ReadAhead):
     async def _pull(self) -> Message:
         self._pulling = True
         try:
-            message = await with_own_failures(RECEIVING, self.raw)
+            message = await self.raw()
             if message["type"] == "http.disconnect":
                 self._take_end(message)
             else:
                 self._note(message)
+        except CancelledError as exc:
+            raise_as_it_is(told(exc, current_loop(), RECEIVING))
         finally:
             self._pulling = False
             if self._wanted is not None and self.end is None:

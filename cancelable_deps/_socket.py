@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from contextlib import suppress
 from contextvars import copy_context
 from functools import cache
@@ -17,7 +18,8 @@ from starlette.responses import JSONResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from . import _request
-from ._foreign import SENDING, as_failure, is_anothers
+from ._exceptions import raise_as_it_is
+from ._foreign import SENDING, told
 from ._request import SCOPE_KEY, RequestState, request_state
 from ._request_block import DoorBlock, RequestBlock
 from ._socket_reader import SocketReader
@@ -114,10 +116,8 @@ class SocketState(RequestState):
         """Pass on what the application, or Starlette for it, sends."""
         try:
             await self._send(send, message)
-        except BaseException as exc:
-            if is_anothers(exc, self.loop):
-                raise as_failure(exc, SENDING) from exc
-            raise
+        except CancelledError as exc:
+            raise_as_it_is(told(exc, self.loop, SENDING))
 
     async def _send(self, send: Send, message: Message) -> None:
         kind = message["type"]

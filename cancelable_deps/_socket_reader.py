@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from asyncio import CancelledError
 from typing import TYPE_CHECKING, Protocol
 
-from ._foreign import RECEIVING, with_own_failures
+from ._backend import current_loop
+from ._exceptions import raise_as_it_is
+from ._foreign import RECEIVING, told
 from ._read_ahead import ReadAhead
 
 if TYPE_CHECKING:
@@ -102,11 +105,13 @@ class SocketReader(ReadAhead):
     async def _pull(self) -> Message:
         self._pulling = True
         try:
-            message = await with_own_failures(RECEIVING, self.raw)
+            message = await self.raw()
             self._is_connected = True
             if message["type"] == "websocket.disconnect":
                 self.end = message
             return message
+        except CancelledError as exc:
+            raise_as_it_is(told(exc, current_loop(), RECEIVING))
         finally:
             self._pulling = False
             if self._wanted is not None:

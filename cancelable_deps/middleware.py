@@ -12,7 +12,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 
 from ._exceptions import raise_as_it_is
 from ._exchange import Limits, run_request
-from ._foreign import as_failure, is_anothers
+from ._foreign import told
 from ._polite import polite_gate
 from ._request import SCOPE_KEY, RequestState
 from ._socket import run_socket
@@ -179,9 +179,9 @@ class _Gateway:
             await self.app(scope, receive, watched)
         except BaseException as exc:
             exc = gate.end(exc) or exc
-            if is_anothers(exc, loop) and not state.token.is_cancelled:
+            if not state.token.is_cancelled:
                 # Its task group would take that for the end of a task that was cancelled, and send the last chunk.
-                exc = as_failure(exc, "the application")
+                exc = told(exc, loop, "the application")
             raise_as_it_is(_cut_off(exc, state) if has_started else exc)
         finally:
             # The task knows its context, which knows our block, and so us: a cycle.

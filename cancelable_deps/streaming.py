@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections.abc import AsyncIterable, Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ import anyio.lowlevel
 from starlette.responses import StreamingResponse
 
 from ._cut import cut
-from ._foreign import SENDING, with_own_failures
+from ._exceptions import raise_as_it_is
+from ._foreign import SENDING, told, with_own_failures
 from ._generator import ThreadedGenerator, close, feed
 from ._request import SCOPE_KEY, RequestState
 from ._request_block import RequestBlock
@@ -211,7 +213,7 @@ class _Stream:
     async def _send_on(self, message: dict[str, Any]) -> None:
         self._sends.begin()
         try:
-            await with_own_failures(SENDING, self._send, message)
+            await self._send(message)
         except OSError:
             # Since ASGI 2.4 this is how a server says that the client left.
             self._state.client_left()
@@ -219,6 +221,8 @@ class _Stream:
                 return
             await anyio.lowlevel.checkpoint()
             raise
+        except CancelledError as exc:
+            raise_as_it_is(told(exc, self._state.loop, SENDING))
         finally:
             self._sends.end()
 

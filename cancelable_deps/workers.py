@@ -18,7 +18,7 @@ import anyio.to_thread
 from . import _foreign
 from ._backend import EventLoop, Newcomer, Timer, Worker, current_loop, logger
 from ._exceptions import raise_as_it_is
-from ._foreign import ThisTask, as_failure, with_own_failures
+from ._foreign import as_failure, told, with_own_failures
 from ._members import with_one_more, without
 from ._processes import pool_of
 from .cancelable import Cancelable, _current
@@ -252,13 +252,12 @@ async def call_in_thread(
     call = partial(_foreign.call_in_thread, _JOB, call)
     if abandon_on_cancel:
         return await _Abandonable(call, limiter).run()
-    this_task = ThisTask()
     try:
         return await anyio.to_thread.run_sync(call, limiter=limiter)
-    except BaseException as exc:
-        if this_task.is_anothers(exc) and not _is_being_stopped():
-            raise_as_it_is(as_failure(exc, _JOB))
-        raise
+    except CancelledError as exc:
+        if _is_being_stopped():
+            raise
+        raise_as_it_is(told(exc, current_loop(), _JOB))
 
 
 def _refuse_outside(block: Cancelable, method: str) -> None:

@@ -38,6 +38,7 @@ from cancelable_deps import (
 )
 from cancelable_deps._drain import Drain, Limits
 from cancelable_deps._foreign import ThisTask
+from cancelable_deps._request import SCOPE_KEY
 from cancelable_deps.task_group import CancelableTaskGroup
 from cancelable_deps.testing import Call
 from cancelable_deps.token import Cause
@@ -436,8 +437,9 @@ def stream(kind: str, fail: Callable[[], Any], fail_plain: Callable[[], NoReturn
         app.get("/", response_class=StreamingResponse)(with_cancelation(plain_chunks))
     elif kind == "starlette":
 
-        async def endpoint() -> StreamingResponse:
-            await anyio.sleep(SOON)
+        async def endpoint(request: Request) -> StreamingResponse:
+            # From here on we listen in the place of Starlette.
+            await until(lambda: request.scope[SCOPE_KEY].is_listening)
             return StreamingResponse(chunks())
 
         app.get("/")(with_cancelation(endpoint))
