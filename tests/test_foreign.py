@@ -955,8 +955,9 @@ async def test_a_thread_that_asks_for_a_scope_of_anyio_has_not_failed() -> None:
         scope.cancel()
 
     async with nothing_left(), anyio.create_task_group() as tasks:
-        with anyio.fail_after(CEILING), anyio.CancelScope() as scope:
-            tasks.start_soon(cancel_when_started, scope)
+        scope = anyio.CancelScope()
+        tasks.start_soon(cancel_when_started, scope)
+        with anyio.fail_after(CEILING), scope:
             async with Cancelable() as block:
                 await block.run_in_thread(ask)
     assert scope.cancelled_caught
