@@ -954,8 +954,8 @@ async def test_a_thread_that_asks_for_a_scope_of_anyio_has_not_failed() -> None:
         await started.wait()
         scope.cancel()
 
+    scope = anyio.CancelScope()
     async with nothing_left(), anyio.create_task_group() as tasks:
-        scope = anyio.CancelScope()
         tasks.start_soon(cancel_when_started, scope)
         with anyio.fail_after(CEILING), scope:
             async with Cancelable() as block:
