@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from ._foreign import SENDING, with_own_failures
 from ._server import log_unknown, server_of
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ async def cut(
     :param last: what was sent of its body at last, if anything.
     :param stalled: the client does not read: drop what has not been sent yet.
     """
-    if not stalled and _is_event_stream(headers) and await _say_farewell(error, last, send):
+    says_farewell = not stalled and _is_event_stream(headers)
+    if says_farewell and await with_own_failures(SENDING, _say_farewell, error, last, send):
         return True
     # Our own middleware, further out, drops the last chunk if somebody in between sends one all the same.
     state.is_cut = True

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
+from collections import deque
+from traceback import walk_tb
 from typing import TYPE_CHECKING
 
 import anyio.lowlevel
@@ -9,6 +12,7 @@ from fastapi.exceptions import FastAPIError
 
 from ._cut import cut
 from ._exceptions import raise_as_it_is
+from ._foreign import SENDING, told
 from ._request import SCOPE_KEY, RequestState
 from ._request_block import DoorBlock
 from .errors import CancelationError
@@ -164,11 +168,22 @@ def error_of(outcome: BaseException | None, state: RequestState) -> CancelationE
     if outcome is None:
         # What was stopped ends by itself, as a stream does that was told, or takes our cancellation for its own.
         return cause.error()
-    if type(outcome) is FastAPIError:
-        # "Response not awaited": FastAPI's own nursery around an event stream took it for its own, on trio.
+    if _tells_that_it_was_swallowed(outcome):
         state.log(cause.reason, cause)
         return cause.error()
     return None
+
+
+def _tells_that_it_was_swallowed(outcome: BaseException) -> bool:
+    """Return whether FastAPI finds out so that a dependency with ``yield``, or on trio its own nursery, has kept an error.
+
+    It says so where one of ``scope="request"`` has. Where one of ``scope="function"`` has it does not notice, and goes on
+    to a response that was never assigned.
+    """
+    if type(outcome) is not UnboundLocalError:
+        return type(outcome) is FastAPIError
+    innermost = deque(walk_tb(outcome.__traceback__), maxlen=1)
+    return any(frame.f_globals.get("__name__") == "fastapi.routing" for frame, _ in innermost)
 
 
 class ResponseWatch:
@@ -244,6 +259,8 @@ class ResponseWatch:
                     await anyio.lowlevel.checkpoint()
             elif not state.is_deferring:
                 raise
+        except CancelledError as exc:
+            raise_as_it_is(told(exc, self._state.loop, SENDING))
 
     def _complete(self) -> None:
         # Before the server has the last bytes: if the client leaves while they are on their way, the work is done.

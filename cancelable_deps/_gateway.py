@@ -15,6 +15,7 @@ from starlette.routing import Mount, Router
 
 from ._exceptions import raise_as_it_is
 from ._exchange import ResponseWatch, error_of, run_through
+from ._foreign import told
 from ._request import SCOPE_KEY, RequestState
 from ._request_block import DoorBlock
 from ._wsgi import Bridge, is_wsgi_bridge
@@ -94,12 +95,11 @@ class Gateway:
         watch = ResponseWatch(send, state, is_outermost=False)
         outcome = await run_through(block, self.app(scope, receive, watch.send))
         try:
-            if outcome is not None or state.token.cause is not None:
+            if outcome is not None or state.token.cause is not None or state.stream_was_cancelled:
                 await _settle(outcome, watch, state, scope, receive, send)
         finally:
             del outcome  # Its traceback knows this frame: a cycle, as long as this frame knows it.
-            if not state.is_closed:
-                block.move_out(state)
+            block.move_out(state)
 
     async def _run_in_task(self, state: RequestState, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application in a block of its own, in a task that need not be that of the middleware."""
@@ -116,7 +116,10 @@ class Gateway:
                 outcome = exc
             else:
                 outcome = await run_through(block, self.app(scope, receive, watch.send))
-            if outcome is not None or state.token.cause is not None:
+                if outcome is not None and not state.token.is_cancelled:
+                    # Else the task group around us would take it for the end of a task that was cancelled.
+                    outcome = told(outcome, state.loop, "the application")
+            if outcome is not None or state.token.cause is not None or state.stream_was_cancelled:
                 await _settle(outcome, watch, state, scope, receive, send)
         finally:
             del outcome  # Its traceback knows this frame: a cycle, as long as this frame knows it.
@@ -134,6 +137,9 @@ async def _settle(
 ) -> None:
     """Answer the request, leave a response that has started to be cut, or raise what is not ours."""
     state.note_disconnect()
+    if outcome is None and not watch.is_complete and state.stream_was_cancelled:
+        # By something that it awaited, and its task group keeps that for itself. It is an error as any other.
+        outcome = RuntimeError("the task that sent the response was cancelled before its end")
     error = error_of(outcome, state)
     try:
         if error is None:

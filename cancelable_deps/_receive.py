@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from asyncio import CancelledError
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -10,6 +11,8 @@ import anyio
 import anyio.lowlevel
 
 from ._backend import current_loop
+from ._exceptions import raise_as_it_is
+from ._foreign import RECEIVING, told
 from ._read_ahead import ReadAhead
 from ._server import loses_what_is_cancelled, server_of
 
@@ -183,6 +186,8 @@ class Reader(ReadAhead):
                 self._take_end(message)
             else:
                 self._note(message)
+        except CancelledError as exc:
+            raise_as_it_is(told(exc, current_loop(), RECEIVING))
         finally:
             self._pulling = False
             if self._wanted is not None and self.end is None:

@@ -13,13 +13,14 @@ import anyio
 
 from ._backend import current_loop, logger
 from ._frames import is_parsing_body
+from ._members import Members, with_one_more, without
 from ._postponed import Postponed
 from ._receive import Reader
 from ._sweep import sweep_of
 from ._task_gate import guard_running_task
 from .reasons import CancelationReason
 from .settings import settings
-from .token import CancelationToken, Cause
+from .token import CancelationToken, Cause, telling_everybody
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -90,6 +91,9 @@ class RequestState:
     drops_response = False
     """What the application has yet to send tells of a client that left, and is no answer to one that is there."""
 
+    stream_was_cancelled = False
+    """The task that sent a stream was cancelled, and not by us."""
+
     is_finished = False
     """The handler's result is there: nothing of ours stops what sends it."""
 
@@ -127,7 +131,7 @@ class RequestState:
     """The block with the timeout that a route's own replaces."""
 
     _stack: AsyncExitStack | None = None
-    _watchers: tuple[object, ...] = ()
+    _watchers: Members[object] = ()
 
     def __init__(self, scope: Scope, receive: Receive, *, held: bool = False) -> None:
         if held:
@@ -156,7 +160,7 @@ class RequestState:
         return self.reader.receive()
 
     def watch(self, watcher: object) -> None:
-        self._watchers += (watcher,)
+        self._watchers = with_one_more(self._watchers, watcher) if self._watchers else (watcher,)
         if self.is_armed or self.is_closed:
             if not self.is_closed:
                 self.reader.arm(self.loop)
@@ -174,10 +178,10 @@ class RequestState:
 
     def unwatch(self, watcher: object) -> None:
         watchers = self._watchers
-        if len(watchers) == 1 and watchers[0] is watcher:
+        if watchers == (watcher,):
             self._watchers = ()
         else:
-            self._watchers = tuple(other for other in watchers if other is not watcher)
+            self._watchers = without(watchers, watcher)
         if not self._watchers:
             if self.pen is not None:
                 self._leave_pen()
@@ -247,9 +251,10 @@ class RequestState:
             self._left_after = self.loop.time() - self.arrived
         if self.has_listeners:
             self.tell_listeners()
-        self.token.cancel_nowait(CancelationReason.DISCONNECT)
-        if self._leaving is not None:
-            self._call_in_loop(self._leaving.set)
+        with telling_everybody():
+            self.token.cancel_nowait(CancelationReason.DISCONNECT)
+            if self._leaving is not None:
+                self._call_in_loop(self._leaving.set)
 
     def _call_in_loop(self, callback: Callable[[], object]) -> None:
         if self.loop.is_running_here():
@@ -558,8 +563,9 @@ class RequestState:
         if not self.is_work(self.loop.current_task()):
             guard_running_task(self.loop, self.grace, lambda origin: self.token.is_cancelled, self._stream_ended)
 
-    def _stream_ended(self) -> None:
+    def _stream_ended(self, was_cancelled: bool) -> None:
         """Spare what comes after a stream that was told to end, and has: its background, the end of its framework."""
+        self.stream_was_cancelled = was_cancelled and not self.token.is_cancelled
         if self.ends_by_itself and not self.is_closed:
             self.complete_response()
 

@@ -147,7 +147,7 @@ class RequestBlock(Cancelable):
 
     def _let_go(self) -> None:
         if self._is_unsettled:
-            self._to_await = ()
+            self._to_await = None
         if self._progress_callbacks is not None:
             self._progress_callbacks = None
         if self._left is None:
@@ -229,15 +229,18 @@ class DoorBlock(RequestBlock):
     def move_out(self, state: RequestState) -> None:
         """After leaving: open a successor where the block was before it was moved in, with what is left of its time.
 
-        Something there holds the response back, and may take long.
+        Unless the response is out. Otherwise something there holds it back, and may take long.
         """
+        place, self._place_outside = self._place_outside, None
+        if state.is_closed:
+            return
         assert self._loop is not None
         block = self.successor = DoorBlock(state, cleanup_grace=self._grace)
         block.takes_groups_apart, block.policy = self.takes_groups_apart, self.policy
         block._loop, block._started = self._loop, self._started
         block._timeout, block._deadline = self._timeout, self._deadline
         block._outside = _current.set(block)
-        block._position = self._place_outside
+        block._position = place
         if self._parent is not None:
             block._link_to(self._parent)
         self._loop.newcomers[block] = None
@@ -258,7 +261,7 @@ class DoorBlock(RequestBlock):
             outcome = outcome.__cause__
         if isinstance(outcome, CancelationError):
             # Also that of a block which was opened by hand below, and knows nothing of the request.
-            self._request.log(outcome.reason, outcome.detail)
+            self._request.log(outcome.reason, outcome.message or outcome.detail)
         return outcome
 
     def drop_timeout(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from contextlib import suppress
 from contextvars import copy_context
 from functools import cache
@@ -16,6 +17,8 @@ from starlette.responses import JSONResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from . import _request
+from ._exceptions import raise_as_it_is
+from ._foreign import SENDING, told
 from ._request import SCOPE_KEY, RequestState, request_state
 from ._request_block import DoorBlock, RequestBlock
 from ._server import can_refuse_socket_with
@@ -128,6 +131,12 @@ class SocketState(RequestState):
 
     async def send(self, send: Send, message: Message) -> None:
         """Pass on what the application, or Starlette for it, sends."""
+        try:
+            await self._send(send, message)
+        except CancelledError as exc:
+            raise_as_it_is(told(exc, self.loop, SENDING))
+
+    async def _send(self, send: Send, message: Message) -> None:
         kind = message["type"]
         if kind == "websocket.close":
             await self._close(send, message)

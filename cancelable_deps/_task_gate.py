@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ._polite import IsOurs
 
 
-def guard_running_task(loop: EventLoop, grace: float, is_ours: IsOurs, ended: Callable[[], object]) -> None:
-    """Put a gate around all that is left of the calling task, and call ``ended()`` when the task has ended."""
+def guard_running_task(loop: EventLoop, grace: float, is_ours: IsOurs, ended: Callable[[bool], object]) -> None:
+    """Put a gate around all that is left of the calling task, and call ``ended(was_cancelled)`` when it has ended."""
     if loop.is_trio:
         return
     from asyncio import current_task
@@ -28,7 +28,7 @@ def guard_running_task(loop: EventLoop, grace: float, is_ours: IsOurs, ended: Ca
 
     def task_ended(_: object) -> None:
         gate.take_away()
-        ended()
+        ended(task.cancelled())
 
     task.add_done_callback(task_ended, context=Context())
 

@@ -14,13 +14,15 @@ from ._backend import EventLoop, Timer, current_loop, logger
 from ._condition import Condition
 from ._deadlines import CLOSE, new_line, wait_alone, wait_belatedly
 from ._exceptions import answer_of_group, carries_cancelation, collapse, raise_as_it_is
+from ._foreign import EXITS, ThisTask, is_anothers
+from ._members import Members, with_one_more, without
 from ._polite import polite_scope
 from ._refusal import NotADependency
 from ._sections import Deferral, Shield
 from .errors import CancelationError, ParentCancelation
 from .reasons import CancelationReason
 from .settings import seconds, settings
-from .token import Callback, CancelationToken, Cause, call_logged
+from .token import Callback, CancelationToken, Cause, call_logged, check_reason, close_unawaited, telling_everybody
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -100,7 +102,7 @@ class Cancelable:
     """Where it waits for its deadline."""
 
     _parent: Cancelable | None = None
-    _children: list[Cancelable] | None = None
+    _children: Members[Cancelable] = ()
     _fired = False
     _deferred = False
     _only_marked = False
@@ -113,8 +115,8 @@ class Cancelable:
     _late: Timer | None = None
     _told_by_parent: Listener | None = None
     _outside: Token[Cancelable | None]
-    _callbacks: tuple[Callback, ...] = ()
-    _to_await: tuple[Awaitable[object], ...] = ()
+    _callbacks: Members[Callback] = ()
+    _to_await: list[Awaitable[object]] | None = None
     _progress_callbacks: list[Callable[[str | None, Mapping[str, Any]], object]] | None = None
 
     def __init__(
@@ -274,10 +276,13 @@ class Cancelable:
     def cancel_nowait(self, reason: CancelationReason = CancelationReason.MANUAL, message: str | None = None) -> bool:
         """Stop the block, from any thread, without waiting for its end. Before it is entered: entering will raise.
 
-        ``message`` reaches the client as the response's detail.
+        ``message`` reaches the client as the response's detail; not that of ``PARENT`` and ``ERROR``, for which the
+        client reads a fixed sentence.
 
         :return: whether this call did it; ``False`` if it was cancelled before, or the block has been left.
+        :raises TypeError: if ``reason`` is not a `CancelationReason`, or ``message`` is neither a string nor ``None``.
         """
+        check_reason(reason, message)
         return self._ended is None and self._token.cancel_nowait(reason, message)
 
     async def cancel(self, reason: CancelationReason = CancelationReason.MANUAL, message: str | None = None) -> bool:
@@ -348,29 +353,48 @@ class Cancelable:
 
         It is called at the moment of cancelling, in the thread that cancels. What an ``async`` one returns is awaited
         when the block is left, before the error is raised, shielded, with ``cleanup_grace`` seconds for all of them; if
-        the block is not entered it is closed. What a callback raises is logged and goes no further.
+        the block is not entered it is closed. What a callback raises is logged and goes no further, also if that is the
+        ``CancelledError`` of a task that it awaits; ``KeyboardInterrupt`` and ``SystemExit`` are raised when all others
+        have been called. `remove_callback` takes it back.
         """
         if not callable(callback):
             raise TypeError(f"on_cancel takes a function of one argument, the Cancelable, not {callback!r}")
-        listener = Callback(lambda token: self._call_back(callback))
-        self._callbacks = (*self._callbacks, listener)
+        listener = Callback(callback, self._call_back)
+        self._callbacks = with_one_more(self._callbacks, listener)
         self._token.listen(listener)
         return callback
 
-    def _call_back(self, callback: Callable[..., object]) -> None:
-        result = callback(self)
+    def remove_callback(self, callback: Callable[..., object]) -> int:
+        """Take back what `on_cancel` or `on_progress` was given: all registrations of ``callback``.
+
+        From any thread, and in a callback as well: one that is removed there, before its turn, is not called any more.
+
+        :return: how many registrations that were; 0 if there is none. One of `on_cancel` that was called is none.
+        """
+        count = 0
+        for listener in [each for each in tuple(self._callbacks) if each.is_of(callback)]:
+            self._token.unlisten(listener)
+            self._callbacks = without(self._callbacks, listener)
+            count += listener.take() is not None
+        before = self._progress_callbacks or []
+        self._progress_callbacks = [other for other in before if other != callback] or None
+        return count + len(before) - len(self._progress_callbacks or ())
+
+    def _call_back(self, callback: Callable[..., object], token: CancelationToken) -> None:
+        result = call_logged(callback, self)
         if inspect.isawaitable(result):
             if not self.is_active:
-                close = getattr(result, "close", None)
-                if close is not None:
-                    close()
+                close_unawaited(result)
             else:
-                self._to_await = (*self._to_await, result)
+                if self._to_await is None:
+                    self._to_await = []
+                self._to_await.append(result)
 
     def on_progress(self, callback: C) -> C:
         """Call ``callback(message, metadata)`` at each `report_progress`; it may be ``async``. Serves as a decorator.
 
-        What it raises is logged and goes no further: watching work must not end it.
+        What it raises is logged and goes no further, as with `on_cancel`: watching work must not end it.
+        `remove_callback` takes it back.
         """
         if not callable(callback):
             raise TypeError(f"on_progress takes a function of a message and its metadata, not {callback!r}")
@@ -383,10 +407,16 @@ class Cancelable:
         Also a point where a cancellation is seen, so that work which reports can be stopped.
         """
         await anyio.lowlevel.checkpoint()
+        exits: list[BaseException] = []
         for callback in self._progress_callbacks or ():
-            result = call_logged(callback, message, metadata or {})
-            if inspect.isawaitable(result):
-                await _logged(result, callback)
+            try:
+                result = call_logged(callback, message, metadata or {})
+                if inspect.isawaitable(result):
+                    await _logged(result, callback)
+            except EXITS as exc:
+                exits.append(exc)
+        if exits:
+            raise exits[0]
 
     async def __aenter__(self) -> Self:
         self._enter()
@@ -509,7 +539,7 @@ class Cancelable:
 
     def _link_to(self, parent: Cancelable) -> None:
         self._parent = parent
-        parent._children = [*(parent._children or ()), self]
+        parent._children = with_one_more(parent._children, self)
 
     def _entered_before(self) -> RuntimeError:
         return RuntimeError(
@@ -612,15 +642,20 @@ class Cancelable:
         if scope is None or self._fired:
             return
         self._fired = True
-        children = self._children or ()
+        children = self._open_children()
         if any(child._answers(cause) for child in children):
             # The innermost block of a task answers; the same cancellation twice would hit the cleanup of the first.
             self._deferred = True
             return
-        # First: a gate further in looks whether its block is cancelled when the cancellation comes by.
-        for child in children:
-            child._mark(f"The enclosing {self!r}")
-        self._stop(scope, cause)
+        with telling_everybody():
+            # First: a gate further in looks whether its block is cancelled when the cancellation comes by.
+            for child in children:
+                child._mark(f"The enclosing {self!r}")
+            self._stop(scope, cause)
+
+    def _open_children(self) -> list[Cancelable]:
+        # A copy: those in a thread come and go while another one cancels.
+        return list(self._children)
 
     def _hold(self) -> None:
         """Let no cancellation of the block reach its task until `_resume`."""
@@ -633,7 +668,7 @@ class Cancelable:
             self._scope.resume()
 
     def _answers(self, cause: Cause) -> bool:
-        return self._token.cause is cause or any(child._answers(cause) for child in self._children or ())
+        return self._token.cause is cause or any(child._answers(cause) for child in self._open_children())
 
     def _fire_at_last(self) -> None:
         if self._scope is not None and self._token.cause is not None:
@@ -650,7 +685,7 @@ class Cancelable:
         # Its scopes stand inside those of the parent, which delivers; here only cause and callbacks are still missing.
         self._only_marked = True
         # First: one that listens to our token would take the cause for its own, and deliver a second time.
-        for child in self._children or ():
+        for child in self._open_children():
             child._mark(f"The enclosing {self!r}")
         self._token.cancel_nowait(CancelationReason.PARENT, message)
 
@@ -700,7 +735,7 @@ class Cancelable:
         if self._upstream is not None:
             self._upstream = None
         if self._is_unsettled:
-            self._to_await = ()
+            self._to_await = None
             self._condition = None
         if self._progress_callbacks is not None:
             self._progress_callbacks = None
@@ -719,6 +754,9 @@ class Cancelable:
         if remaining is None:
             return self._stopped(exc)
         remaining = self._take_apart(remaining)
+        if self._token.is_cancelled and self._loop is not None and is_anothers(remaining, self._loop):
+            # Such as a future that a callback has cancelled, before our own cancellation has come so far.
+            return self._stopped(remaining)
         if isinstance(remaining, ParentCancelation) and self._token.is_cancelled:
             return self._stopped(remaining)
         return remaining
@@ -749,13 +787,13 @@ class Cancelable:
         if self._callbacks:
             for callback in self._callbacks:
                 self._token.unlisten(callback)
-            self._callbacks = ()
+            self._callbacks = ()  # They know us: cycles.
         if self._upstream is not None:
             self._upstream.unlisten(self)
 
     def _leave_parents(self, parent: Cancelable | None, answered: bool) -> None:
-        if parent is not None and parent._children is not None:
-            parent._children = [child for child in parent._children if child is not self] or None
+        if parent is not None and parent._children:
+            parent._children = without(parent._children, self)
         while parent is not None:
             parent._stop_what_is_left(answered)
             parent = parent._parent
@@ -763,7 +801,7 @@ class Cancelable:
     def _stop_what_is_left(self, answered: bool) -> None:
         """A block inside, which was to answer for this one, has been left."""
         cause = self._token.cause
-        if not self._deferred or cause is None or any(child._answers(cause) for child in self._children or ()):
+        if not self._deferred or cause is None or any(child._answers(cause) for child in self._open_children()):
             return
         self._deferred = False
         if not answered:
@@ -788,13 +826,30 @@ class Cancelable:
             await self._await_callbacks()
 
     async def _await_callbacks(self) -> None:
-        with anyio.move_on_after(self._cleanup_grace, shield=True):
-            for awaitable in self._to_await:
-                await _logged(awaitable, awaitable)
+        left, self._to_await = self._to_await or [], None
+        left.reverse()
+        exits: list[BaseException] = []
+        try:
+            with anyio.move_on_after(self._cleanup_grace, shield=True):
+                while left:
+                    awaitable = left.pop()
+                    try:
+                        await _logged(awaitable, awaitable)
+                    except EXITS as exc:
+                        exits.append(exc)
+        finally:
+            for awaitable in left:
+                logger.warning("an async on_cancel callback of %r was not awaited: the grace is over", self)
+                close_unawaited(awaitable)
+        if exits:
+            raise exits[0]
 
 
 async def _logged(awaitable: Awaitable[object], callback: object) -> None:
+    this_task = ThisTask()
     try:
         await awaitable
-    except Exception:
+    except BaseException as exc:
+        if this_task.is_ended_by(exc):
+            raise
         logger.exception("a callback failed: %r", callback)

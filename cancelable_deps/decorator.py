@@ -18,6 +18,7 @@ from ._backend import current_loop
 from ._called_for import KEYWORD, TARGET_ATTRIBUTE, Target, is_told, request_for
 from ._dress import dressed, innermost, signature_of, what_runs
 from ._exceptions import raise_as_it_is
+from ._foreign import with_own_failures
 from ._generator import EndpointGenerator, GuardedGenerator, ThreadedGenerator
 from ._refusal import takes
 from ._request import SCOPE_KEY, RequestState
@@ -384,7 +385,8 @@ def _listen_through(response: StreamingResponse, state: RequestState) -> None:
                 state.close()
             await send(message)
 
-        await stream_response(send_and_close)
+        # Starlette's group would take that for the end of a task which was cancelled, and wait for the client to leave.
+        await with_own_failures("the body of a StreamingResponse", stream_response, send_and_close)
 
     state.keep_through_response()
     response.listen_for_disconnect = listen_for_disconnect  # type: ignore[method-assign]

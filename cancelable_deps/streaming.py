@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections.abc import AsyncIterable, Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ import anyio.lowlevel
 from starlette.responses import StreamingResponse
 
 from ._cut import cut
+from ._exceptions import raise_as_it_is
+from ._foreign import SENDING, told, with_own_failures
 from ._generator import ThreadedGenerator, close, feed
 from ._request import SCOPE_KEY, RequestState
 from ._request_block import RequestBlock
@@ -113,7 +116,7 @@ class CancelableStreamingResponse(StreamingResponse):
         if self.background is not None:
             if not ours and state.token.cause is not None:
                 state.spare_background()
-            await self.background()
+            await with_own_failures("the background of a response", self.background)
         if error is not None:
             raise error
 
@@ -127,7 +130,7 @@ class CancelableStreamingResponse(StreamingResponse):
         except CancelationError as exc:
             if not stream.started:
                 raise
-            state.log(exc.reason, exc.detail)
+            state.log(exc.reason, exc.message or exc.detail)
             # A `cancel` of another request may bring the disconnect of that one's client.
             return None if exc.reason is CancelationReason.DISCONNECT and state.has_left else exc
         if ours:
@@ -135,7 +138,7 @@ class CancelableStreamingResponse(StreamingResponse):
             state.close()
         # Since ASGI 2.4 it raises if the client has left. It may have, now that it has everything.
         with suppress(OSError):
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await with_own_failures(SENDING, send, {"type": "http.response.body", "body": b"", "more_body": False})
         return None
 
     async def _run_inside(self, stream: _Stream, block: RequestBlock) -> None:
@@ -233,6 +236,8 @@ class _Stream:
                 return
             await anyio.lowlevel.checkpoint()
             raise
+        except CancelledError as exc:
+            raise_as_it_is(told(exc, self._state.loop, SENDING))
         finally:
             self._sends.end()
 

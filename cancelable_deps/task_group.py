@@ -11,6 +11,7 @@ import anyio.lowlevel
 
 from ._backend import current_loop
 from ._exceptions import raise_as_it_is
+from ._foreign import ThisTask, as_failure, is_anothers
 from ._polite import Gate, polite_gate
 
 if TYPE_CHECKING:
@@ -70,8 +71,10 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         # A child that has ended makes the group cancel its body, and so its cleanup, once more: hence a gate here too.
         raised = exc = self._gate.end(exc) or exc
         del self._gate, self._gates[self._block._task]  # It knows us: a cycle.
+        # The group cancels itself when its body fails, and takes whatever anyio has worded for that.
+        is_failure = exc is not None and is_anothers(exc, self._loop)
         try:
-            if await self._group.__aexit__(exc_type, exc, traceback):
+            if await self._group.__aexit__(exc_type, exc, traceback) and not is_failure:
                 raised = None
         except BaseException as group_exc:
             raised = group_exc
@@ -123,9 +126,13 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         task = self._loop.current_task()
         gate = self._gates[task] = self._make_gate()
         gate.begin()
+        this_task = ThisTask()
         try:
             result = await coro
         except BaseException as exc:
+            if this_task.is_anothers(exc) and not self._is_ours(None):
+                # The group would take the child for one that was cancelled, and its end for no failure.
+                exc = as_failure(exc, f"the task {getattr(coro, '__qualname__', coro)}")
             # The gate takes the cancellation that ends a grace for its own; to the group the child was cancelled.
             raise gate.end(exc) or exc  # noqa: B904
         finally:

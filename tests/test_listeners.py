@@ -353,7 +353,8 @@ async def test_the_background_of_our_own_stream_runs_after_a_cut(door: str) -> N
 async def test_a_download_is_a_finished_result(door: str, why: str, tmp_path: Any) -> None:
     """Its background deletes a temporary file."""
     app = application(door, default_timeout=0.05 if why == "timeout" else None)
-    path, deleted = tmp_path / "report", []
+    path = tmp_path / "report"
+    deleted: list[bool] = []
     path.write_bytes(b"x" * 300_000)
 
     @app.get("/")
@@ -361,7 +362,8 @@ async def test_a_download_is_a_finished_result(door: str, why: str, tmp_path: An
         return FileResponse(path, background=BackgroundTask(deleted.append, True))
 
     slow = Slow(app, 0.1 if why == "timeout" else 0)
-    call = await get(slow, **({"hang_up": HangUp.after_response(1)} if why == "disconnect" else {}))
+    options: dict[str, Any] = {"hang_up": HangUp.after_response(1)} if why == "disconnect" else {}
+    call = await get(slow, **options)
     assert (call.status, deleted) == (200, [True])
     assert call.is_complete or why == "disconnect"
 
