@@ -1,10 +1,14 @@
 """Polite cancellation: deliver it once, leave the cleanup alone for a grace, then repeat it at every ``await``.
 
 anyio repeats a cancellation at every ``await`` from the start, and that interrupts the very conversation by which a
-database driver stops its query. So the work stands inside two scopes. The outer one is cancelled; once the cancellation
-has been *delivered* to the task, the inner one is shielded against the repetitions, with the end of the grace as its
-own deadline. Shielding earlier would lose the cancellation: a task in a shielded section, in a worker thread or not yet
-at its first ``await`` has not seen it.
+database driver stops its query. So the scope around the work is cancelled; once the cancellation has been *delivered* to
+the task, it is shielded against the repetitions, with the end of the grace as its deadline. Shielding earlier would lose
+the cancellation: a task in a shielded section, in a worker thread or not yet at its first ``await`` has not seen it, and
+a nursery through which it travels would take it for its own.
+
+That a task has been told is a fact of the task, not of one scope: what any scope, gate or exception of ours has begun,
+no other one interrupts. So a scope that delivers covers those inside it, and an exception that leaves one, or that
+`Cancelable.check` raises, spares those around it for as long as it is on its way.
 
 anyio has no public way to see the moment of delivery in a block that somebody else's coroutine runs. What we use
 instead is private, and stands in `_polite_asyncio.py` and `_polite_trio.py`; `tests/test_polite.py` fails when it
@@ -13,13 +17,15 @@ changes.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import ref
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ._backend import EventLoop
+    from ._backend import EventLoop, Timer
 
     IsOurs = Callable[[object], bool]
 
@@ -28,10 +34,10 @@ if TYPE_CHECKING:
 
 
 class PoliteScope(Protocol):
-    """The two scopes around one block, begun and ended in one task."""
+    """The scope around one block, begun and ended in one task."""
 
     def begin(self, deadline: float, mark: Mark | None) -> None:
-        """Enter both scopes; where ``mark`` was made, if there is one."""
+        """Enter the scope; where ``mark`` was made, if there is one. ``deadline`` is told, and strikes nobody."""
 
     @property
     def task(self) -> object:
@@ -39,7 +45,7 @@ class PoliteScope(Protocol):
         ...
 
     def end(self, exc: BaseException | None) -> BaseException | None:
-        """Leave both scopes; what is left of ``exc`` once our own cancellation is taken out of it."""
+        """Leave the scope; what is left of ``exc`` once our own cancellation is taken out of it."""
 
     def cancel_politely(self, why: str) -> None: ...
 
@@ -48,23 +54,18 @@ class PoliteScope(Protocol):
 
     @property
     def is_delivered(self) -> bool:
-        """Whether the task has seen the cancellation."""
+        """Whether the task has seen the cancellation, or that of a scope further out."""
         ...
 
     def hold(self) -> None:
-        """Let no cancellation of ours through until `resume`."""
+        """Let no cancellation of ours through until `resume`; those of others pass."""
 
     def resume(self) -> None: ...
 
     def release(self) -> None:
-        """Let no cancellation of ours through any more, nor the end of a grace."""
+        """Let no cancellation of ours through any more, nor the end of a grace; those of others pass."""
 
     def move_deadline(self, deadline: float) -> None: ...
-
-    @property
-    def swallowed(self) -> bool:
-        """Whether a scope inside took our cancellation for its own, so that the work went on in error."""
-        ...
 
 
 class Gate(Protocol):
@@ -78,36 +79,103 @@ class Gate(Protocol):
         """The task is told in another way: what it does now is its cleanup."""
 
     @property
-    def swallowed(self) -> bool:
+    def is_delivered(self) -> bool:
         """As that of a `PoliteScope`."""
         ...
 
 
-def polite_scope(loop: EventLoop, grace: float, overdue: Callable[[], object]) -> PoliteScope:
-    """``overdue`` is called if a deadline of the scope's own fires because the loop was blocked; only trio has one."""
-    scope: PoliteScope = _classes(loop.is_trio)[0](loop, grace, overdue)
+class Spared:
+    """A task through which an exception of ours is on its way: what it does is its cleanup, for one grace at most.
+
+    Whoever catches the exception and lets go of it works on, and may be stopped by something new.
+    """
+
+    __slots__ = ("__weakref__", "_error", "_go_on", "_loop", "_lose_patience", "_timer", "_until")
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        grace: float,
+        error: BaseException,
+        go_on: Callable[[], object],
+        lose_patience: Callable[[], object],
+    ) -> None:
+        self._loop = loop
+        self._until = loop.time() + grace
+        self._go_on = go_on
+        self._lose_patience = lose_patience
+        self._timer: Timer | None = None
+        self._error: ref[Any] | None = _reference(error, self._is_gone)
+
+    @property
+    def is_on_its_way(self) -> bool:
+        return self._error is not None and self._error() is not None and self._loop.time() < self._until
+
+    def start_timer(self) -> None:
+        """Something has struck, or may: call ``lose_patience`` when the grace is over."""
+        if self._timer is None and self._until < math.inf:
+            self._timer = self._loop.call_at(self._until, self._is_over)
+
+    def end(self) -> None:
+        self._error = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _is_over(self) -> None:
+        if self._error is not None:
+            self.end()
+            self._lose_patience()
+
+    def _is_gone(self, error: ref[Any]) -> None:
+        if error is not self._error:
+            return
+        if self._loop.is_running_here():
+            self.end()
+            self._go_on()
+        else:
+            self._loop.call_from_thread(self._is_gone, error)
+
+
+class _Trace:
+    """Goes when the exception goes that it is noted on."""
+
+
+def _reference(error: BaseException, when_gone: Callable[[ref[Any]], object]) -> ref[Any]:
+    try:
+        return ref(error, when_gone)
+    except TypeError:
+        # Those that are written in C cannot be referred to weakly. What they carry can.
+        trace = error.__dict__.setdefault("_cancelable_deps_trace", _Trace())
+        return ref(trace, when_gone)
+
+
+def polite_scope(loop: EventLoop, grace: float) -> PoliteScope:
+    scope: PoliteScope = _classes(loop.is_trio)[0](loop, grace)
     return scope
 
 
 def polite_gate(loop: EventLoop, grace: float, is_ours: IsOurs) -> Gate:
-    """A scope that makes a cancellation from further out polite, if ``is_ours(origin)``.
-
-    ``origin`` is the anyio scope that was cancelled; on trio, which does not tell, ``None``.
-    """
+    """A scope that makes a cancellation from further out polite, if ``is_ours(None)`` or a block of ours has struck."""
     gate: Gate = _classes(loop.is_trio)[1](loop, grace, is_ours)
     return gate
 
 
+def tell(loop: EventLoop, error: BaseException) -> None:
+    """``error`` has told the current task to stop, and is on its way through the scopes that are open in the task."""
+    _classes(loop.is_trio)[2](error)
+
+
 @cache
-def _classes(is_trio: bool) -> tuple[Any, Any]:
+def _classes(is_trio: bool) -> tuple[Any, Any, Any]:
     # Each loads only where its backend runs.
     if is_trio:
-        from ._polite_trio import TrioGate, TrioPoliteScope
+        from . import _polite_trio
 
-        return TrioPoliteScope, TrioGate
-    from ._polite_asyncio import AsyncioGate, AsyncioPoliteScope
+        return _polite_trio.TrioPoliteScope, _polite_trio.TrioGate, _polite_trio.tell
+    from . import _polite_asyncio
 
-    return AsyncioPoliteScope, AsyncioGate
+    return _polite_asyncio.AsyncioPoliteScope, _polite_asyncio.AsyncioGate, _polite_asyncio.tell
 
 
 def leave(scope: Any, exc: BaseException | None) -> BaseException | None:

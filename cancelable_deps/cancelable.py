@@ -13,7 +13,7 @@ import anyio.lowlevel
 from ._backend import EventLoop, Timer, current_loop, logger
 from ._condition import Condition
 from ._exceptions import collapse, raise_as_it_is
-from ._polite import polite_scope
+from ._polite import polite_scope, tell
 from ._refusal import NotADependency
 from ._sections import Deferral, Shield
 from .errors import CancelationError, ParentCancelation
@@ -279,17 +279,25 @@ class Cancelable:
         if self._deadline < math.inf and self._loop is not None and self._loop.time() >= self._deadline:
             self._expire()
         if self._token.cause is not None:
-            self._is_told(self._token.cause)
-            self._token.check()
+            error = self._token.cause.error()
+            self._is_told(self._token.cause, error)
+            raise error
         if self._parent is not None:
             self._parent.check()
 
-    def _is_told(self, cause: Cause) -> None:
+    def _is_told(self, cause: Cause, error: BaseException | None) -> None:
         """The task has, or is about to get, the error; what it then cleans up is not to be hit as well."""
         loop = self._loop
         if loop is None or not loop.is_running_here():
             return
         task = loop.current_task()
+        if task is None:
+            return
+        self._take_for_delivered(cause, task)
+        if error is not None:
+            tell(loop, error)
+
+    def _take_for_delivered(self, cause: Cause, task: object) -> None:
         gate = None if self._group_gates is None else self._group_gates.get(task)
         if gate is not None and self._token.cause is cause:
             gate.take_for_delivered()
@@ -299,7 +307,8 @@ class Cancelable:
         if block is None or block._task is not task:
             return
         while block is not None:
-            if block._token.cause is cause and (scope := block._begun_scope()) is not None:
+            scope = block._begun_scope()
+            if scope is not None and block._token.cause is cause:
                 scope.take_for_delivered()
             block = block._parent
 
@@ -505,7 +514,7 @@ class Cancelable:
         return self._scope
 
     def _begin(self, loop: EventLoop) -> None:
-        self._scope = polite_scope(loop, self._cleanup_grace, self._expire)
+        self._scope = polite_scope(loop, self._cleanup_grace)
         self._scope.begin(self._deadline, self._position)
         self._position = None
         self._watch(loop)
@@ -522,9 +531,10 @@ class Cancelable:
         self._unlisten()
         self._ended = self._started
         self._note(cause)
+        error = cause.error()
         if parent is not None:
-            parent._is_told(cause)
-        raise cause.error()
+            parent._is_told(cause, error)
+        raise error
 
     def _runs_in(self, task: object) -> bool:
         """Whether ``task`` is the one that a cancellation of this block reaches first."""
@@ -633,7 +643,11 @@ class Cancelable:
             is_told = isinstance(outcome, CancelationError)
             self._leave_parents(self._parent, is_told or (scope is not None and scope.is_delivered))
             if is_told and self._token.cause is not None:
-                self._parent._is_told(self._token.cause)
+                self._parent._take_for_delivered(self._token.cause, self._loop.current_task())
+        if outcome is not None and (
+            isinstance(outcome, CancelationError) or (scope is not None and scope.is_delivered)
+        ):
+            tell(self._loop, outcome)
         return outcome
 
     def _forget(self) -> None:
@@ -642,9 +656,7 @@ class Cancelable:
     def _end(self, scope: PoliteScope, exc: BaseException | None) -> BaseException | None:
         self._stop_timers()
         remaining = scope.end(exc)
-        if exc is None and not scope.swallowed:
-            return None
-        return self._outcome(exc, remaining)
+        return None if exc is None else self._outcome(exc, remaining)
 
     def _outcome(self, exc: BaseException | None, remaining: BaseException | None) -> BaseException:
         if remaining is None:
@@ -655,9 +667,6 @@ class Cancelable:
         return remaining
 
     def _stopped(self, exc: BaseException | None) -> BaseException:
-        if not self._token.is_cancelled:
-            # The loop was blocked for so long that the scope's trailing deadline overtook our timer.
-            self._expire()
         assert self._token.cause is not None
         self._note(self._token.cause)
         error = self._token.cause.error()

@@ -11,7 +11,7 @@ import anyio.lowlevel
 
 from ._backend import current_loop
 from ._exceptions import raise_as_it_is
-from ._polite import Gate, polite_gate
+from ._polite import Gate, polite_gate, tell
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,6 +68,7 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
     ) -> bool:
         # A child that has ended makes the group cancel its body, and so its cleanup, once more: hence a gate here too.
         raised = exc = self._gate.end(exc) or exc
+        is_told = self._gate.is_delivered
         del self._gate, self._gates[self._block._task]  # It knows us: a cycle.
         try:
             if await self._group.__aexit__(exc_type, exc, traceback):
@@ -77,6 +78,8 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         self._is_open = False
         self._block._group_scope = self._block._group_gates = None
         outcome = self._block._leave(raised)
+        if is_told and outcome is not None:
+            tell(self._loop, outcome)
         if self._block._is_unsettled:
             await self._block._settle()
         try:
@@ -130,8 +133,6 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         finally:
             del self._gates[task]
         gate.end(None)
-        if gate.swallowed:
-            await anyio.lowlevel.checkpoint()
         return result
 
     def _make_gate(self) -> Gate:

@@ -144,7 +144,6 @@ class _ThreadScope:
     """Stands for the scopes of a block that no scope can reach: it is stopped by `Cancelable.check` alone."""
 
     is_delivered = False
-    swallowed = False
 
     def __init__(self, task: int) -> None:
         self.task = task
@@ -222,8 +221,8 @@ async def run_in_thread(
         raise TypeError(f"run_in_thread() takes a plain function, and {func!r} is `async def`: await it here")
     try:
         return await call_in_thread(partial(func, *args), abandon_on_cancel, limiter)
-    except CancelationError:
-        _tell_enclosing_blocks()
+    except CancelationError as error:
+        _tell_enclosing_blocks(error)
         raise
 
 
@@ -251,12 +250,12 @@ def _refuse_outside(block: Cancelable, method: str) -> None:
         )
 
 
-def _tell_enclosing_blocks() -> None:
+def _tell_enclosing_blocks(error: CancelationError) -> None:
     # The error came by way of the thread: what this task now cleans up is not to be hit by the cancellation as well.
     block = _current.get()
     while block is not None:
         if block._token.cause is not None:
-            block._is_told(block._token.cause)
+            block._is_told(block._token.cause, error)
         block = block._parent
 
 
