@@ -49,6 +49,10 @@ class PoliteScope(Protocol):
 
     def cancel_politely(self, why: str) -> None: ...
 
+    def reaches(self, inner: Any) -> bool:
+        """Whether what this scope delivers arrives in ``inner``, another one of the same task: no shield stands between."""
+        ...
+
     def take_for_delivered(self) -> None:
         """The task has been told by an exception, and cleans up."""
 
@@ -85,56 +89,62 @@ class Gate(Protocol):
 
 
 class Spared:
-    """A task through which an exception of ours is on its way: what it does is its cleanup, for one grace at most.
+    """A task through which exceptions of ours are on their way: what it does is its cleanup, for one grace at most.
 
-    Whoever catches the exception and lets go of it works on, and may be stopped by something new.
+    Whoever catches them and lets go of them works on, and may be stopped by something new.
     """
 
-    __slots__ = ("__weakref__", "_error", "_go_on", "_loop", "_lose_patience", "_timer", "_until")
+    __slots__ = ("_errors", "_go_on", "_grace", "_loop", "_lose_patience", "_timer")
 
     def __init__(
-        self,
-        loop: EventLoop,
-        grace: float,
-        error: BaseException,
-        go_on: Callable[[], object],
-        lose_patience: Callable[[], object],
+        self, loop: EventLoop, grace: float, go_on: Callable[[], object], lose_patience: Callable[[], object]
     ) -> None:
         self._loop = loop
-        self._until = loop.time() + grace
+        self._grace = grace
         self._go_on = go_on
         self._lose_patience = lose_patience
         self._timer: Timer | None = None
-        self._error: ref[Any] | None = _reference(error, self._is_gone)
+        self._errors: tuple[tuple[ref[Any], float], ...] = ()
+
+    def add(self, error: BaseException) -> None:
+        self._errors += ((_reference(error, self._is_gone), self._loop.time() + self._grace),)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+            self.start_timer()
 
     @property
     def is_on_its_way(self) -> bool:
-        return self._error is not None and self._error() is not None and self._loop.time() < self._until
+        now = self._loop.time()
+        return any(error() is not None and now < until for error, until in self._errors)
 
     def start_timer(self) -> None:
         """Something has struck, or may: call ``lose_patience`` when the grace is over."""
-        if self._timer is None and self._until < math.inf:
-            self._timer = self._loop.call_at(self._until, self._is_over)
+        until = max((until for _, until in self._errors), default=math.inf)
+        if self._timer is None and until < math.inf:
+            self._timer = self._loop.call_at(until, self._is_over)
 
     def end(self) -> None:
-        self._error = None
+        self._errors = ()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _is_over(self) -> None:
-        if self._error is not None:
+        if self._errors:
             self.end()
             self._lose_patience()
 
     def _is_gone(self, error: ref[Any]) -> None:
-        if error is not self._error:
+        if all(error is not other for other, _ in self._errors):
             return
-        if self._loop.is_running_here():
+        if not self._loop.is_running_here():
+            self._loop.call_from_thread(self._is_gone, error)
+            return
+        self._errors = tuple(pair for pair in self._errors if pair[0] is not error)
+        if not self._errors:
             self.end()
             self._go_on()
-        else:
-            self._loop.call_from_thread(self._is_gone, error)
 
 
 class _Trace:

@@ -106,6 +106,17 @@ class _OurScope(CancelScope):
     _spared: Spared | None
     is_delivered: bool
 
+    # Asked by anyio when it looks whether a cancellation from outside is visible; for delivering it there is our method.
+    @property
+    def shield(self) -> bool:
+        if self._shield or (self._spared is None and not self.is_delivered):
+            return self._shield
+        return self._is_told_by_error and self._comes_from_ours()
+
+    @shield.setter
+    def shield(self, value: bool) -> None:
+        CancelScope.shield.fset(self, value)  # type: ignore[attr-defined]
+
     @property
     def strikes(self) -> bool:
         """Whether a cancellation comes from here."""
@@ -202,8 +213,9 @@ class _OurScope(CancelScope):
 
     def spare(self, error: BaseException) -> None:
         if not self.is_delivered and self._grace > 0:
-            self._forget_error()
-            self._spared = Spared(self._loop, self._grace, error, self._go_on, self._lose_patience)
+            if self._spared is None:
+                self._spared = Spared(self._loop, self._grace, self._go_on, self._lose_patience)
+            self._spared.add(error)
             self._withdraw()
             if self._is_inside_of_others():
                 self._spared.start_timer()
@@ -232,6 +244,22 @@ class _OurScope(CancelScope):
         if self._spared is not None:
             self._spared.end()
             self._spared = None
+
+    def _leave(self, exc: BaseException | None) -> BaseException | None:
+        if self._pending_uncancellations:
+            self._keep_count_in_task()
+        task = self._host_task
+        remaining = leave(self, exc)
+        if remaining is not None and _has_cancelled(remaining):
+            _pass_on(task)
+        return remaining
+
+    @property
+    def is_struck(self) -> bool:
+        """Whether a cancellation of ours, from this scope or through it, is to reach the task."""
+        if self.is_delivered or self._cancel_called:
+            return not self.is_delivered
+        return CancelScope._parent_cancellation_is_visible_to_us.fget(self) and self._comes_from_ours()  # type: ignore[attr-defined,no-any-return]
 
     def _keep_count_in_task(self) -> None:
         """Take back now what anyio would hand on to a scope of another task.
@@ -302,9 +330,7 @@ class AsyncioPoliteScope(_OurScope):
             self._shield = False
             if exc is not None:
                 self._reword(exc, self._is_only_one)
-        if self._pending_uncancellations:
-            self._keep_count_in_task()
-        return leave(self, exc)
+        return self._leave(exc)
 
     @property
     def _parent_cancellation_is_visible_to_us(self) -> bool:
@@ -344,6 +370,14 @@ class AsyncioPoliteScope(_OurScope):
         else:
             self._cancel_called = True
             self._deliver_cancellation(self)
+
+    def reaches(self, inner: AsyncioPoliteScope) -> bool:
+        scope = inner._parent_scope
+        while scope is not None and scope is not self:
+            if scope._shield and not isinstance(scope, _OurScope):
+                return False
+            scope = scope._parent_scope
+        return True
 
     def _place(self, task: Any, base: Any, serial: int, cancelling: int) -> None:
         """Enter belatedly: around what was entered since the mark was made, inside what was entered before."""
@@ -495,9 +529,7 @@ class AsyncioGate(_OurScope):
 
     def end(self, exc: BaseException | None) -> BaseException | None:
         self._forget_error()
-        if self._pending_uncancellations:
-            self._keep_count_in_task()
-        return leave(self, exc)
+        return self._leave(exc)
 
     @property
     def strikes(self) -> bool:
@@ -523,17 +555,41 @@ class AsyncioGate(_OurScope):
 def tell(error: BaseException) -> None:
     """The current task has been told to stop by ``error``, which is on its way through its scopes."""
     for scope in _ours_in(current_task()):
+        if scope._shield:
+            # It has told the task before, and when it is left tells those around it.
+            return
         scope.spare(error)
 
 
 def _ours_in(task: Any) -> Iterator[_OurScope]:
     """The scopes of ours that are open in ``task``, the innermost first."""
+    return (scope for scope in _scopes_in(task) if isinstance(scope, _OurScope))
+
+
+def _scopes_in(task: Any) -> Iterator[CancelScope]:
     state = None if _states is None or task is None else _states.get(task)
     scope = None if state is None else state.cancel_scope
     while scope is not None and scope._host_task is task:
-        if isinstance(scope, _OurScope):
-            yield scope
+        yield scope
         scope = scope._parent_scope
+
+
+def _pass_on(task: Any) -> None:
+    """A cancellation is on its way through the task: the outermost scope that it may have come from has delivered it."""
+    struck = None
+    for scope in _scopes_in(task):
+        if isinstance(scope, _OurScope) and scope.is_struck:
+            struck = scope
+        if scope._shield:
+            break
+    if struck is not None:
+        struck.deliver()
+
+
+def _has_cancelled(exc: BaseException) -> bool:
+    if isinstance(exc, BaseExceptionGroup):
+        return any(map(_has_cancelled, exc.exceptions))
+    return isinstance(exc, CancelledError)
 
 
 def _deliver(scope: _OurScope, origin: Any) -> bool:

@@ -254,6 +254,12 @@ class TrioGate:
         self._scope.shield = True
         self._scope.deadline = self._loop.time() + self._grace
 
+    @property
+    def is_told(self) -> bool:
+        """Whether the task cleans up after a cancellation that this scope has delivered."""
+        is_shielded: bool = self._scope.shield
+        return is_shielded
+
     def cover(self) -> None:
         """A scope further out has told the task. Between that one and this something may strike beside: a task group."""
         self.is_delivered = True
@@ -281,8 +287,9 @@ class TrioGate:
 
     def spare(self, error: BaseException) -> None:
         if not self.is_delivered and self._grace > 0:
-            self._forget_error()
-            self._spared = Spared(self._loop, self._grace, error, self._go_on, self._lose_patience)
+            if self._spared is None:
+                self._spared = Spared(self._loop, self._grace, self._go_on, self._lose_patience)
+            self._spared.add(error)
             self._withdraw()
             self.status.recalculate()
             if self._is_inside_of_others():
@@ -346,6 +353,14 @@ class TrioPoliteScope(TrioGate):
             self._spared.start_timer()
         else:
             self._scope.cancel(why)
+
+    def reaches(self, inner: TrioPoliteScope) -> bool:
+        status = inner.status._parent
+        while status is not None and status is not self.status:
+            if status._scope.shield and not isinstance(status._scope, TrioGate):
+                return False
+            status = status._parent
+        return True
 
     def deliver(self, inside: list[TrioGate]) -> None:
         if not self._scope.cancel_called:
@@ -415,7 +430,10 @@ def tell(error: BaseException) -> None:
     """The current task has been told to stop by ``error``, which is on its way through its scopes."""
     stepper: Any = trio.lowlevel.current_task().coro
     if isinstance(stepper, _Stepper):
-        for scope in stepper.scopes:
+        for scope in reversed(stepper.scopes):
+            if scope.is_told:
+                # When it is left, it tells those around it.
+                return
             scope.spare(error)
 
 

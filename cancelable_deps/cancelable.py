@@ -592,8 +592,7 @@ class Cancelable:
             self._deferred = True
             return
         # First: a gate further in looks whether its block is cancelled when the cancellation comes by.
-        for child in children:
-            child._mark(f"The enclosing {self!r}")
+        self._mark_children(scope)
         self._stop(scope, cause)
 
     def _answers(self, cause: Cause) -> bool:
@@ -614,9 +613,15 @@ class Cancelable:
         # Its scopes stand inside those of the parent, which delivers; here only cause and callbacks are still missing.
         self._only_marked = True
         # First: one that listens to our token would take the cause for its own, and deliver a second time.
-        for child in self._children or ():
-            child._mark(f"The enclosing {self!r}")
+        self._mark_children(self._scope)
         self._token.cancel_nowait(CancelationReason.PARENT, message)
+
+    def _mark_children(self, scope: PoliteScope | None) -> None:
+        for child in self._children or ():
+            inner = child._begun_scope()
+            # One that is finished first, in a shield, has its own limits until then.
+            if scope is None or inner is None or scope.reaches(inner):
+                child._mark(f"The enclosing {self!r}")
 
     def _leave(self, exc: BaseException | None) -> BaseException | None:
         """Close the block; the exception that should leave it, which is ``exc`` itself if nothing is to be changed."""

@@ -155,6 +155,9 @@ class _ThreadScope:
 
     def cancel_politely(self, why: str) -> None: ...
 
+    def reaches(self, inner: object) -> bool:
+        return True
+
     def take_for_delivered(self) -> None: ...
 
     def hold(self) -> None: ...
