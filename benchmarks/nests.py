@@ -19,6 +19,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 
 import anyio
@@ -55,6 +56,11 @@ class Node:
     inside: list[Node] = field(default_factory=list)
     """One after the other; in a group the first is its body and the others are its children."""
     above: Node | None = None
+
+    @property
+    def by_block(self) -> bool:
+        """Whether a group of ours is stopped by its block, or by itself, after which the work goes on."""
+        return int(self.name) % 2 == 1
 
     def __str__(self) -> str:
         deadline = "" if self.deadline is None else f"@{self.deadline:g}"
@@ -130,15 +136,29 @@ class Nest:
                 strikes.append(Strike("", choose([EARLY, LATE]) + 1, passes))
             else:
                 strikes.append(Strike(choose(names), 0, passes))
-        for _ in range(number(0, 2)):
-            strikes.append(Strike(choose(names), 0, PASSES))
-        return strikes
+        return [*strikes, *(Strike(choose(names), 0, PASSES) for _ in range(number(0, 2)))]
 
     @property
     def is_simple(self) -> bool:
         """Whether one thing alone is cancelled, so that ours and anyio's run must not differ at all."""
         has_threads = any("thread" in node.kind for node in self.root.walk())
         return len(self.strikes) == 1 and not self.strikes[0].jump and not has_threads
+
+    @property
+    def is_stopped_for_good(self) -> bool:
+        """Whether nothing that lets the work go on strikes around a cleanup, which with anyio would be over by then."""
+        nodes = {node.name: node for node in self.root.walk()}
+        struck: set[str] = set()
+        for strike in self.strikes:
+            node = nodes.get(strike.name)
+            goes_on = (
+                node is None or node.kind in {"scope", "group"} or (node.kind == "our group" and not node.by_block)
+            )
+            around = self.root.walk() if node is None else node.walk()
+            if goes_on and struck and (node is None or any(inner.name in struck for inner in around)):
+                return False
+            struck.add(strike.name)
+        return True
 
     @property
     def struck(self) -> set[str]:
@@ -286,15 +306,13 @@ class Run:
 
     async def _our_group(self, node: Node) -> None:
         block = self._block_of(node)
-        # By its block or by itself, which stops its members and then lets the work go on.
-        by_block = int(node.name) % 2
         if self.ours:
             async with CancelableTaskGroup(block) as group:
-                self._switches[node.name] = block.cancel_nowait if by_block else group.cancel_scope.cancel
+                self._switches[node.name] = block.cancel_nowait if node.by_block else group.cancel_scope.cancel
                 await self._members(node, group)
         else:
             async with block, anyio.create_task_group() as group:
-                self._switches[node.name] = block.cancel_nowait if by_block else group.cancel_scope.cancel
+                self._switches[node.name] = block.cancel_nowait if node.by_block else group.cancel_scope.cancel
                 await self._members(node, group)
 
     async def _group(self, node: Node) -> None:
@@ -398,10 +416,12 @@ class _Pure:
     async def __aenter__(self) -> None:
         self._scope.__enter__()
 
-    async def __aexit__(self, *exc_info: Any) -> bool:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
         if self._timer is not None:
             self._timer.cancel()
-        caught = bool(self._scope.__exit__(*exc_info))
+        caught = bool(self._scope.__exit__(kind, exc, traceback))
         if self._scope.cancelled_caught:
             raise Stopped
         return caught
@@ -423,20 +443,19 @@ def _leaves(exc: BaseException) -> Iterator[BaseException]:
 def faults_of(nest: Nest, ours: Run, pure: Sequence[Run]) -> list[str]:
     """Compare a run of ``nest`` with those by pure anyio, which may differ, and return what is wrong, in words."""
     faults = []
-    if swallowed := ours.passed.difference(*(run.passed for run in pure)):
+    may_go_on = not nest.is_stopped_for_good
+    if not may_go_on and (swallowed := ours.passed.difference(*(run.passed for run in pure))):
         faults.append(f"the work went on behind {sorted(swallowed)}")
     if nest.is_simple and (lost := set.intersection(*(run.passed for run in pure)) - ours.passed):
         faults.append(f"the work did not go on behind {sorted(lost)}")
     outcomes = {run.outcome for run in pure}
     if ours.outcome not in ({"finished", "stopped"} & outcomes if nest.is_simple else {"finished", "stopped"}):
         faults.append(f"it has {ours.outcome}, and with anyio {outcomes}")
-    elif ours.outcome == "finished" and "finished" not in outcomes:
+    elif ours.outcome == "finished" and "finished" not in outcomes and not may_go_on:
         faults.append("it has finished, and with anyio was stopped")
     cleanups = {node.name: node for node in nest.root.walk() if node.kind == "cleanup"}
-    for name in sorted(ours.interrupted):
-        if nest.is_protected(cleanups[name]):
-            faults.append(f"the cleanup {name} was interrupted")
-    return faults
+    interrupted = [name for name in sorted(ours.interrupted) if nest.is_protected(cleanups[name])]
+    return [*faults, *(f"the cleanup {name} was interrupted" for name in interrupted)]
 
 
 class _Order:
@@ -457,22 +476,23 @@ async def _run_once(nest: Nest, ours: bool) -> Run:
 
 def run_nest(seed: int, backend: str) -> list[str]:
     """Run the nest of ``seed`` on ``backend``, and return what is wrong, in words."""
+    run_loop: Any = trio._core._run
+    by_chance = run_loop._r
 
     def run(ours: bool, order: float) -> Run:
         nest = Nest(seed)
         if backend == "asyncio":
             return anyio.run(_run_once, nest, ours)
-        trio._core._run._r = _Order(order)  # type: ignore[attr-defined]
+        run_loop._r = _Order(order)
         return anyio.run(_run_once, nest, ours, backend="trio", backend_options={"clock": trio.testing.MockClock()})
 
-    by_chance = trio._core._run._r  # type: ignore[attr-defined]
     orders = [0.0] if backend == "asyncio" else [0.0, 1.0]
     try:
         pure = [run(False, order) for order in orders]
         found = [fault for order in orders for fault in faults_of(Nest(seed), run(True, order), pure)]
         return list(dict.fromkeys(found))
     finally:
-        trio._core._run._r = by_chance  # type: ignore[attr-defined]
+        run_loop._r = by_chance
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,6 +17,7 @@ changes.
 
 from __future__ import annotations
 
+import gc
 import math
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -117,6 +118,15 @@ class Spared:
     def is_on_its_way(self) -> bool:
         now = self._loop.time()
         return any(error() is not None and now < until for error, until in self._errors)
+
+    def look_again(self) -> None:
+        """Something new has struck: let go of what has been caught, and is held by nothing but its own traceback.
+
+        `contextlib.AsyncExitStack` keeps what passes through it in a variable, and so in a cycle. Only what is young is
+        looked at: a whole collection may block the event loop for long.
+        """
+        if self.is_on_its_way:
+            gc.collect(1)
 
     def start_timer(self) -> None:
         """Something has struck, or may: call ``lose_patience`` when the grace is over."""

@@ -85,6 +85,11 @@ class _Passing(CancelScope):
         return True
 
 
+def _is_visible(scope: CancelScope) -> bool:
+    is_visible: bool = CancelScope._parent_cancellation_is_visible_to_us.fget(scope)  # type: ignore[attr-defined]
+    return is_visible
+
+
 def _let_pass(scope: CancelScope) -> None:
     """Whatever is open inside of ``scope`` now lets a cancellation pass, in child tasks as well."""
     todo = list(scope._child_scopes)
@@ -150,12 +155,20 @@ class _OurScope(CancelScope):
 
     def _is_passing_on(self) -> bool:
         """Whether a scope further in, cancelled in the same tick, has let its cancellation pass for ours."""
+        if self._host_task is current_task():
+            # It is just leaving that scope, which has yet to ask whether ours is visible.
+            return False
+        host: Any = self._host_task
+        if host.cancelling() <= self._cancelling_at_enter:
+            # What was handed on is that of a child's task.
+            return False
         state = None if _states is None else _states.get(self._host_task)
         scope = self if state is None else state.cancel_scope
         while scope is not None and scope is not self:
-            if scope._shield or isinstance(scope, _OurScope):
+            is_told = isinstance(scope, _OurScope) and scope.is_delivered
+            if scope._shield or is_told:
                 break
-            if scope._pending_uncancellations and not scope._cancel_called:
+            if scope._pending_uncancellations and (isinstance(scope, _OurScope) or not scope._cancel_called):
                 return True
             scope = scope._parent_scope
         return bool(self._pending_uncancellations)
@@ -166,23 +179,24 @@ class _OurScope(CancelScope):
         self._forget_error()
         if self._grace > 0:
             _let_pass(self)
+            until = self._loop.time() + self._grace
             for scope in _ours_in(self._host_task):
                 if scope is self:
                     break
-                scope.cover()
+                scope.cover(until)
             self._withdraw()
-            self._leave_alone()
+            self._leave_alone(until)
 
-    def _leave_alone(self) -> None:
+    def _leave_alone(self, until: float) -> None:
         self._shield = True
-        self._start_grace()
+        self._end_grace_at(until)
 
-    def cover(self) -> None:
+    def cover(self, until: float) -> None:
         """A scope further out has told the task. Between that one and this something may strike beside: a task group."""
         self.is_delivered = True
         self._forget_error()
         self._withdraw()
-        self._leave_alone()
+        self._leave_alone(until)
 
     def _withdraw(self) -> None:
         """Take the scope's own cancellation back until the grace is over, so that it is not repeated at once."""
@@ -191,9 +205,9 @@ class _OurScope(CancelScope):
             self._cancel_handle.cancel()
             self._cancel_handle = None
 
-    def _start_grace(self) -> None:
+    def _end_grace_at(self, until: float) -> None:
         # Not through the property: asyncio keeps a timer that was cancelled, and with anyio's the request's context.
-        self._deadline = self._loop.time() + self._grace
+        self._deadline = until
         self._stop_timer()
         if self._deadline < math.inf:
             timer: Any = self._loop.call_at(self._deadline, self._become_firm)
@@ -259,7 +273,7 @@ class _OurScope(CancelScope):
         """Whether a cancellation of ours, from this scope or through it, is to reach the task."""
         if self.is_delivered or self._cancel_called:
             return not self.is_delivered
-        return CancelScope._parent_cancellation_is_visible_to_us.fget(self) and self._comes_from_ours()  # type: ignore[attr-defined,no-any-return]
+        return _is_visible(self) and self._comes_from_ours()
 
     def _keep_count_in_task(self) -> None:
         """Take back now what anyio would hand on to a scope of another task.
@@ -334,7 +348,7 @@ class AsyncioPoliteScope(_OurScope):
 
     @property
     def _parent_cancellation_is_visible_to_us(self) -> bool:
-        return self._is_covered or CancelScope._parent_cancellation_is_visible_to_us.fget(self)  # type: ignore[attr-defined]
+        return self._is_covered or _is_visible(self)
 
     @property
     def _is_only_one(self) -> bool:
@@ -358,6 +372,8 @@ class AsyncioPoliteScope(_OurScope):
             exc = exc.__context__
 
     def cancel_politely(self, why: str) -> None:
+        if self._spared is not None:
+            self._spared.look_again()
         self._asked = True
         if self._cancel_reason is None:
             # Not as anyio words it, by which it knows its own: with our shield above it, a scope further in would take
@@ -441,9 +457,9 @@ class AsyncioPoliteScope(_OurScope):
             self._is_covered = True
         super().deliver()
 
-    def cover(self) -> None:
+    def cover(self, until: float) -> None:
         self._is_covered = True
-        super().cover()
+        super().cover(until)
 
     def take_for_delivered(self) -> None:
         # Not shielded: whoever catches the exception works on, and whatever else strikes may stop that.
@@ -451,7 +467,7 @@ class AsyncioPoliteScope(_OurScope):
             self.is_delivered = True
             self._forget_error()
             self._withdraw()
-            self._start_grace()
+            self._end_grace_at(self._loop.time() + self._grace)
 
     def _become_firm(self) -> None:
         self._timeout_handle = None
@@ -545,7 +561,7 @@ class AsyncioGate(_OurScope):
         if not self.is_delivered and self._grace > 0:
             self.is_delivered = True
             self._forget_error()
-            self._leave_alone()
+            self._leave_alone(self._loop.time() + self._grace)
 
     def _become_firm(self) -> None:
         self._timeout_handle = None

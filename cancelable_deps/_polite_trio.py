@@ -245,14 +245,15 @@ class TrioGate:
         self._forget_error()
         if self._grace > 0:
             _let_pass(self.status)
+            until = self._loop.time() + self._grace
             for scope in inside:
-                scope.cover()
+                scope.cover(until)
             self._withdraw()
-            self._leave_alone()
+            self._leave_alone(until)
 
-    def _leave_alone(self) -> None:
+    def _leave_alone(self, until: float) -> None:
         self._scope.shield = True
-        self._scope.deadline = self._loop.time() + self._grace
+        self._scope.deadline = until
 
     @property
     def is_told(self) -> bool:
@@ -260,12 +261,12 @@ class TrioGate:
         is_shielded: bool = self._scope.shield
         return is_shielded
 
-    def cover(self) -> None:
+    def cover(self, until: float) -> None:
         """A scope further out has told the task. Between that one and this something may strike beside: a task group."""
         self.is_delivered = True
         self._forget_error()
         self._withdraw()
-        self._leave_alone()
+        self._leave_alone(until)
 
     def _withdraw(self) -> None:
         """Take the scope's own cancellation back until the grace is over, so that it is not repeated at once."""
@@ -277,7 +278,7 @@ class TrioGate:
         if not self.is_delivered and self._grace > 0:
             self.is_delivered = True
             self._forget_error()
-            self._leave_alone()
+            self._leave_alone(self._loop.time() + self._grace)
 
     # A task that an exception has told.
 
@@ -346,6 +347,8 @@ class TrioPoliteScope(TrioGate):
         return super().deadline if self.is_delivered else min(super().deadline, self._deadline)
 
     def cancel_politely(self, why: str) -> None:
+        if self._spared is not None:
+            self._spared.look_again()
         self._asked = True
         if self._held or self.is_delivered:
             return
@@ -370,9 +373,9 @@ class TrioPoliteScope(TrioGate):
                 self.status.__class__ = _Passing
         super().deliver(inside)
 
-    def cover(self) -> None:
+    def cover(self, until: float) -> None:
         self._is_covered = True
-        super().cover()
+        super().cover(until)
 
     def take_for_delivered(self) -> None:
         # Not shielded: whoever catches the exception works on, and whatever else strikes may stop that.
