@@ -1,4 +1,4 @@
-"""Polite cancellation on trio: three private hooks.
+"""Polite cancellation on trio: four private hooks.
 
 * Whatever reaches a task is sent to ``Task.coro``. While scopes of ours are open in a task, that is a `_Stepper`, which
   sees a ``trio.Cancelled`` arrive. Only then is a cancellation delivered, and only then may a shield rise: trio's own
@@ -6,6 +6,7 @@
 * A scope that closes asks its ``CancelStatus`` whether a cancellation from outside is visible, and if not takes what
   passes for its own. With our shield above it, it would, and the code behind it run as if all had been done. So those
   that are open at the moment of delivery are made to say yes.
+* A task that waits for a nursery's children is sent no cancellation: it has it from them, in ``Nursery._pending_excs``.
 * A ``CancelStatus`` asks "any object with attributes `deadline`, `shield`, and `cancel_called`", and ours is asked
   instead of its scope: the deadline that it tells is that of our timer, which alone may strike.
 """
@@ -379,7 +380,7 @@ class TrioPoliteScope(TrioGate):
 
     def take_for_delivered(self) -> None:
         # Not shielded: whoever catches the exception works on, and whatever else strikes may stop that.
-        if not self.is_delivered and self._grace > 0:
+        if not self.is_delivered and self._grace > 0 and not self._is_about_to_be_told:
             self.is_delivered = True
             self._forget_error()
             self._withdraw()
@@ -404,10 +405,14 @@ class TrioPoliteScope(TrioGate):
         else:
             self.status.recalculate()
 
+    @property
+    def _is_about_to_be_told(self) -> bool:
+        """Whether another task asks, and this one is scheduled: trio's checkpoint, half-way, must find what it saw."""
+        is_scheduled = self._task._next_send_fn is not None and self._task is not _current_task()
+        return is_scheduled and bool(self._scope.cancel_called)
+
     def hold(self) -> None:
-        # What is about to be raised in the task stays: trio's checkpoint, half-way, would find nothing to raise.
-        is_about_to_be_told = self._task._next_send_fn is not None and self._task is not _current_task()
-        if not self.is_delivered and not is_about_to_be_told:
+        if not self.is_delivered and not self._is_about_to_be_told:
             self._held = True
             self._withdraw()
 

@@ -30,7 +30,10 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
 
     A child that fails cancels the others, as in any task group, but its exception arrives as itself where it is the
     only one or an ``HTTPException``. Each child has its own grace for its cleanup, whether the block, the group or a
-    sibling's failure cancelled it.
+    sibling's failure cancelled it; also if that was one group further out.
+
+    The members of a plain anyio group inside have none, unless they open a block of their own: anyio repeats their
+    cancellation at every ``await``.
     """
 
     _is_open = False

@@ -8,18 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext, suppress
+from typing import Any
 
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
 import pytest
+import trio
+from starlette.background import BackgroundTask
+from starlette.responses import PlainTextResponse
+from starlette.types import Message, Receive, Scope, Send
+from trio._core._run import CancelStatus
 
 from benchmarks.nests import Nest, run_nest
-from cancelable_deps import (
-    Cancelable,
-    CancelationError,
-    TimeoutCancelation,
-)
+from cancelable_deps import Cancelable, CancelationError, RequestCancelationMiddleware, TimeoutCancelation
 from cancelable_deps._backend import current_loop
 from cancelable_deps._polite import PoliteScope, polite_scope
 from cancelable_deps._testing_clock import _clock
@@ -31,7 +33,6 @@ from .leftovers import nothing_left
 
 pytestmark = pytest.mark.anyio
 on_trio = pytest.mark.parametrize("anyio_backend", ["trio"])
-on_asyncio = pytest.mark.parametrize("anyio_backend", ["asyncio"])
 
 LONG = 100
 
@@ -553,6 +554,77 @@ async def test_a_scope_that_was_released_can_be_struck_once_more_and_tells_polit
             await anyio.lowlevel.checkpoint()
             journal.append("undisturbed")
     assert journal == ["undisturbed"]
+
+
+@pytest.mark.parametrize("where", ["send", "background"])
+async def test_a_response_that_has_started_does_not_outlive_the_cancellation_of_others(where: str) -> None:
+    sent: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await anyio.lowlevel.checkpoint()
+        await PlainTextResponse("answer", background=BackgroundTask(anyio.sleep_forever))(scope, receive, send)
+
+    async def send(message: Message) -> None:
+        sent.append(message["type"])
+        if where == "send":
+            await anyio.sleep_forever()
+
+    async def receive() -> Message:
+        await anyio.sleep_forever()
+        raise AssertionError
+
+    async with nothing_left(), anyio.create_task_group() as tasks:
+        tasks.start_soon(RequestCancelationMiddleware(app), {"type": "http", "path": "/", "headers": []}, receive, send)
+        await settled()
+        assert sent[0] == "http.response.start"
+        tasks.cancel_scope.cancel()
+
+
+@on_trio
+async def test_a_trio_scope_asks_its_status_when_it_closes_and_nobody_is_inside() -> None:
+    asked: list[tuple[bool, bool]] = []
+
+    class Asked(CancelStatus):
+        __slots__ = ()
+
+        @property
+        def parent_cancellation_is_visible_to_us(self) -> bool:
+            asked.append((bool(self._tasks or self._children), self._scope.cancel_called))
+            return True
+
+    with pytest.raises(trio.Cancelled), trio.CancelScope() as scope:
+        status: Any = scope._cancel_status
+        status.__class__ = Asked
+        scope.cancel()
+        assert all(has_tasks for has_tasks, _ in asked)
+        await trio.sleep_forever()
+    assert asked[-1] == (False, True)
+    assert not scope.cancelled_caught
+
+
+@on_trio
+async def test_a_nursery_whose_children_were_cancelled_knows_it_before_its_task_goes_on() -> None:
+    seen: list[tuple[bool, list[type[BaseException]]]] = []
+    task: Any = trio.lowlevel.current_task()
+    own = task.coro
+
+    class Looking:
+        def send(self, value: Any) -> Any:
+            open_ones = task._child_nurseries[before:]
+            seen.extend((nursery._closed, [type(exc) for exc in nursery._pending_excs]) for nursery in open_ones)
+            return own.send(value)
+
+    before = len(task._child_nurseries)
+    with trio.CancelScope() as scope:
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.sleep_forever)
+                await trio.lowlevel.cancel_shielded_checkpoint()
+                scope.cancel()
+                task.coro = Looking()
+        finally:
+            task.coro = own
+    assert seen == [(True, [trio.Cancelled])]
 
 
 @movable_clock
