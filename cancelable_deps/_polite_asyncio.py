@@ -95,7 +95,7 @@ def _let_pass(scope: CancelScope) -> None:
     todo = list(scope._child_scopes)
     while todo:
         inner = todo.pop()
-        if not inner._shield:
+        if not inner.shield:
             if type(inner) is CancelScope:
                 inner.__class__ = _Passing
             todo += inner._child_scopes
