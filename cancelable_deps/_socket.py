@@ -76,7 +76,8 @@ class SocketState(RequestState):
         self._quiet = False
         block = current_cancelable()
         if by_receiving and block is not None and self.token.cause is not None:
-            block._is_told(self.token.cause)
+            # The message tells the task, which may take as long for what it does then as for a cleanup.
+            block._is_told(self.token.cause, None)
 
     @property
     def has_listeners(self) -> bool:

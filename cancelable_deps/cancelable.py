@@ -16,7 +16,7 @@ from ._deadlines import CLOSE, new_line, wait_alone, wait_belatedly
 from ._exceptions import answer_of_group, carries_cancelation, collapse, raise_as_it_is
 from ._foreign import EXITS, ThisTask, is_anothers
 from ._members import Members, with_one_more, without
-from ._polite import polite_scope
+from ._polite import polite_scope, tell
 from ._refusal import NotADependency
 from ._sections import Deferral, Shield
 from .errors import CancelationError, ParentCancelation
@@ -299,17 +299,25 @@ class Cancelable:
         if self._deadline < math.inf and self._loop is not None and self._loop.time() >= self._deadline:
             self._expire()
         if self._token.cause is not None:
-            self._is_told(self._token.cause)
-            self._token.check()
+            error = self._token.cause.error()
+            self._is_told(self._token.cause, error)
+            raise error
         if self._parent is not None:
             self._parent.check()
 
-    def _is_told(self, cause: Cause) -> None:
+    def _is_told(self, cause: Cause, error: BaseException | None) -> None:
         """The task has, or is about to get, the error; what it then cleans up is not to be hit as well."""
         loop = self._loop
         if loop is None or not loop.is_running_here():
             return
         task = loop.current_task()
+        if task is None:
+            return
+        self._take_for_delivered(cause, task)
+        if error is not None:
+            tell(loop, error)
+
+    def _take_for_delivered(self, cause: Cause, task: object) -> None:
         gate = None if self._group_gates is None else self._group_gates.get(task)
         if gate is not None and self._token.cause is cause:
             gate.take_for_delivered()
@@ -319,7 +327,8 @@ class Cancelable:
         if block is None or block._task is not task:
             return
         while block is not None:
-            if block._token.cause is cause and (scope := block._begun_scope()) is not None:
+            scope = block._begun_scope()
+            if scope is not None and block._token.cause is cause:
                 scope.take_for_delivered()
             block = block._parent
 
@@ -563,7 +572,7 @@ class Cancelable:
         return self._scope
 
     def _begin(self, loop: EventLoop) -> None:
-        self._scope = polite_scope(loop, self._cleanup_grace, self._expire)
+        self._scope = polite_scope(loop, self._cleanup_grace)
         self._scope.begin(self._deadline, self._position)
         self._position = None
         self._watch(loop)
@@ -580,9 +589,10 @@ class Cancelable:
         self._unlisten()
         self._ended = self._started
         self._note(cause)
+        error = cause.error()
         if parent is not None:
-            parent._is_told(cause)
-        raise cause.error()
+            parent._is_told(cause, error)
+        raise error
 
     def _runs_in(self, task: object) -> bool:
         """Whether ``task`` is the one that a cancellation of this block reaches first."""
@@ -649,8 +659,7 @@ class Cancelable:
             return
         with telling_everybody():
             # First: a gate further in looks whether its block is cancelled when the cancellation comes by.
-            for child in children:
-                child._mark(f"The enclosing {self!r}")
+            self._mark_children(scope)
             self._stop(scope, cause)
 
     def _open_children(self) -> list[Cancelable]:
@@ -685,9 +694,15 @@ class Cancelable:
         # Its scopes stand inside those of the parent, which delivers; here only cause and callbacks are still missing.
         self._only_marked = True
         # First: one that listens to our token would take the cause for its own, and deliver a second time.
-        for child in self._open_children():
-            child._mark(f"The enclosing {self!r}")
+        self._mark_children(self._scope)
         self._token.cancel_nowait(CancelationReason.PARENT, message)
+
+    def _mark_children(self, scope: PoliteScope | None) -> None:
+        for child in self._open_children():
+            inner = child._begun_scope()
+            # One that is finished first, in a shield, has its own limits until then.
+            if scope is None or inner is None or scope.reaches(inner):
+                child._mark(f"The enclosing {self!r}")
 
     def _leave(self, exc: BaseException | None) -> BaseException | None:
         """Close the block; the exception that should leave it, which is ``exc`` itself if nothing is to be changed."""
@@ -721,7 +736,11 @@ class Cancelable:
             is_told = isinstance(outcome, CancelationError)
             self._leave_parents(self._parent, is_told or (scope is not None and scope.is_delivered))
             if is_told and self._token.cause is not None:
-                self._parent._is_told(self._token.cause)
+                self._parent._take_for_delivered(self._token.cause, self._loop.current_task())
+        if outcome is not None and (
+            isinstance(outcome, CancelationError) or (scope is not None and scope.is_delivered)
+        ):
+            tell(self._loop, outcome)
         if not self._is_unsettled:
             self._let_go()
         return outcome
@@ -746,15 +765,14 @@ class Cancelable:
     def _end(self, scope: PoliteScope, exc: BaseException | None) -> BaseException | None:
         self._stop_timers()
         remaining = scope.end(exc)
-        if exc is None and not scope.swallowed:
-            return None
-        return self._outcome(exc, remaining)
+        return None if exc is None else self._outcome(exc, remaining)
 
     def _outcome(self, exc: BaseException | None, remaining: BaseException | None) -> BaseException:
         if remaining is None:
             return self._stopped(exc)
         remaining = self._take_apart(remaining)
-        if self._token.is_cancelled and self._loop is not None and is_anothers(remaining, self._loop):
+        is_ours_to_tell = self._token.is_cancelled and not self._only_marked
+        if is_ours_to_tell and self._loop is not None and is_anothers(remaining, self._loop):
             # Such as a future that a callback has cancelled, before our own cancellation has come so far.
             return self._stopped(remaining)
         if isinstance(remaining, ParentCancelation) and self._token.is_cancelled:
@@ -770,9 +788,6 @@ class Cancelable:
         return answer_of_group(exc) if self.takes_groups_apart else exc
 
     def _stopped(self, exc: BaseException | None) -> BaseException:
-        if not self._token.is_cancelled:
-            # The loop was blocked for so long that the scope's trailing deadline overtook our timer.
-            self._expire()
         assert self._token.cause is not None
         self._note(self._token.cause)
         error = self._token.cause.error()

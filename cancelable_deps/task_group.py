@@ -12,7 +12,7 @@ import anyio.lowlevel
 from ._backend import current_loop
 from ._exceptions import raise_as_it_is
 from ._foreign import ThisTask, as_failure, is_anothers
-from ._polite import Gate, polite_gate
+from ._polite import Gate, polite_gate, tell
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,7 +31,10 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
 
     A child that fails cancels the others, as in any task group, but its exception arrives as itself where it is the
     only one or an ``HTTPException``. Each child has its own grace for its cleanup, whether the block, the group or a
-    sibling's failure cancelled it.
+    sibling's failure cancelled it; also if that was one group further out.
+
+    The members of a plain anyio group inside have none, unless they open a block of their own: anyio repeats their
+    cancellation at every ``await``.
     """
 
     _is_open = False
@@ -70,6 +73,7 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
     ) -> bool:
         # A child that has ended makes the group cancel its body, and so its cleanup, once more: hence a gate here too.
         raised = exc = self._gate.end(exc) or exc
+        is_told = self._gate.is_delivered
         del self._gate, self._gates[self._block._task]  # It knows us: a cycle.
         # The group cancels itself when its body fails, and takes whatever anyio has worded for that.
         is_failure = exc is not None and is_anothers(exc, self._loop)
@@ -81,6 +85,8 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         self._is_open = False
         self._block._group_scope = self._block._group_gates = None
         outcome = self._block._leave(raised)
+        if is_told and outcome is not None:
+            tell(self._loop, outcome)
         if self._block._is_unsettled:
             await self._block._settle()
         try:
@@ -138,8 +144,6 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         finally:
             del self._gates[task]
         gate.end(None)
-        if gate.swallowed:
-            await anyio.lowlevel.checkpoint()
         return result
 
     def _make_gate(self) -> Gate:

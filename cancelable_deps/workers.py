@@ -159,7 +159,6 @@ class _ThreadScope:
     """Stands for the scopes of a block that no scope can reach: it is stopped by `Cancelable.check` alone."""
 
     is_delivered = False
-    swallowed = False
 
     def __init__(self, task: int) -> None:
         self.task = task
@@ -170,6 +169,9 @@ class _ThreadScope:
         return exc
 
     def cancel_politely(self, why: str) -> None: ...
+
+    def reaches(self, inner: object) -> bool:
+        return True
 
     def take_for_delivered(self) -> None: ...
 
@@ -244,8 +246,8 @@ async def run_in_thread(
         raise TypeError(f"run_in_thread() takes a plain function, and {func!r} is `async def`: await it here")
     try:
         return await call_in_thread(partial(func, *args), abandon_on_cancel, limiter)
-    except CancelationError:
-        _tell_enclosing_blocks()
+    except CancelationError as error:
+        _tell_enclosing_blocks(error)
         raise
 
 
@@ -288,12 +290,12 @@ def _is_being_stopped() -> bool:
     return block is not None
 
 
-def _tell_enclosing_blocks() -> None:
+def _tell_enclosing_blocks(error: CancelationError) -> None:
     # The error came by way of the thread: what this task now cleans up is not to be hit by the cancellation as well.
     block = _current.get()
     while block is not None:
         if block._token.cause is not None:
-            block._is_told(block._token.cause)
+            block._is_told(block._token.cause, error)
         block = block._parent
 
 
