@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from asyncio import CancelledError, current_task, get_running_loop
+from contextvars import Context
 from itertools import count
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -566,6 +567,62 @@ class AsyncioGate(_OurScope):
     def _become_firm(self) -> None:
         self._timeout_handle = None
         self.cancel()
+
+
+class AsyncioTaskGate(AsyncioGate):
+    """A gate around all that is left of a task that is not ours, put there while the task runs."""
+
+    __slots__ = ()
+
+    def put_around(self, ended: Callable[[bool], object]) -> None:
+        """Enter belatedly: around every scope that the task has entered itself, inside of those it was started in.
+
+        ``ended(was_cancelled)`` is called when the task has ended.
+        """
+        task: Any = current_task()
+        # A task that is not anyio's is cancelled once, and needs no gate.
+        is_in_place = _states is not None and task in _states
+        if is_in_place:
+            self._put_around(task, _states[task])
+
+        def task_ended(_: object) -> None:
+            if is_in_place:
+                self._take_away()
+            ended(task.cancelled())
+
+        task.add_done_callback(task_ended, context=Context())
+
+    def _put_around(self, task: Any, state: Any) -> None:
+        inner, outer = None, state.cancel_scope
+        while outer is not None and outer._host_task is task:
+            inner, outer = outer, outer._parent_scope
+        self._host_task = task
+        self._cancelling_at_enter = task.cancelling()
+        self._active = True
+        self._parent_scope = outer
+        if outer is not None:
+            outer._child_scopes.add(self)
+        if inner is None:
+            state.cancel_scope = self
+            self._tasks.add(task)
+            if outer is not None:
+                outer._tasks.discard(task)
+        else:
+            inner._parent_scope = self
+            self._child_scopes.add(inner)
+            if outer is not None:
+                outer._child_scopes.discard(inner)
+
+    def _take_away(self) -> None:
+        self._forget_error()
+        self._active = False
+        for handle in (self._timeout_handle, self._cancel_handle):
+            if handle is not None:
+                handle.cancel()
+        self._timeout_handle = self._cancel_handle = None
+        if self._parent_scope is not None:
+            self._parent_scope._child_scopes.discard(self)
+        self._host_task = self._parent_scope = None
 
 
 def tell(error: BaseException) -> None:

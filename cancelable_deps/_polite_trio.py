@@ -24,6 +24,8 @@ from trio._core._run import CancelStatus
 from ._polite import Spared, leave
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ._backend import EventLoop
     from ._polite import IsOurs, Mark
 
@@ -52,7 +54,17 @@ class _Stepper:
     def send(self, value: Any) -> Any:
         if _is_cancelled(value) or self._is_told_by_children():
             self.tell()
-        return self._coro.send(value)
+        try:
+            return self._coro.send(value)
+        except BaseException:
+            self._end()
+            raise
+
+    def _end(self) -> None:
+        """Take away what was put around all of the task, which has ended."""
+        for scope in list(self.scopes):
+            if isinstance(scope, TrioTaskGate):
+                scope.take_away()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._coro, name)
@@ -320,6 +332,47 @@ class TrioGate:
         if self._spared is not None:
             self._spared.end()
             self._spared = None
+
+
+class TrioTaskGate(TrioGate):
+    """A gate around all that is left of a task that is not ours, put there while the task runs."""
+
+    __slots__ = ("_ended",)
+
+    def put_around(self, ended: Callable[[bool], object]) -> None:
+        """Enter belatedly, inside of the nursery that the task was started in; ``ended(False)`` is called at its end."""
+        self._ended = ended
+        task = self._task
+        nursery = task.parent_nursery
+        outer = None if nursery is None else nursery._cancel_status
+        inner, status = None, task._cancel_status
+        while status is not None and status is not outer:
+            inner, status = status, status._parent
+        if status is None:
+            # No task of a nursery's, or one that was moved to another one: nothing is known of its scopes.
+            return
+        self.status = self._scope._cancel_status = CancelStatus(scope=self._scope, parent=outer)
+        self.status._scope = self
+        if inner is None:
+            task._activate_cancel_status(self.status)
+        else:
+            inner.parent = self.status
+        self._stepper = _Stepper.of(task)
+        self._stepper.scopes.insert(0, self)
+
+    def take_away(self) -> None:
+        self._forget_error()
+        self._stepper.remove(self)
+        self._scope.deadline = math.inf
+        if self._task._cancel_status is self.status:
+            self._task._activate_cancel_status(self.status._parent)
+        self.status.close()
+        self.status._scope = self._scope
+        self._scope._cancel_status = None
+        ended = self._ended
+        del self._stepper, self.status, self._ended
+        self._is_ours = _nothing_is_ours
+        ended(False)
 
 
 class TrioPoliteScope(TrioGate):

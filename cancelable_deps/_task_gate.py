@@ -1,12 +1,12 @@
 """A grace for the cleanup of a task that is not ours, and is cancelled by its own task group.
 
-Starlette and others send a stream from a child task, and cancel that when they hear that the client has left. anyio
-repeats a cancellation at every ``await``, also in the cleanup of the stream's generator.
+Starlette and others send a stream from a child task, and cancel that when they hear that the client has left. anyio and
+trio repeat a cancellation at every ``await``, also in the cleanup of the stream's generator.
 """
 
 from __future__ import annotations
 
-from contextvars import Context
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,65 +17,21 @@ if TYPE_CHECKING:
 
 
 def guard_running_task(loop: EventLoop, grace: float, is_ours: IsOurs, ended: Callable[[bool], object]) -> None:
-    """Put a gate around all that is left of the calling task, and call ``ended(was_cancelled)`` when it has ended."""
-    if loop.is_trio:
-        return
-    from asyncio import current_task
+    """Put a gate around all that is left of the calling task.
 
-    task: Any = current_task()
-    gate = _AsyncioTaskGate(loop, grace, is_ours)
-    gate.put_around(task)
-
-    def task_ended(_: object) -> None:
-        gate.take_away()
-        ended(task.cancelled())
-
-    task.add_done_callback(task_ended, context=Context())
+    ``ended(was_cancelled)`` is called when the task has ended. On trio it is never told of a cancellation: there one
+    comes only from the scopes around it.
+    """
+    _gate(loop.is_trio)(loop, grace, is_ours).put_around(ended)
 
 
-def _asyncio_task_gate() -> Any:
-    from ._polite_asyncio import AsyncioGate, _states
+@cache
+def _gate(is_trio: bool) -> Any:
+    # Each loads only where its backend runs.
+    if is_trio:
+        from ._polite_trio import TrioTaskGate
 
-    class AsyncioTaskGate(AsyncioGate):
-        __slots__ = ()
-
-        def put_around(self, task: Any) -> None:
-            """Enter belatedly: around every scope that the task has entered itself, inside of those it was started in."""
-            state = _states.get(task)
-            if state is None:
-                # No task of anyio's: it is cancelled once.
-                return
-            inner, outer = None, state.cancel_scope
-            while outer is not None and outer._host_task is task:
-                inner, outer = outer, outer._parent_scope
-            self._host_task = task
-            self._cancelling_at_enter = task.cancelling()
-            self._active = True
-            self._parent_scope = outer
-            if outer is not None:
-                outer._child_scopes.add(self)
-            if inner is None:
-                state.cancel_scope = self
-                self._tasks.add(task)
-                if outer is not None:
-                    outer._tasks.discard(task)
-            else:
-                inner._parent_scope = self
-                self._child_scopes.add(inner)
-                if outer is not None:
-                    outer._child_scopes.discard(inner)
-
-        def take_away(self) -> None:
-            """Leave no trace; the task has ended."""
-            self._active = False
-            for handle in (self._timeout_handle, self._cancel_handle):
-                if handle is not None:
-                    handle.cancel()
-            if self._parent_scope is not None:
-                self._parent_scope._child_scopes.discard(self)
-            self._host_task = self._parent_scope = None
+        return TrioTaskGate
+    from ._polite_asyncio import AsyncioTaskGate
 
     return AsyncioTaskGate
-
-
-_AsyncioTaskGate: Any = _asyncio_task_gate()

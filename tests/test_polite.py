@@ -622,7 +622,7 @@ async def test_a_child_of_a_plain_group_that_failed_is_seen_as_without_a_block()
         raise KeyError
 
     async with nothing_left():
-        with pytest.raises(ExceptionGroup) as raised:  # noqa: PT012 - the group is what raises
+        with pytest.raises(ExceptionGroup) as raised:
             async with Cancelable(), anyio.create_task_group() as tasks:
                 tasks.start_soon(fail)
                 await anyio.sleep_forever()
