@@ -295,10 +295,7 @@ class _OurScope(CancelScope):
 
 
 class AsyncioPoliteScope(_OurScope):
-    """Both scopes in one: cancelled, and from the delivery on shielded and not cancelled.
-
-    So what is further in sees, as with two, a shield and the end of the grace; `end` shows anyio the whole truth.
-    """
+    """A scope that is cancelled, and from the delivery on shielded and not cancelled; `end` shows anyio the whole truth."""
 
     __slots__ = ("_asked", "_children", "_held", "_is_covered", "_serial")
 
