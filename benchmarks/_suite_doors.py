@@ -42,7 +42,7 @@ def cover_clients() -> None:
 def cover_stacks() -> None:
     """The middleware as the outermost of every application, and around everything mounted."""
     for kind in (Starlette, FastAPI):
-        kind.build_middleware_stack = _with_ours(kind.build_middleware_stack)  # type: ignore[method-assign]
+        kind.build_middleware_stack = _with_ours(kind.build_middleware_stack)  # type: ignore[method-assign,assignment]
     starlette.routing.Mount.handle = _handle_covered  # type: ignore[method-assign]
 
 
@@ -106,7 +106,7 @@ def _decorated_once(endpoint: Any) -> Any:
         covered = with_cancelation(endpoint)
     except TypeError:
         return endpoint
-    covered._is_covered = True  # type: ignore[attr-defined]
+    covered._is_covered = True
     return covered
 
 
@@ -160,6 +160,11 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_runtest_logfinish(nodeid: str) -> None:
     note(nodeid, outcomes[nodeid])
+
+
+def pytest_sessionfinish() -> None:
+    """Tell an end from the exit that a hanging test is given, whose code is that of a failure."""
+    JOURNAL.with_suffix(".complete").touch()
 
 
 def note(nodeid: str, outcome: dict[str, str]) -> None:
