@@ -47,6 +47,19 @@ def test_a_client_keeps_its_session_over_sse(served: Served, stack: str) -> None
     call_many_times(sse_client(f"http://127.0.0.1:{served.port}/{stack}/sse/sse"), "legacy")
 
 
+def test_a_stream_that_is_excluded_outlives_the_time_of_a_request(served: Served) -> None:
+    from mcp import Client
+    from mcp.client.sse import sse_client
+
+    async def calls() -> None:
+        url = f"http://127.0.0.1:{served.port}/excluded/sse/sse"
+        async with Client(sse_client(url), mode="legacy") as client:
+            result: Any = await client.call_tool("late", {})
+            assert result.content[0].text == "late"
+
+    anyio.run(calls)
+
+
 class Session:
     """A client by hand, so that it can leave when it likes."""
 

@@ -24,6 +24,12 @@ def make_server() -> MCPServer[Any]:
         return a + b
 
     @server.tool()
+    async def late() -> str:
+        """Answer later than the time of a request allows."""
+        await anyio.sleep(2 * SHORT)
+        return "late"
+
+    @server.tool()
     async def slow(key: str) -> str:
         async with watched(key, cleanup=None):
             await anyio.sleep_forever()
@@ -63,5 +69,6 @@ def apps() -> dict[str, Any]:
         "mw": build(OURS),
         "inside": build(OURS, BASED),
         "outside": build(BASED, OURS),
+        "excluded": build(Middleware(RequestCancelationMiddleware, default_timeout=SHORT, exclude="/sse/*")),
         "timed-mw": build(Middleware(RequestCancelationMiddleware, default_timeout=SHORT)),
     }
