@@ -17,18 +17,21 @@ from tests.servers import free_port
 
 STARTUP = 60
 """Seconds that either may take to start on a busy machine."""
-PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/bin"
+# Debian's /usr/sbin/rabbitmq-server changes to a user of its own, who may not write into our directories.
+PATH = f"/usr/lib/rabbitmq/bin:{os.environ.get('PATH', '')}:/usr/sbin:/usr/bin"
 
 
 def rabbitmq(folder: Path) -> Iterator[str]:
     command = shutil.which("rabbitmq-server", path=PATH)
     if command is None:
         pytest.skip("there is no rabbitmq-server on this machine")
-    port = free_port()
+    port, names = free_port(), str(free_port())
     settings = {
+        "ERL_EPMD_PORT": names,
         "RABBITMQ_NODENAME": f"compat{port}@localhost",
-        "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
-        "RABBITMQ_NODE_PORT": str(port),
+        # Files of our own: those of the machine come before the port that the environment names.
+        "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
+        "RABBITMQ_CONF_ENV_FILE": str(folder / "rabbitmq-env.conf"),
         "RABBITMQ_DIST_PORT": str(free_port()),
         "RABBITMQ_MNESIA_BASE": str(folder / "mnesia"),
         "RABBITMQ_LOG_BASE": str(folder / "log"),
@@ -36,10 +39,16 @@ def rabbitmq(folder: Path) -> Iterator[str]:
         "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "plugins"),
         "HOME": str(folder),
     }
-    with running([command], folder, os.environ | settings) as process:
-        wait_until(lambda: accepts(("127.0.0.1", port)), process, folder)
-        os.environ["AMQP_URL"] = url = f"amqp://guest:guest@127.0.0.1:{port}/"
-        yield url
+    (folder / "rabbitmq.conf").write_text(f"listeners.tcp.local = 127.0.0.1:{port}\n")
+    (folder / "rabbitmq-env.conf").touch()
+    try:
+        with running([command], folder, os.environ | settings) as process:
+            wait_until(lambda: accepts(("127.0.0.1", port)), process, folder)
+            os.environ["AMQP_URL"] = url = f"amqp://guest:guest@127.0.0.1:{port}/"
+            yield url
+    finally:
+        # It leaves Erlang's name server behind.
+        subprocess.run(["epmd", "-port", names, "-kill"], stdout=subprocess.DEVNULL, check=False)
 
 
 def mariadb(folder: Path) -> Iterator[str]:

@@ -43,7 +43,7 @@ def name_of(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a broker: that of ``AMQP_URL``, or one that is started here."""
+    """The URL of a broker that is started here."""
     yield from brokers.rabbitmq(tmp_path_factory.mktemp("rabbitmq"))
 
 

@@ -49,7 +49,7 @@ def test_a_handler_that_waits_for_a_message_is_stopped(served: Served, door: str
 
 
 @pytest.mark.parametrize("door", KINDS)
-def test_a_connection_stays_whole_wherever_in_the_package_its_users_are_cancelled(served: Served, door: str) -> None:
+def test_a_connection_whose_short_calls_are_shielded_stays_whole(served: Served, door: str) -> None:
     queue = f"compat-{new_key()}"
     for _ in range(20):
         served.hang_up(f"/{door}/storm/{queue}", after="waits")
