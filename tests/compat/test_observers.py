@@ -53,21 +53,21 @@ def test_prometheus_counts_a_timeout_as_504(served: Served, place: str) -> None:
     assert counted(served, f"prometheus-timed-{place}", 504)
 
 
+def span_of(served: Served, key: str, words: str) -> list[str]:
+    """The spans of a request, as soon as the one with ``words`` is among them."""
+    return [event for event in served.wait_for("otel", f"{key} {words}") if event.startswith(f"{key} ")]
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_the_span_of_a_hang_up_is_no_error(served: Served, place: str) -> None:
-    spans = len(served.events("otel"))
-    hang_up(served, f"opentelemetry-{place}")
-    while len(served.events("otel")) == spans:
-        served.ask(f"/prometheus-{place}/ping")
-    assert served.events("otel")[spans] == "GET /work/{name} 499 UNSET"
+    key = hang_up(served, f"opentelemetry-{place}")
+    assert len(span_of(served, key, "GET /work/{name} 499 UNSET")) == 1
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_the_span_of_a_timeout_is_an_error(served: Served, place: str) -> None:
-    spans = len(served.events("otel"))
-    time_out(served, f"opentelemetry-timed-{place}")
-    served.wait_for("otel", "GET /work/{name} 504 ERROR")
-    assert served.events("otel")[spans:] == ["GET /work/{name} 504 ERROR"]
+    key = time_out(served, f"opentelemetry-timed-{place}")
+    assert len(span_of(served, key, "GET /work/{name} 504 ERROR")) == 1
 
 
 @pytest.mark.parametrize("place", PLACES)

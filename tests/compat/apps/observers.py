@@ -30,8 +30,9 @@ class Said(SpanExporter):
         for span in spans:
             attributes = span.attributes or {}
             status = attributes.get("http.status_code", attributes.get("http.response.status_code"))
+            path = str(attributes.get("http.target", attributes.get("url.path")))
             if span.kind.name == "SERVER":
-                say("otel", span.name, status, span.status.status_code.name)
+                say("otel", path.rpartition("/")[2], span.name, status, span.status.status_code.name)
         return SpanExportResult.SUCCESS
 
 
