@@ -14,7 +14,7 @@ from tests.compat.served import Served
 from tests.servers import new_key
 
 STACKS = ("bare", "based", "mw", "inside", "outside")
-CALLS = 100
+CALLS = 200
 HEADERS = {"accept": "application/json, text/event-stream", "mcp-protocol-version": "2025-06-18"}
 # The SDK's own, also without us: its session tries to answer a call that it ends.
 CALL_AT_SHUTDOWN = "shutdown error response for request"
@@ -43,6 +43,9 @@ def test_a_client_keeps_its_session_over_http(served: Served, stack: str, mode: 
 def test_a_client_keeps_its_session_over_sse(served: Served, stack: str) -> None:
     from mcp.client.sse import sse_client
 
+    if stack in ("based", "inside", "outside"):
+        # The SDK's own, also without us: it answers once more when its stream has ended, which Starlette does not like.
+        served.expected.add("Unexpected message: {'type': 'http.response.start'")
     call_many_times(sse_client(f"http://127.0.0.1:{served.port}/{stack}/sse/sse"), "legacy")
 
 

@@ -18,14 +18,14 @@ from tests.compat.doors import SHORT, ends_with_its_server, say, watched, work
 
 
 async def endless(request: HttpRequest) -> HttpResponse:
-    key = request.headers["x-id"]
+    key = request.META["HTTP_X_ID"]
     request_finished.connect(lambda **_: say(key, "request finished"), weak=False, dispatch_uid=key)
     await work(key)
-    return HttpResponse("done")
+    return HttpResponse(b"done")
 
 
 async def stream(request: HttpRequest) -> StreamingHttpResponse:
-    key = request.headers["x-id"]
+    key = request.META["HTTP_X_ID"]
 
     async def chunks() -> Any:
         async with watched(key, cleanup=None):
@@ -37,7 +37,7 @@ async def stream(request: HttpRequest) -> StreamingHttpResponse:
 
 
 async def ping(request: HttpRequest) -> HttpResponse:
-    return HttpResponse("pong")
+    return HttpResponse(b"pong")
 
 
 urlpatterns = [path("work", endless), path("stream", stream), path("ping", ping)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+import anyio
 import socketio
 from fastapi import FastAPI
 
@@ -28,11 +29,11 @@ def build(door: Door, name: str = "") -> FastAPI:
 
     @server.event
     async def later(sid: str) -> None:
-        await server.sleep(2 * SHORT)
+        await anyio.sleep(2 * SHORT)
         await server.emit("late", to=sid)
 
     app = door.app(lifespan=ends_with_its_server())
-    app.mount("/socket.io", socketio.ASGIApp(server, socketio_path=None))
+    app.mount("/socket.io", socketio.ASGIApp(server, socketio_path=cast("Any", None)))
     return door.cover(app)
 
 

@@ -69,12 +69,12 @@ def stream() -> Response:
 
 
 def django_work(request: HttpRequest) -> HttpResponse:
-    wait_at_the_gate(request.headers["x-id"])
-    return HttpResponse("done")
+    wait_at_the_gate(request.META["HTTP_X_ID"])
+    return HttpResponse(b"done")
 
 
 def django_ping(request: HttpRequest) -> HttpResponse:
-    return HttpResponse("pong")
+    return HttpResponse(b"pong")
 
 
 urlpatterns = [path("work", django_work), path("ping", django_ping)]
