@@ -34,7 +34,8 @@ def cover_clients() -> None:
 
     def cover(self: TestClient, app: Any, *args: Any, **options: Any) -> None:
         make(self, app, *args, **options)
-        self._transport.app = RequestCancelationMiddleware(self._transport.app)  # type: ignore[attr-defined]
+        transport: Any = self._transport
+        transport.app = RequestCancelationMiddleware(transport.app)
 
     TestClient.__init__ = functools.wraps(make)(cover)  # type: ignore[method-assign]
 
