@@ -51,6 +51,8 @@ class _Stepper:
 
     def remove(self, scope: TrioGate) -> None:
         self.scopes.remove(scope)
+        if self.asked is scope:
+            self.asked = None
         if not self.scopes and self._task.coro is self:
             self._task.coro = self._coro
 
