@@ -64,30 +64,38 @@ def waits_for_thread_of_handler(task: Any) -> bool:
 
 def is_parsing_body(task: Any) -> bool:
     """Return whether FastAPI reads the body in ``task``, to parse it for the handler."""
-    for frame in _frames(task):
-        if frame.f_code is _FASTAPIS_HANDLER:
-            return "errors" not in frame.f_locals
-    return False
+    if _is_running(_coroutine(task)):
+        return _is_parsing(_frame_around(_FASTAPIS_HANDLER))
+    return _is_parsing(next((frame for frame in _frames(task) if frame.f_code is _FASTAPIS_HANDLER), None))
+
+
+def _is_parsing(frame: FrameType | None) -> bool:
+    return frame is not None and "errors" not in frame.f_locals
+
+
+def _frame_around(code: CodeType | None) -> FrameType | None:
+    """Return the frame of that code that the caller runs in."""
+    # Frames are not collected here: a list of them that is known to one of them is a cycle.
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame
+
+
+def _coroutine(task: Any) -> Any:
+    return task.get_coro() if hasattr(task, "get_coro") else task.coro
+
+
+def _is_running(coro: Any) -> bool:
+    return bool(getattr(coro, "cr_running", False))
 
 
 def _frames(task: Any) -> Iterator[FrameType]:
-    """Yield the frames of a task, outermost first."""
-    coro = task.get_coro() if hasattr(task, "get_coro") else task.coro
-    if getattr(coro, "cr_running", False):
-        yield from _running_frames(coro.cr_frame)
-        return
-    while coro is not None:
+    """Yield the frames of a task that waits, outermost first; none of one that runs."""
+    coro = _coroutine(task)
+    while coro is not None and not _is_running(coro):
         frame = getattr(coro, "cr_frame", None) or getattr(coro, "gi_frame", None)
         if frame is None:
             return
         yield frame
         coro = getattr(coro, "cr_await", None) or getattr(coro, "gi_yieldfrom", None)
-
-
-def _running_frames(outermost: FrameType) -> Iterator[FrameType]:
-    frames = []
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame is not outermost:
-        frames.append(frame)
-        frame = frame.f_back
-    return reversed([*frames, outermost])

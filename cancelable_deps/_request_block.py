@@ -280,6 +280,11 @@ class DoorBlock(RequestBlock):
         scope.spares = self._spares_what_has_returned
         super()._stop(scope, cause)
 
+    def _end(self, scope: PoliteScope, exc: BaseException | None) -> BaseException | None:
+        if self._token.cause is not None:
+            scope.spares = None  # It knows us, and is known by tracebacks: a cycle.
+        return super()._end(scope, exc)
+
     def _spares_what_has_returned(self, has_returned: bool = False) -> bool:
         """Hold a stop that is about to reach a handler that has returned; asked by the scope.
 

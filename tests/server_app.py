@@ -23,6 +23,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -128,6 +129,9 @@ async def recorded(request: Request, work: Work) -> Response:
         response = await work()
     except anyio.get_cancelled_exc_class():
         journal.add(key, f"cancelled:{reason_of(request)}")
+        raise
+    except ClientDisconnect:
+        journal.add(key, f"told:{reason_of(request)}")
         raise
     journal.add(key, "finished")
     return response

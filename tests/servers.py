@@ -307,3 +307,13 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     complaints = running.complaints()
     running.stop()
     assert not complaints, f"{running.variant.name} complains: {''.join(complaints)}"
+
+
+# Seconds that a handler works, long enough for its door to listen.
+WORKING = "0.03"
+
+
+def let_it_listen(server: Server) -> None:
+    """Give the requests in flight the time after which they are listened to, on the server's own clock."""
+    for _ in range(2):
+        server.ask("/bare/work", x_before=WORKING)

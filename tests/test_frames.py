@@ -175,17 +175,18 @@ async def test_a_stream_that_a_late_handler_returns_is_stopped() -> None:
     assert (call.status, call.is_complete) == (200, False)
 
 
-async def test_a_dependency_that_never_ends_is_stopped_after_a_grace() -> None:
+class NeverSent(Response):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await anyio.sleep_forever()
+
+
+async def test_a_response_that_is_never_sent_is_stopped_after_a_grace() -> None:
     app = FastAPI()
     app.add_middleware(RequestCancelationMiddleware, default_timeout=LIMIT, cleanup_grace=LIMIT)
 
-    async def session() -> AsyncIterator[str]:
-        yield "session"
-        await anyio.sleep_forever()
-
     @app.get("/")
-    async def order(session: str = Depends(session, scope="function")) -> str:
-        return session
+    async def order() -> Response:
+        return NeverSent()
 
     assert (await get(app)).status == 504
 

@@ -6,7 +6,7 @@ from contextlib import closing
 
 import pytest
 
-from tests.servers import Server, new_key, request
+from tests.servers import Server, let_it_listen, new_key, request
 
 pytest_plugins = ["tests.servers"]
 
@@ -33,11 +33,12 @@ def is_known_well(server: Server) -> bool:
 
 
 def hung_up_in(server: Server, path: str) -> list[str]:
-    """What became of a stream whose client leaves after its head."""
+    """What became of a stream whose client leaves after its head, when the first chunk is out."""
     key = new_key()
     connection = server.connect()
     connection.send(request(path, key))
     connection.head()
+    let_it_listen(server)
     connection.reset()
     return server.journal(key, "ended")
 
