@@ -15,6 +15,8 @@ from contextvars import Context
 from inspect import CORO_CREATED, getcoroutinestate
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ._polite import marker
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
@@ -112,12 +114,9 @@ class AsyncioLoop:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        # The module behind it loads only where asyncio runs.
-        from ._polite_asyncio import make_marker
-
         self.time = loop.time
         self.extras: dict[Any, Any] = {}
-        self.mark = make_marker(loop)
+        self.mark = marker(loop)
         self.newcomers: dict[Newcomer, None] = {}
         self.is_awaiting_step = False
 

@@ -6,9 +6,9 @@ has been *delivered* to the task, the inner one is shielded against the repetiti
 own deadline. Shielding earlier would lose the cancellation: a task in a shielded section, in a worker thread or not yet
 at its first ``await`` has not seen it.
 
-anyio has no public way to see the moment of delivery in a block that somebody else's coroutine runs. What we use
+anyio has no direct way to see the moment of delivery in a block that somebody else's coroutine runs. What we use
 instead is private, and stands in `_polite_asyncio.py` and `_polite_trio.py`; `tests/test_polite.py` fails when it
-changes.
+changes. Where `_polite_known.py` finds something else installed, `_polite_public.py` gets there by detours.
 """
 
 from __future__ import annotations
@@ -16,8 +16,13 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ._polite_known import asyncio_is_known, trio_is_known
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import asyncio
+    from collections.abc import Awaitable, Callable
+
+    from anyio import CancelScope
 
     from ._backend import EventLoop
 
@@ -82,6 +87,29 @@ class Gate(Protocol):
         """As that of a `PoliteScope`."""
         ...
 
+    def fire(self) -> None:
+        """What is around it is cancelled, or about to be."""
+
+    def expect(self, is_cancelled: Callable[[], bool]) -> None:
+        """Let nothing through for two passes of the loop, after which what is around it may be cancelled."""
+
+    def watch(self, coro: Awaitable[Any]) -> Awaitable[Any]:
+        """What to await in place of ``coro``, so that the gate sees a cancellation arrive."""
+        ...
+
+
+class HookedGate:
+    """What a `Gate` that a hook tells of every cancellation does not need."""
+
+    __slots__ = ()
+
+    def fire(self) -> None: ...
+
+    def expect(self, is_cancelled: Callable[[], bool]) -> None: ...
+
+    def watch(self, coro: Awaitable[Any]) -> Awaitable[Any]:
+        return coro
+
 
 def polite_scope(loop: EventLoop, grace: float, overdue: Callable[[], object]) -> PoliteScope:
     """``overdue`` is called if a deadline of the scope's own fires because the loop was blocked; only trio has one."""
@@ -98,9 +126,22 @@ def polite_gate(loop: EventLoop, grace: float, is_ours: IsOurs) -> Gate:
     return gate
 
 
+def told_scope(loop: EventLoop, scope: CancelScope, gates: dict[Any, Gate]) -> CancelScope:
+    """``scope`` itself, or where no hook tells the ``gates`` inside of it, one in its place that does when cancelled."""
+    if hooks_are_known(loop.is_trio):
+        return scope
+    from ._polite_public import TellingScope
+
+    return TellingScope(loop, scope, gates)
+
+
 @cache
 def _classes(is_trio: bool) -> tuple[Any, Any]:
     # Each loads only where its backend runs.
+    if not hooks_are_known(is_trio):
+        from ._polite_public import PublicGate, PublicScope
+
+        return PublicScope, PublicGate
     if is_trio:
         from ._polite_trio import TrioGate, TrioPoliteScope
 
@@ -108,6 +149,24 @@ def _classes(is_trio: bool) -> tuple[Any, Any]:
     from ._polite_asyncio import AsyncioGate, AsyncioPoliteScope
 
     return AsyncioPoliteScope, AsyncioGate
+
+
+def hooks_are_known(is_trio: bool) -> bool:
+    """Whether the private parts that the hooks need are those that we know; otherwise public API has to do."""
+    return trio_is_known() if is_trio else asyncio_is_known()
+
+
+def marker(loop: asyncio.AbstractEventLoop) -> Callable[[], Mark] | None:
+    """A function that marks the place in which a scope may be put later; ``None`` if scopes are entered at once."""
+    if not hooks_are_known(False):
+        return None
+    from ._polite_asyncio import make_marker
+
+    return make_marker(loop)
+
+
+# At import, so that the warning, if there is one, is the first thing to be read. trio is not to be loaded for that.
+hooks_are_known(is_trio=False)
 
 
 def leave(scope: Any, exc: BaseException | None) -> BaseException | None:

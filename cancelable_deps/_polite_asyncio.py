@@ -16,7 +16,7 @@ from weakref import ref
 from anyio._backends import _asyncio as anyio_asyncio
 from anyio._backends._asyncio import CancelScope
 
-from ._polite import leave
+from ._polite import HookedGate, leave
 
 if TYPE_CHECKING:
     import asyncio
@@ -25,37 +25,14 @@ if TYPE_CHECKING:
     from ._backend import EventLoop
     from ._polite import IsOurs, Mark
 
-_states: Any = getattr(anyio_asyncio, "_task_states", None)
-_make_state: Any = getattr(anyio_asyncio, "TaskState", None)
-
-# What placing a scope knows of anyio's. If there is more to it one day, scopes are entered at once, by anyio.
-_KNOWN_SLOTS = {
-    "_active",
-    "_cancel_called",
-    "_cancel_handle",
-    "_cancel_reason",
-    "_cancelled_caught",
-    "_cancelling_at_enter",
-    "_child_scopes",
-    "_deadline",
-    "_host_task",
-    "_parent_scope",
-    "_pending_uncancellations",
-    "_shield",
-    "_tasks",
-    "_timeout_handle",
-}
-_may_place_later = (
-    set(CancelScope.__slots__) == _KNOWN_SLOTS
-    and hasattr(_states, "data")
-    and set(getattr(_make_state, "__slots__", ())) == {"__weakref__", "cancel_scope", "parent_id"}
-)
+_states: Any = anyio_asyncio._task_states
+_make_state: Any = anyio_asyncio.TaskState
 
 _serials = count()
 
 
-def make_marker(loop: asyncio.AbstractEventLoop) -> Callable[[], Mark] | None:
-    """A function that marks the place in which a scope may be put later; ``None`` if we do not know anyio well enough."""
+def make_marker(loop: asyncio.AbstractEventLoop) -> Callable[[], Mark]:
+    """A function that marks the place in which a scope may be put later."""
     # Its parts looked up once: a request calls it. The dictionary inside of anyio's weak one, for the same reason.
     serials = _serials.__next__
 
@@ -66,8 +43,6 @@ def make_marker(loop: asyncio.AbstractEventLoop) -> Callable[[], Mark] | None:
         state = find(ref(task))
         return task, None if state is None else state.cancel_scope, serials(), task.cancelling()
 
-    if not _may_place_later:
-        return None
     find = _states.data.get
     return mark
 
@@ -289,7 +264,7 @@ class AsyncioPoliteScope(CancelScope):
         return False
 
 
-class AsyncioGate(CancelScope):
+class AsyncioGate(HookedGate, CancelScope):
     """A scope inside of others, entered by anyio, that is shielded when a cancellation of ours has come through."""
 
     __slots__ = ("_grace", "_is_ours", "_loop", "is_delivered")
@@ -359,5 +334,5 @@ def _cancellations(scope: Any) -> int:
 
 def _runs_for_thread(task: Any) -> bool:
     """Whether anyio has started ``task`` for ``from_thread.run()``: beside the scope's own, the only ones of no group."""
-    state = None if _states is None else _states.get(task)
+    state = _states.get(task)
     return state is not None and state.parent_id is None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from ._polite import leave
+from ._polite import HookedGate, leave
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,7 +49,7 @@ class _Stepper:
         return getattr(self._coro, name)
 
 
-class TrioGate:
+class TrioGate(HookedGate):
     """From the moment of cancelling, the scope is shielded while the task runs, and open where it stands and waits.
 
     trio asks in two ways whether a task is cancelled: the scheduler does where the task waits, and that delivers. But

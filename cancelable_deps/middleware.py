@@ -175,7 +175,7 @@ class _Gateway:
 
         gate.begin()
         try:
-            await self.app(scope, receive, watched)
+            await gate.watch(self.app(scope, receive, watched))
         except BaseException as exc:
             exc = gate.end(exc) or exc
             raise_as_it_is(_cut_off(exc, state) if has_started else exc)

@@ -11,7 +11,7 @@ import anyio.lowlevel
 
 from ._backend import current_loop
 from ._exceptions import raise_as_it_is
-from ._polite import Gate, polite_gate
+from ._polite import Gate, polite_gate, told_scope
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +40,7 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
 
     @property
     def cancel_scope(self) -> CancelScope:  # type: ignore[override]
-        return self._group.cancel_scope
+        return self._scope
 
     @property
     def cancelable(self) -> Cancelable:
@@ -59,8 +59,8 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         self._gate = self._make_gate()
         self._gate.begin()
         self._is_open = True
-        self._block._group_scope = self._group.cancel_scope
         self._block._group_gates = self._gates = {self._block._task: self._gate}
+        self._block._group_scope = self._scope = told_scope(self._loop, self._group.cancel_scope, self._gates)
         return self
 
     async def __aexit__(
@@ -69,6 +69,10 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         # A child that has ended makes the group cancel its body, and so its cleanup, once more: hence a gate here too.
         raised = exc = self._gate.end(exc) or exc
         del self._gate, self._gates[self._block._task]  # It knows us: a cycle.
+        if exc is not None:
+            # The group is about to cancel its children.
+            for gate in self._gates.values():
+                gate.fire()
         try:
             if await self._group.__aexit__(exc_type, exc, traceback):
                 raised = None
@@ -123,8 +127,11 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         gate = self._gates[task] = self._make_gate()
         gate.begin()
         try:
-            result = await coro
+            result = await gate.watch(coro)
         except BaseException as exc:
+            # The group may be about to cancel its body and the other children.
+            for other in self._gates.values():
+                other.expect(self._is_cancelled)
             # The gate takes the cancellation that ends a grace for its own; to the group the child was cancelled.
             raise gate.end(exc) or exc  # noqa: B904
         finally:
@@ -138,4 +145,7 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         return polite_gate(self._loop, self._block._cleanup_grace, self._is_ours)
 
     def _is_ours(self, origin: object) -> bool:
-        return self._block.is_cancelled or self._group.cancel_scope.cancel_called
+        return self._block.is_cancelled or self._is_cancelled()
+
+    def _is_cancelled(self) -> bool:
+        return self._group.cancel_scope.cancel_called
