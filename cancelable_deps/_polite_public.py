@@ -220,7 +220,7 @@ class _Pair:
         if self._grace > 0:
             self.close()
             self._set_deadline(self._inner, self.loop.time() + self._grace)
-            self.nurseries.note()
+            self.nurseries.are_passed()
         if self._watch is not None and self.nurseries.are_open:
             self._watch.guard()
         else:
@@ -663,8 +663,16 @@ class Nurseries:
         self._is_lost = False
 
     def note(self) -> None:
+        """Remember those that are open now: one that is about to end is not shown any more, and swallows yet."""
+        for nursery in list(getattr(self._task, "child_nurseries", ()))[self._before :]:
+            if nursery not in self._open:
+                self._open.append(nursery)
+
+    def are_passed(self) -> None:
+        """The cancellation has been delivered: what was swallowed before that does not count any more."""
         self._is_lost = False
-        self._open = list(getattr(self._task, "childnurseries", ()))[self._before :]
+        self._open = [nursery for nursery in self._open if not nursery.cancel_scope.cancelled_caught]
+        self.note()
 
     def lose(self) -> None:
         self._is_lost = True

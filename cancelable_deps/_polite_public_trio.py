@@ -53,14 +53,13 @@ class TrioWatch:
         self._is_guarding = True
 
     def _offer(self) -> None:
+        # Left open while the task waits where it cannot be reached: at the end of a nursery, say, whose children can.
         self._is_scheduled = False
         self._pair.open()
-        self._look()
+        if self._is_scheduled:
+            self._was_reached()
 
-    def _look(self) -> None:
-        if not self._is_scheduled or _innermost(self.task) is _PASSING:
-            self._pair.close()
-            return
+    def _was_reached(self) -> None:
         self._is_struck = True
         self._is_in_checkpoint = is_in_checkpoint(self.task)
         if not self._is_in_checkpoint:
@@ -74,7 +73,12 @@ class TrioWatch:
         if self._is_guarding:
             return
         if not self._is_struck:
-            self._pair.open()
+            # It asks only where it has yielded. A nursery that it leaves would hand on the cancellation of its children.
+            self._pair.nurseries.note()
+            if _innermost(self.task) is _PASSING and _END_OF_NURSERY not in _codes_of(self.task):
+                self._pair.open()
+            else:
+                self._pair.close()
         elif self._is_in_checkpoint:
             self._pair.open()
         elif is_anothers(self._pair):
@@ -86,13 +90,17 @@ class TrioWatch:
     def after_step(self) -> None:
         if self._is_guarding:
             if self._pair.nurseries.have_swallowed:
-                self._pair.was_lost()
                 self._is_guarding = self._is_struck = False
+                self._pair.was_lost()
                 self._offer()
         elif self._is_struck:
             self._pair.was_delivered()
+        elif _innermost(self.task) is _PASSING:
+            pass
+        elif self._is_scheduled:
+            self._was_reached()
         else:
-            self._look()
+            self._offer()
 
 
 class _Instrument(trio.abc.Instrument):
@@ -185,12 +193,13 @@ def _innermost(task: Any) -> Any:
     return next((code for code in reversed(codes) if code in (_PASSING, _WAITING)), None)
 
 
-_PASSING, _WAITING, _CHECKPOINT = (
+_PASSING, _WAITING, _CHECKPOINT, _END_OF_NURSERY = (
     getattr(function, "__code__", None)
     for function in (
         trio.lowlevel.cancel_shielded_checkpoint,
         trio.lowlevel.wait_task_rescheduled,
         trio.lowlevel.checkpoint,
+        type(trio.open_nursery()).__aexit__,
     )
 )
 _IN_CHECKPOINT = (_CHECKPOINT, _WAITING)
