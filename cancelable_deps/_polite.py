@@ -90,6 +90,11 @@ class Gate(Protocol):
     def fire(self) -> None:
         """What is around it is cancelled, or about to be."""
 
+    @property
+    def is_passed_by(self) -> bool:
+        """Whether what it was told came from further out than the group that it belongs to, and is to go on outwards."""
+        ...
+
     def expect(self, is_cancelled: Callable[[], bool]) -> None:
         """Let nothing through for two passes of the loop, after which what is around it may be cancelled."""
 
@@ -102,6 +107,9 @@ class HookedGate:
     """What a `Gate` that a hook tells of every cancellation does not need."""
 
     __slots__ = ()
+
+    # A group recognises what is not its own by the words or the parents of its scope.
+    is_passed_by = False
 
     def fire(self) -> None: ...
 

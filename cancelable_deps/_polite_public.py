@@ -163,6 +163,7 @@ class _Pair:
     def _offer(self) -> None:
         # Innermost first: what a gate has been told does not reach its task a second time from here.
         for gate in reversed(self._gates):
+            gate.is_passed_by = gate.is_passed_by or self._is_outside_of(gate)
             gate.fire()
         if self._grace <= 0 or self.is_delivered or any(gate.task is self._task for gate in self._gates):
             # Of a grace that is over; or a gate in the same task stands in between, and tells us.
@@ -170,6 +171,10 @@ class _Pair:
         elif self._watch is None:
             self._watch = self._make_watch()
             self._watch.start()
+
+    def _is_outside_of(self, gate: PublicGate) -> bool:
+        """Whether the group of ``gate`` is inside of this."""
+        return True
 
     def _make_watch(self) -> Watch:
         if not self.loop.is_trio:
@@ -201,10 +206,11 @@ class _Pair:
         """Directly after anyio has cancelled the task, and before its next step, where two become one.
 
         A scope or group further in, with our shield above it, believes a cancellation in anyio's words to be its own
-        unless more is counted than when it was entered; and one whose child has handed its count on takes one off.
+        unless more is counted than when it was entered; and one whose child has handed its count on takes one off. It
+        has anyio's words too, as it may be this one that arrives, and a scope further out has to know it.
         """
         self._is_counted = True
-        self._task.cancel(self._why)
+        self._task.cancel(f"Cancelled via cancel scope {id(self._outer):x}; {self._why}")
 
     def was_delivered(self) -> None:
         """The watch, or whoever steps the task, has seen it."""
@@ -299,10 +305,11 @@ class PublicScope(_Pair):
 class PublicGate(_Pair):
     """A `Gate`. It is fired by the scopes around it, which know it, or finds out by stepping its task."""
 
-    __slots__ = ("_is_ours",)
+    __slots__ = ("_is_ours", "is_passed_by")
 
     def __init__(self, loop: EventLoop, grace: float, is_ours: IsOurs) -> None:
         super().__init__(loop, grace)
+        self.is_passed_by = False
         self._is_ours = is_ours
 
     def begin(self) -> None:
@@ -347,6 +354,10 @@ class PublicGate(_Pair):
 
             return TrioStepped(coro, self)
         return AsyncioStepped(coro, self)
+
+    def _is_outside_of(self, gate: PublicGate) -> bool:
+        # Those of one group ask the same one.
+        return self.is_passed_by or self._is_ours != gate._is_ours
 
     @property
     def is_open_to_us(self) -> bool:

@@ -34,6 +34,8 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
     """
 
     _is_open = False
+    _goes_on: BaseException | None = None
+    """A cancellation from further out, which the body or a child has seen, and the group is not to keep."""
 
     def __init__(self, block: Cancelable) -> None:
         self._block = block
@@ -68,16 +70,19 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
     ) -> bool:
         # A child that has ended makes the group cancel its body, and so its cleanup, once more: hence a gate here too.
         raised = exc = self._gate.end(exc) or exc
+        self._note_what_goes_on(self._gate, exc)
         del self._gate, self._gates[self._block._task]  # It knows us: a cycle.
         if exc is not None:
             # The group is about to cancel its children.
-            for gate in self._gates.values():
-                gate.fire()
+            for other in self._gates.values():
+                other.fire()
         try:
             if await self._group.__aexit__(exc_type, exc, traceback):
                 raised = None
         except BaseException as group_exc:
             raised = group_exc
+        # The group believes that it was cancelled by itself alone.
+        raised, self._goes_on = raised or self._goes_on, None
         self._is_open = False
         self._block._group_scope = self._block._group_gates = None
         outcome = self._block._leave(raised)
@@ -132,6 +137,7 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
             # The group may be about to cancel its body and the other children.
             for other in self._gates.values():
                 other.expect(self._is_cancelled)
+            self._note_what_goes_on(gate, exc)
             # The gate takes the cancellation that ends a grace for its own; to the group the child was cancelled.
             raise gate.end(exc) or exc  # noqa: B904
         finally:
@@ -140,6 +146,10 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         if gate.swallowed:
             await anyio.lowlevel.checkpoint()
         return result
+
+    def _note_what_goes_on(self, gate: Gate, exc: BaseException | None) -> None:
+        if gate.is_passed_by and isinstance(exc, anyio.get_cancelled_exc_class()):
+            self._goes_on = exc
 
     def _make_gate(self) -> Gate:
         return polite_gate(self._loop, self._block._cleanup_grace, self._is_ours)
