@@ -143,6 +143,13 @@ def told_scope(loop: EventLoop, scope: CancelScope, gates: dict[Any, Gate]) -> C
     return TellingScope(loop, scope, gates)
 
 
+def stop_telling(scope: CancelScope) -> None:
+    """The group of ``scope``, from `told_scope`, has ended."""
+    drop_timer = getattr(scope, "drop_timer", None)
+    if drop_timer is not None:
+        drop_timer()
+
+
 @cache
 def _classes(is_trio: bool) -> tuple[Any, Any]:
     # Each loads only where its backend runs.

@@ -14,6 +14,8 @@ What costs more, or is less exact, than with the hooks:
 * Where asyncio does not tell what a task waits for (an awaitable that is no future), it is offered every hundredth of
   a second: what follows a shielded section may run for so long.
 * A scope whose shield is lifted by another task is noticed after a twentieth of a second.
+* On trio, after a step that lasts longer than a twentieth of a second past a deadline, the task may be told by trio before
+  our timer is: its cleanup is disturbed then, and ``on_cancel`` callbacks are not called. The error is the right one.
 * Tasks of plain groups, which have no gate, may be told several times, as ever.
 * An anyio in which a group takes for its own what only passes through it (before 4.16) loses cancellations.
 
@@ -36,9 +38,10 @@ from ._polite import leave
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
+    from types import TracebackType
 
     from ._backend import EventLoop
-    from ._polite import IsOurs, Mark
+    from ._polite import Gate, IsOurs, Mark
 
 # The outer scope's deadline is there for `anyio.current_effective_deadline()`. It trails our own timer, which records
 # the reason, and one more, in case that has not been started.
@@ -155,6 +158,9 @@ class _Pair:
         return None if isinstance(exc, asyncio.CancelledError) else exc
 
     def cancel_politely(self, why: str) -> None:
+        if self._outer.cancel_called and not self._is_cancelled:
+            # The loop was blocked for so long that the trailing deadline has overtaken our timers, and told the task.
+            self.take_for_delivered()
         self._is_cancelled = True
         self._why = self._why or f"cancelled by cancelable_deps: {why}"
         if not self._is_held and not self.is_delivered:
@@ -316,6 +322,10 @@ class PublicGate(_Pair):
         self._enter()
         for pair in self._above:
             pair._gates[self] = None
+        if anyio.current_effective_deadline() == -math.inf and self._is_ours(None):
+            # It was told before it had begun.
+            self.is_passed_by = any(pair._is_cancelled and pair._is_outside_of(self) for pair in self._above)
+            self.fire()
 
     def end(self, exc: BaseException | None) -> BaseException | None:
         above, task, told = self._above, self._task, self.is_delivered
@@ -376,7 +386,7 @@ class TellingScope(anyio.CancelScope):
         # Not that of a backend, as anyio would make it.
         return object.__new__(cls)
 
-    def __init__(self, loop: EventLoop, scope: anyio.CancelScope, gates: dict[Any, PublicGate]) -> None:
+    def __init__(self, loop: EventLoop, scope: anyio.CancelScope, gates: dict[Any, Gate]) -> None:
         self._loop = loop
         self._scope = scope
         self._gates = gates
@@ -397,14 +407,15 @@ class TellingScope(anyio.CancelScope):
         # anyio's own would cancel without telling anybody, so it comes after ours.
         self._scope.deadline = value + _TRAIL
         self._deadline = value
+        self.drop_timer()
+        if value < math.inf:
+            self._timer = self._loop.call_at(value, lambda: self.cancel("deadline exceeded"))
+
+    def drop_timer(self) -> None:
+        """Also when the group has ended."""
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None if value == math.inf else self._loop.call_at(value, self._expire)
-
-    def _expire(self) -> None:
-        # Not if the group has ended, and nothing is in it any more.
-        if self._gates:
-            self.cancel("deadline exceeded")
+            self._timer = None
 
     @property
     def cancel_called(self) -> bool:
@@ -425,8 +436,10 @@ class TellingScope(anyio.CancelScope):
     def __enter__(self) -> Any:
         return self._scope.__enter__()
 
-    def __exit__(self, *exc_info: Any) -> bool:
-        return self._scope.__exit__(*exc_info)
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        return bool(self._scope.__exit__(exc_type, exc, traceback))
 
 
 class Stepped:
@@ -625,10 +638,9 @@ def _end_of_group() -> Any:
 
 def _awaited_by(task: asyncio.Task[Any]) -> asyncio.Future[Any] | None:
     """The future that ``task`` waits for; ``None`` if it has only yielded, or that cannot be seen."""
-    for awaitable in _await_chain(task):
-        if asyncio.isfuture(awaitable):
-            return awaitable
-        last = awaitable
+    last = _await_chain(task)[-1]
+    if asyncio.isfuture(last):
+        return last
     # What awaits a future in C does not show it otherwise.
     return next((found for found in gc.get_referents(last) if asyncio.isfuture(found)), None)
 

@@ -40,7 +40,7 @@ class TrioWatch:
 
     def start(self) -> None:
         self._instrument.add(self)
-        if trio.lowlevel.current_task() is self.task:
+        if _current_task() is self.task:
             # It hears of it where it begins to wait.
             self._pair.open()
         else:
@@ -167,6 +167,14 @@ class TrioStepped(Stepped):
             gate.was_delivered()
             message = super().send(value)
         return message
+
+
+def _current_task() -> trio.lowlevel.Task | None:
+    try:
+        return trio.lowlevel.current_task()
+    except RuntimeError:
+        # Between two steps: in a signal handler, say.
+        return None
 
 
 def is_anothers(pair: _Pair) -> bool:

@@ -11,7 +11,7 @@ import anyio.lowlevel
 
 from ._backend import current_loop
 from ._exceptions import raise_as_it_is
-from ._polite import Gate, polite_gate, told_scope
+from ._polite import Gate, polite_gate, stop_telling, told_scope
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,6 +84,7 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         # The group believes that it was cancelled by itself alone.
         raised, self._goes_on = raised or self._goes_on, None
         self._is_open = False
+        stop_telling(self._scope)
         self._block._group_scope = self._block._group_gates = None
         outcome = self._block._leave(raised)
         if self._block._is_unsettled:
@@ -132,7 +133,7 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         gate = self._gates[task] = self._make_gate()
         gate.begin()
         try:
-            result = await gate.watch(coro)
+            result: T = await gate.watch(coro)
         except BaseException as exc:
             # The group may be about to cancel its body and the other children.
             for other in self._gates.values():
