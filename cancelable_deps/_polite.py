@@ -95,6 +95,9 @@ class Gate(Protocol):
         """Whether what it was told came from further out than the group that it belongs to, and is to go on outwards."""
         ...
 
+    def pass_on(self) -> None:
+        """After its end: the group raises what is to go on outwards, so that the task has been told."""
+
     def expect(self, is_cancelled: Callable[[], bool]) -> None:
         """Let nothing through for two passes of the loop, after which what is around it may be cancelled."""
 
@@ -112,6 +115,8 @@ class HookedGate:
     is_passed_by = False
 
     def fire(self) -> None: ...
+
+    def pass_on(self) -> None: ...
 
     def expect(self, is_cancelled: Callable[[], bool]) -> None: ...
 

@@ -311,7 +311,7 @@ class PublicScope(_Pair):
 class PublicGate(_Pair):
     """A `Gate`. It is fired by the scopes around it, which know it, or finds out by stepping its task."""
 
-    __slots__ = ("_is_ours", "is_passed_by")
+    __slots__ = ("_in_task", "_is_ours", "is_passed_by")
 
     def __init__(self, loop: EventLoop, grace: float, is_ours: IsOurs) -> None:
         super().__init__(loop, grace)
@@ -329,15 +329,21 @@ class PublicGate(_Pair):
 
     def end(self, exc: BaseException | None) -> BaseException | None:
         above, task, told = self._above, self._task, self.is_delivered
+        self._in_task = tuple(pair for pair in above if pair.task is task)
         for pair in above:
             pair._gates.pop(self, None)
         remaining = super().end(exc)
         # They know us, or our task does: cycles, and there is no more to ask.
         self._is_ours = _nothing_is_ours
-        for pair in reversed(above):
-            if not told and pair.task is task and pair._is_cancelled and not pair._is_held and not pair.is_delivered:
+        for pair in reversed(self._in_task):
+            if not told and pair._is_cancelled and not pair._is_held and not pair.is_delivered:
                 pair._offer()
         return remaining
+
+    def pass_on(self) -> None:
+        for pair in self._in_task:
+            if pair._is_cancelled and pair.task is not None:
+                pair.take_for_delivered()
 
     def fire(self) -> None:
         if not self._is_cancelled and self._task is not None:
@@ -399,6 +405,14 @@ class TellingScope(anyio.CancelScope):
         self._scope.cancel(reason)
 
     @property
+    def late(self) -> Any:
+        """What the block around the group cancels: not before the block itself has told its task.
+
+        A group that is at its end is told as the task of the block, and would take it for its own.
+        """
+        return _Late(self._loop, self)
+
+    @property
     def deadline(self) -> float:
         return self._deadline
 
@@ -440,6 +454,15 @@ class TellingScope(anyio.CancelScope):
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         return bool(self._scope.__exit__(exc_type, exc, traceback))
+
+
+class _Late:
+    def __init__(self, loop: EventLoop, scope: TellingScope) -> None:
+        self._loop = loop
+        self._scope = scope
+
+    def cancel(self) -> None:
+        self._loop.call_from_thread(self._scope.cancel)
 
 
 class Stepped:
@@ -595,13 +618,15 @@ class AsyncioWatch:
         if future is not self._future:
             # Stopped since then: a call that has been scheduled is not taken back.
             return
+        # What its worker thread runs in the loop was cancelled, and now so is the thread, and the task.
         is_told = not future.cancelled() and isinstance(future.exception(), asyncio.CancelledError)
-        if is_told and self._pair.loop.extras.get(_end_of_group) not in _codes_of(self._task):
-            # What its worker thread runs in the loop was cancelled, and now so is the thread, and the task. Not if it is
-            # at the end of a group, which takes that for its own.
-            self._pair.was_delivered()
-        else:
+        if not is_told:
             self._offer()
+        elif self._pair.loop.extras.get(_end_of_group) in _codes_of(self._task):
+            # Its group takes that for its own, and is to do so before we offer ours.
+            self._wait()
+        else:
+            self._pair.was_delivered()
 
     def _others_in_thread(self) -> dict[asyncio.Task[Any], int]:
         """Count the cancellations of all other tasks, if ours waits for a thread, for which one of them may run."""

@@ -62,15 +62,17 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         self._gate.begin()
         self._is_open = True
         self._block._group_gates = self._gates = {self._block._task: self._gate}
-        self._block._group_scope = self._scope = told_scope(self._loop, self._group.cancel_scope, self._gates)
+        self._scope = told_scope(self._loop, self._group.cancel_scope, self._gates)
+        self._block._group_scope = getattr(self._scope, "late", self._scope)
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         # A child that has ended makes the group cancel its body, and so its cleanup, once more: hence a gate here too.
-        raised = exc = self._gate.end(exc) or exc
-        self._note_what_goes_on(self._gate, exc)
+        gate = self._gate
+        raised = exc = gate.end(exc) or exc
+        self._note_what_goes_on(gate, exc)
         del self._gate, self._gates[self._block._task]  # It knows us: a cycle.
         if exc is not None:
             # The group is about to cancel its children.
@@ -81,8 +83,11 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
                 raised = None
         except BaseException as group_exc:
             raised = group_exc
-        # The group believes that it was cancelled by itself alone.
-        raised, self._goes_on = raised or self._goes_on, None
+        if raised is None and self._goes_on is not None:
+            # The group believes that it was cancelled by itself alone.
+            raised = self._goes_on
+            gate.pass_on()
+        self._goes_on = None
         self._is_open = False
         stop_telling(self._scope)
         self._block._group_scope = self._block._group_gates = None
