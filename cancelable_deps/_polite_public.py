@@ -269,6 +269,8 @@ class PublicScope(_Pair):
 
     def end(self, exc: BaseException | None) -> BaseException | None:
         self._drop_timer()
+        # A task that outlives the block knows this by its context, and is not to keep the request.
+        self._overdue = _nothing_to_do
         return super().end(exc)
 
     def hold(self) -> None:
@@ -379,6 +381,9 @@ class PublicGate(_Pair):
     def is_open_to_us(self) -> bool:
         """Whether a cancellation that arrives in its task just now is ours, and the first."""
         return self._grace > 0 and not self.is_delivered and self._task is not None and self._is_ours(None)
+
+
+def _nothing_to_do() -> None: ...
 
 
 def _nothing_is_ours(origin: object) -> bool:
