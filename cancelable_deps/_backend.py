@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import sys
 import threading
 from asyncio import get_running_loop
@@ -15,6 +16,8 @@ from contextvars import Context
 from inspect import CORO_CREATED, getcoroutinestate
 from typing import TYPE_CHECKING, Any, Protocol
 
+import anyio
+
 from ._polite import marker
 
 if TYPE_CHECKING:
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
     import trio
 
+    from ._deadlines import Line
     from ._polite import Mark
 
 logger = logging.getLogger("cancelable_deps")
@@ -68,11 +72,22 @@ class EventLoop(Protocol):
 
     def current_task(self) -> object: ...
 
+    def times_asked(self, task: object) -> int:
+        """How often ``task``, which runs, was asked to end, as far as it has been told."""
+        ...
+
+    def is_cancelled_by(self, exc: BaseException, asked: int) -> bool:
+        """Whether ``exc`` is a cancellation of the running task, which had been asked to end ``asked`` times before."""
+        ...
+
     def wake(self) -> None:
         """What has just been scheduled, perhaps by a signal handler, is not to wait until the loop wakes up by itself."""
 
     newcomers: dict[Newcomer, None]
     """Those who are told when the current step of their task is over; whoever has left by then takes itself out."""
+
+    lines: dict[float, Line]
+    """By their limits, those in which somebody waits for a deadline."""
 
     is_awaiting_step: bool
 
@@ -118,6 +133,7 @@ class AsyncioLoop:
         self.extras: dict[Any, Any] = {}
         self.mark = marker(loop)
         self.newcomers: dict[Newcomer, None] = {}
+        self.lines: dict[float, Line] = {}
         self.is_awaiting_step = False
 
     def is_running_here(self) -> bool:
@@ -128,6 +144,19 @@ class AsyncioLoop:
 
     def current_task(self) -> object:
         return asyncio.current_task(self.loop)
+
+    def times_asked(self, task: Any) -> int:
+        # Private: a request that will be told at the next `await`, and so belongs to what comes.
+        return 0 if task is None else task.cancelling() - getattr(task, "_must_cancel", False)
+
+    def is_cancelled_by(self, exc: BaseException, asked: int) -> bool:
+        if not isinstance(exc, asyncio.CancelledError):
+            return False
+        task = asyncio.current_task(self.loop)
+        if task is None:
+            return False
+        # A scope of anyio's that is cancelled may also be told by a thread, of which asyncio counts nothing.
+        return task.cancelling() > asked or anyio.current_effective_deadline() == -math.inf
 
     def wake(self) -> None:
         if asyncio.current_task(self.loop) is None:
@@ -163,20 +192,23 @@ class AsyncioLoop:
 
 
 class _TrioWorker:
-    __slots__ = ("_ended", "_scope")
+    __slots__ = ("_cancelled", "_ended", "_scope")
 
     def __init__(self, work: Callable[[], Coroutine[Any, Any, None]], context: Context | None) -> None:
         import trio
 
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
+        self._cancelled = trio.Cancelled
         trio.lowlevel.spawn_system_task(self._run, work, name=work.__qualname__, context=context)
 
     async def _run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         try:
             with self._scope:
                 await work()
-        except Exception:
+        except (KeyboardInterrupt, SystemExit, self._cancelled):
+            raise
+        except BaseException:
             # Whatever leaves a system task ends trio itself, and with it the whole server.
             logger.exception("a task of ours failed")
         finally:
@@ -184,6 +216,10 @@ class _TrioWorker:
 
     def cancel(self) -> None:
         self._scope.cancel()
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._scope.cancel_called
 
     @property
     def done(self) -> bool:
@@ -206,8 +242,10 @@ class TrioLoop:
         self._current_task = trio.lowlevel.current_task
         self.mark: Callable[[], Mark] | None = None
         self.newcomers: dict[Newcomer, None] = {}
+        self.lines: dict[float, Line] = {}
         self.is_awaiting_step = False
         self._sleep_until = trio.sleep_until
+        self._cancelled = trio.Cancelled
 
     def is_running_here(self) -> bool:
         return _running_trio_token() is self.token
@@ -215,17 +253,29 @@ class TrioLoop:
     def current_task(self) -> object:
         return self._current_task()
 
+    def times_asked(self, task: object) -> int:
+        return 0
+
+    def is_cancelled_by(self, exc: BaseException, asked: int) -> bool:
+        # Nobody but a scope around the task can make one, and no task or future hands on that of another.
+        return isinstance(exc, self._cancelled)
+
     def wake(self) -> None:
         pass  # trio wakes up at each signal
 
     def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
         async def call() -> None:
-            await self._sleep_until(when)
+            if self.time() < when:
+                await self._sleep_until(when)
+            elif timer.is_cancelled:
+                return
+            # Who is overdue by now is to be stopped in this pass of the loop: to sleep would take two more.
             callback()
 
         # Whoever looks at the tasks of a loop sees what this one is for.
         call.__qualname__ = getattr(callback, "__qualname__", call.__qualname__)
-        return _TrioWorker(call, None)
+        timer = _TrioWorker(call, None)
+        return timer
 
     def await_step(self) -> None:
         raise NotImplementedError

@@ -1,7 +1,8 @@
 """The program of a worker process; it is run as a file, and imports nothing of ours, so that it starts fast.
 
 On its standard input it is sent pickled jobs, on its standard output it returns what became of them, each after its
-length in eight bytes; before that, one byte says that the job has been taken.
+length in eight bytes; before that, one byte says that the job has been taken. An answer begins with one byte as well:
+it is a pickled result, or a report of an error, which any process can read.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import sys
 import threading
 import traceback
 from functools import cache
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 PREPARING = "CANCELABLE_DEPS_PREPARING"
 """Set while the main module is imported once more: what starts a worker process then would start them without end."""
 
 TAKEN = b"+"
+RESULT = b"="
+ERROR = b"!"
 
 _SECONDS_BETWEEN_LOOKS = 2.0
 
@@ -76,17 +79,15 @@ def _end_with(parent: int, jobs: int) -> None:
 
 
 def _answer(job: bytes) -> bytes:
+    # Whatever it is: a SystemExit would end the server that awaits the result, and this process besides.
     try:
         result = _work(job)
-    except Exception as exc:
-        return _pickled_error(exc)
     except BaseException as exc:
-        # A SystemExit would end the server that awaits the result.
-        return _pickled_error(RuntimeError(f"the function ended with {exc!r}"))
+        return _error_answer(exc)
     try:
-        return pickle.dumps((True, result), pickle.HIGHEST_PROTOCOL)
-    except Exception as exc:
-        return _pickled_error(TypeError(f"what the function returned cannot be pickled: {exc}"))
+        return RESULT + pickle.dumps(result, pickle.HIGHEST_PROTOCOL)
+    except BaseException as exc:
+        return _error_answer(TypeError(f"what the function returned cannot be pickled: {text_of(exc)}"))
 
 
 def _work(job: bytes) -> Any:
@@ -109,17 +110,72 @@ def _prepare(**main_module: str) -> None:
         del os.environ[PREPARING]
 
 
-def _pickled_error(exc: Exception) -> bytes:
-    where = "".join(traceback.format_exception(exc))
-    exc.add_note(f"In the worker process:\n{where}")
+class Report(NamedTuple):
+    """What is told of an error, in terms that need no class of the job's."""
+
+    pickled: bytes | None
+    """Itself; it may be that nobody else can unpickle it."""
+
+    stand_in: str
+    """What is said in its place."""
+
+    message: str
+    members: list[tuple[Any, ...]] | None
+    """Of an exception group."""
+
+    traceback: str
+
+
+def _error_answer(exc: BaseException) -> bytes:
     try:
-        pickled = pickle.dumps((False, exc), pickle.HIGHEST_PROTOCOL)
-        pickle.loads(pickled)
-    except Exception:
-        stand_in = RuntimeError(f"{type(exc).__name__}, which cannot be pickled: {exc}")
-        stand_in.add_note(f"In the worker process:\n{where}")
-        return pickle.dumps((False, stand_in), pickle.HIGHEST_PROTOCOL)
-    return pickled
+        report = _report(exc, _traceback_of(exc))
+    except BaseException:
+        # A group that is nested too deeply.
+        report = Report(None, f"{_name_of(exc)}, which cannot be pickled", "", None, _traceback_of(exc))
+    return ERROR + pickle.dumps(tuple(report), pickle.HIGHEST_PROTOCOL)
+
+
+def _report(exc: BaseException, where: str = "") -> Report:
+    try:
+        pickled = pickle.dumps(exc, pickle.HIGHEST_PROTOCOL)
+    except BaseException:
+        pickled = None
+    if not isinstance(exc, BaseExceptionGroup):
+        return Report(pickled, _stand_in(exc), "", None, where)
+    kind = type(exc)
+    message = "".join(["", str(exc.args[0])]) if kind in (ExceptionGroup, BaseExceptionGroup) else text_of(exc)
+    members = [tuple(_report(member)) for member in BaseExceptionGroup.exceptions.__get__(exc)]
+    return Report(pickled, _stand_in(exc), message, members, where)
+
+
+def _stand_in(exc: BaseException) -> str:
+    if isinstance(exc, Exception) and not isinstance(exc, StopIteration):
+        return f"{_name_of(exc)}, which cannot be pickled: {text_of(exc, named=False)}"
+    return f"the function ended with {text_of(exc)}"
+
+
+def text_of(exc: BaseException, *, named: bool = True) -> str:
+    """What an exception says of itself, even if it cannot."""
+    name = f"{_name_of(exc)}: " if named else ""
+    try:
+        # No subclass of str, which somebody else might not have.
+        return "".join([name, str(exc)])
+    except BaseException as failure:
+        return f"{name}<its text cannot be had: {_name_of(failure)}>"
+
+
+def _name_of(exc: BaseException) -> str:
+    # Not what a metaclass makes of it.
+    name: str = type.__dict__["__name__"].__get__(type(exc))
+    return name
+
+
+def _traceback_of(exc: BaseException) -> str:
+    try:
+        return "".join(traceback.format_exception(exc))
+    except BaseException:
+        # Its notes, or those of one that it came from, are none.
+        return "".join([*traceback.format_tb(exc.__traceback__), text_of(exc)])
 
 
 if __name__ == "__main__":

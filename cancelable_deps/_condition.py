@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from ._foreign import EXITS, ThisTask
 from .reasons import CancelationReason
 from .settings import seconds
 
@@ -46,11 +47,16 @@ class Condition:
                 await self._worker.join()
 
     async def _ask(self, cancel: Cancel) -> None:
+        this_task = ThisTask()
         try:
             while not await self._is_true():  # noqa: ASYNC110 - nobody could set an event for a predicate
                 await anyio.sleep(self._interval)
-        except Exception as exc:
-            cancel(CancelationReason.ERROR, f"The condition failed: {exc!r}")
+        except BaseException as exc:
+            is_stopped = this_task.is_ended_by(exc)
+            if not is_stopped or isinstance(exc, EXITS):
+                cancel(CancelationReason.ERROR, f"The condition failed: {exc!r}")
+            if is_stopped:
+                raise
         else:
             cancel(CancelationReason.CONDITION, "The condition came true")
 

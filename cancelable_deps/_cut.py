@@ -3,8 +3,8 @@
 A connection is to be closed without the last chunk of its response, and without an error in the server's log. ASGI has
 no message for it. An application that raises is logged with a traceback, and so (by uvicorn, in one line) is one that
 returns early. Starlette's ``BaseHTTPMiddleware`` sends the last chunk in either case, as if the response were whole.
-This file knows the servers and that middleware by their private parts; `tests/test_servers_streaming.py` fails when
-they change. Where it cannot tell, the caller raises, which every server answers by closing.
+`_server` knows the servers, this file that middleware, by its private parts; `tests/test_servers_streaming.py` fails
+when they change. Where it cannot tell, the caller raises, which every server answers by closing.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from ._foreign import SENDING, with_own_failures
+from ._server import log_unknown, server_of
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from starlette.types import Receive, Send
+    from starlette.types import Receive, Scope, Send
 
     from ._request import RequestState
     from .errors import CancelationError
@@ -30,9 +33,6 @@ _ENDS_OF_EVENTS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
 # For the last event: a client that does not read may not hold it up for ever.
 _LEAVE_SECONDS = 5.0
-
-# In which a transport flushes what the client has not read yet, and is then closed all the same.
-_FLUSH_SECONDS = 1.0
 
 
 async def cut(
@@ -49,15 +49,18 @@ async def cut(
     :param last: what was sent of its body at last, if anything.
     :param stalled: the client does not read: drop what has not been sent yet.
     """
-    if not stalled and _is_event_stream(headers) and await _say_farewell(error, last, send):
+    says_farewell = not stalled and _is_event_stream(headers)
+    if says_farewell and await with_own_failures(SENDING, _say_farewell, error, last, send):
         return True
     # Our own middleware, further out, drops the last chunk if somebody in between sends one all the same.
     state.is_cut = True
     receive = state.reader.raw
-    if await closes_without_last_chunk(receive, abort=stalled):
+    if await cut_at_once(receive, state.scope, drop=stalled) or _is_cut_by_returning(receive, state.scope):
         return True
     if _is_base_http_middleware(receive):
         await _break(send, error)
+    else:
+        log_unknown(receive)
     return False
 
 
@@ -94,23 +97,18 @@ def format_sse(data: str, event: str | None = None) -> bytes:
     return ("\n".join(lines) + "\n\n").encode()
 
 
-async def closes_without_last_chunk(receive: Receive, *, abort: bool = False) -> bool:
-    """Whether the connection is closed, or will be as soon as the application returns.
+async def cut_at_once(receive: Receive, scope: Scope, *, drop: bool = False) -> bool:
+    """Close the connection of a started response, or reset its stream, without noise; whether that could be done.
 
     :param receive: the server's own; behind a middleware that wraps it nothing can be told.
-    :param abort: drop what has not been sent yet.
+    :param drop: what has not been sent yet.
     """
-    owner = getattr(_servers_own(receive), "__self__", None)
-    module = type(owner).__module__
-    if module.startswith("uvicorn.protocols.http."):
-        return await _close_uvicorn(owner, abort)
-    if _is_base_http_middleware(receive):
-        return False
-    if type(owner).__name__ == "ASGIHTTPProtocol":
-        return True
-    # hypercorn's receive() is that of a plain queue, and it closes what an application leaves unfinished. Not so over
-    # HTTP/2, where an exception would do no better.
-    return (module, type(owner).__name__) in {("asyncio.queues", "Queue"), ("trio", "MemoryReceiveChannel")}
+    return await server_of(_servers_own(receive), scope).cut(drop=drop)
+
+
+def _is_cut_by_returning(receive: Receive, scope: Scope) -> bool:
+    # A `BaseHTTPMiddleware` in between completes what is left unfinished.
+    return not _is_base_http_middleware(receive) and server_of(receive, scope).cuts_what_is_unfinished
 
 
 def _is_base_http_middleware(receive: Any) -> bool:
@@ -132,27 +130,3 @@ def _servers_own(receive: Any) -> Any:
 async def _break(send: Send, error: CancelationError) -> None:
     """Make a ``BaseHTTPMiddleware`` fail in its own task: an error of the application's ends its stream as if whole."""
     await send({"type": "cancelable_deps.cut", **reason_and_message(error)})
-
-
-async def _close_uvicorn(cycle: Any, abort: bool) -> bool:
-    transport = getattr(cycle, "transport", None)
-    if transport is None or not hasattr(cycle, "disconnected"):
-        return False
-    if not abort:
-        transport.close()
-    with anyio.CancelScope(shield=True):
-        with anyio.move_on_after(0 if abort else _FLUSH_SECONDS):
-            await _gone(cycle)
-        if not cycle.disconnected:
-            transport.abort()
-            with anyio.move_on_after(_FLUSH_SECONDS):
-                await _gone(cycle)
-            # Of requests that a client has sent in one go (pipelining) uvicorn tells only the last.
-            cycle.disconnected = True
-    return True
-
-
-async def _gone(cycle: Any) -> None:
-    # A few passes of the loop; its event for this is for the one reader.
-    while not cycle.disconnected:  # noqa: ASYNC110
-        await anyio.sleep(0.005)

@@ -12,7 +12,7 @@ from ._backend import current_loop, logger
 from ._sweep import Sweep
 from .reasons import CancelationReason
 from .settings import settings
-from .token import CancelationToken, Cause
+from .token import CancelationToken, Cause, telling_everybody
 
 if TYPE_CHECKING:
     from ._backend import EventLoop, Timer
@@ -30,7 +30,10 @@ class InFlight(Protocol):
     is_closed: bool
 
     def stop(self, cause: Cause) -> None:
-        """Cancel it; if its response is complete, what runs after that."""
+        """Cancel it, unless its result is there."""
+
+    def stop_all(self, cause: Cause) -> None:
+        """Cancel it; if its result is there, what sends it and what runs after that."""
 
 
 class Limits(NamedTuple):
@@ -88,7 +91,9 @@ class Drain:
         """A request that has run for a while; it takes itself out of its pen."""
         self.requests[request] = None
         request.pen = self.requests
-        if self._is_background_cut or (self._is_cut and not request.is_closed):
+        if self._is_background_cut:
+            request.stop_all(self.cause())
+        elif self._is_cut and not request.is_closed:
             request.stop(self.cause())
 
     def cause(self) -> Cause:
@@ -141,14 +146,16 @@ class Drain:
 
     def _cut(self) -> None:
         self._is_cut = self.refuses = True
-        for request in [request for request in self.requests if not request.is_closed]:
-            request.stop(self.cause())
+        with telling_everybody():
+            for request in [request for request in self.requests if not request.is_closed]:
+                request.stop(self.cause())
         self._wait(self._background_grace, self._cut_background)
 
     def _cut_background(self) -> None:
         self._is_background_cut = True
-        for request in list(self.requests):
-            request.stop(self.cause())
+        with telling_everybody():
+            for request in list(self.requests):
+                request.stop_all(self.cause())
 
     def _wait(self, seconds: float, then: Any) -> None:
         self._timer = None

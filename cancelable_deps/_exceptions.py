@@ -8,27 +8,41 @@ from starlette.exceptions import HTTPException
 from starlette.websockets import WebSocketDisconnect
 
 from ._backend import logger
+from .errors import CancelationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
 def collapse(exc: BaseException) -> BaseException:
-    """The one exception of a group that has one, or its ``HTTPException``, which is the answer to the request.
+    """Return the one exception that a group of ours stands for.
 
-    What an ``HTTPException`` pushes aside is logged with its traceback, so that no bug hides behind a 409.
+    That is its only one, or its ``HTTPException``, which is the answer to the request. What an ``HTTPException`` pushes
+    aside is logged with its traceback, so that no bug hides behind a 409.
     """
     if not isinstance(exc, BaseExceptionGroup):
         return exc
     leaves = list(_leaves(exc))
-    if len(leaves) == 1:
-        return leaves[0]
+    return leaves[0] if len(leaves) == 1 else _answer_of(leaves) or exc
+
+
+def answer_of_group(exc: BaseException) -> BaseException:
+    """Return the ``HTTPException`` of somebody else's group, or the group as it is."""
+    return (_answer_of(list(_leaves(exc))) or exc) if isinstance(exc, BaseExceptionGroup) else exc
+
+
+def carries_cancelation(exc: BaseException) -> bool:
+    """Return whether a group has an error of ours in it."""
+    return isinstance(exc, BaseExceptionGroup) and any(isinstance(leaf, CancelationError) for leaf in _leaves(exc))
+
+
+def _answer_of(leaves: list[BaseException]) -> BaseException | None:
     answer = next((leaf for leaf in leaves if isinstance(leaf, HTTPException)), None)
     if all(isinstance(leaf, WebSocketDisconnect) for leaf in leaves):
         # One task receives and another sends: each is told of it.
         return answer or leaves[0]
     if answer is None or not all(isinstance(leaf, Exception) for leaf in leaves):
-        return exc
+        return None
     for leaf in leaves:
         if not isinstance(leaf, HTTPException):
             logger.error("%r was raised beside %r", leaf, answer, exc_info=leaf)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
+from collections import deque
+from traceback import walk_tb
 from typing import TYPE_CHECKING
 
+import anyio.lowlevel
 from fastapi.exceptions import FastAPIError
 
 from ._cut import cut
 from ._exceptions import raise_as_it_is
+from ._foreign import SENDING, told
 from ._request import SCOPE_KEY, RequestState
 from ._request_block import DoorBlock
 from .errors import CancelationError
@@ -16,12 +21,18 @@ from .reasons import CancelationReason
 from .settings import seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Mapping
     from datetime import timedelta
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from ._cut import Headers
+
+# In which what listens for a disconnect, behind other middleware too, wakes up and ends the task that sends.
+_PASSES = 5
+
+# Responses that have no body, whatever their headers say (RFC 9110).
+_WITHOUT_BODY = frozenset({204, 205, 304})
 
 
 class Limits:
@@ -56,10 +67,10 @@ def _checked(policies: Mapping[str, TimeoutPolicy]) -> Mapping[str, TimeoutPolic
 async def run_request(
     app: ASGIApp, scope: Scope, receive: Receive, send: Send, limits: Limits
 ) -> CancelationError | None:
-    """Run ``app``, and say with which error the request is still to be answered, if with any.
+    """Run ``app``, and return the error with which the request is still to be answered, if there is one.
 
-    An error that the application raises for itself, and one that comes when the response has started, is not ours to
-    answer: the first is raised, the second drops what was left of the response.
+    An error that the application raises for itself is raised. One of ours that comes when the response has started cuts
+    the response.
     """
     state: RequestState | None = scope.get(SCOPE_KEY)
     made = state is None
@@ -67,9 +78,35 @@ async def run_request(
         state = RequestState(scope, receive, held=True)
         state.cleanup_grace = limits.cleanup_grace
         receive = state.receive
-        # So streams run in this task, and their cleanup has its grace; in a task group of their own it would have none.
-        state.listen_for_streams()
+        state.let_streams_listen()
+    block = _make_block(state, limits)
+    if made:
+        state.outermost = block
+    watch = ResponseWatch(send, state, is_outermost=made)
+    try:
+        try:
+            block._enter(state.loop)
+        except CancelationError as exc:
+            return exc
+        outcome = await run_through(block, app(scope, receive, watch.send))
+        if block.policy is not None:
+            block.policy.judge(block)
+    finally:
+        if made:
+            state.close()
+            if state.is_reading:
+                await state.join()
+    if outcome is None and state.token.cause is None and state.cut_by is None:
+        return None
+    try:
+        return await _settle(outcome, watch, state)
+    finally:
+        del outcome  # Its traceback knows this frame: a cycle, as long as this frame knows it.
+
+
+def _make_block(state: RequestState, limits: Limits) -> DoorBlock:
     block = DoorBlock(state, timeout=limits.timeout, cleanup_grace=limits.cleanup_grace)
+    block.takes_groups_apart = False
     if state.default is None:
         state.default = block
     elif limits.timeout is not None:
@@ -78,107 +115,179 @@ async def run_request(
         state.add_policies(limits.policies)
     if limits.policy is not None:
         block.policy = limits.policy
-    exchange = _Exchange(send, block, state if made else None)
+    return block
+
+
+async def run_through(block: DoorBlock, work: Awaitable[object]) -> BaseException | None:
+    """Run ``work`` in ``block``, which has been entered, and leave it; return the exception that is to go further."""
     outcome: BaseException | None = None
     try:
-        try:
-            block._enter(state.loop)
-        except CancelationError as exc:
-            return exc
-        try:
-            await app(scope, receive, exchange.send)
-        except BaseException as exc:
-            outcome = exc
-        outcome = block._leave(outcome)
-        if block._is_unsettled:
-            await block._settle()
-        if block.policy is not None:
-            block.policy.judge(block)
-    finally:
-        if made:
-            state.close()
-            if state.is_reading:
-                await state.join()
-    if outcome is None:
-        if state.token.cause is None or exchange.started:
-            return None
-        # A middleware inside took our cancellation for its own, and sent nothing.
-        return state.token.cause.error()
-    if state.token.cause is not None and type(outcome) is FastAPIError:
-        # "Response not awaited": FastAPI's own nursery around an event stream took it for its own, on trio.
-        state.log(state.token.cause.reason, state.token.cause)
-        outcome = state.token.cause.error()
-    if exchange.started and isinstance(outcome, CancelationError):
-        if outcome.reason is not CancelationReason.DISCONNECT and not exchange.is_complete:
-            await cut(exchange.stream_headers, exchange.last, outcome, send, state)
-        return None
+        await work
+    except BaseException as exc:
+        outcome = exc
+    still_open = block if not block.is_left else block.successor
+    if still_open is not None:
+        outcome = still_open._leave(outcome)
+        if still_open._is_unsettled:
+            await still_open._settle()
     try:
-        if isinstance(outcome, CancelationError):
-            return outcome
-        raise_as_it_is(outcome)
+        return outcome
     finally:
         del outcome  # Its traceback knows this frame: a cycle, as long as this frame knows it.
 
 
-class _Exchange:
-    """Watches the response, to know whether it has started and when it is complete.
+async def _settle(outcome: BaseException | None, watch: ResponseWatch, state: RequestState) -> CancelationError | None:
+    """Cut the response, return the error that is to answer the request, or raise what is not ours."""
+    error = error_of(outcome, state)
+    try:
+        if error is None:
+            if outcome is not None:
+                raise_as_it_is(outcome)
+            return None
+        if not watch.started:
+            return error
+        if state.cannot_be_cut:
+            raise_as_it_is(error)
+        was_cut = state.is_cut and state.cut_by is None
+        if not (watch.is_complete or was_cut or error.reason is CancelationReason.DISCONNECT):
+            await watch.cut(error)
+        return None
+    finally:
+        del outcome, error  # Their tracebacks know this frame: cycles, as long as this frame knows them.
 
-    While a handler's finished result is on its way, nothing of ours may stop it; a stream, of which the start is sent
-    before its work begins, can be stopped again when that is out.
+
+def error_of(outcome: BaseException | None, state: RequestState) -> CancelationError | None:
+    """Return our error, if that is why the application has ended."""
+    if isinstance(outcome, CancelationError):
+        return outcome
+    if outcome is None and state.cut_by is not None:
+        return state.cut_by
+    cause = state.token.cause
+    if cause is None or state.is_finished:
+        return None
+    if outcome is None:
+        # What was stopped ends by itself, as a stream does that was told, or takes our cancellation for its own.
+        return cause.error()
+    if _tells_that_it_was_swallowed(outcome):
+        state.log(cause.reason, cause)
+        return cause.error()
+    return None
+
+
+def _tells_that_it_was_swallowed(outcome: BaseException) -> bool:
+    """Return whether FastAPI finds out so that a dependency with ``yield``, or on trio its own nursery, has kept an error.
+
+    It says so where one of ``scope="request"`` has. Where one of ``scope="function"`` has it does not notice, and goes on
+    to a response that was never assigned.
+    """
+    if type(outcome) is not UnboundLocalError:
+        return type(outcome) is FastAPIError
+    innermost = deque(walk_tb(outcome.__traceback__), maxlen=1)
+    return any(frame.f_globals.get("__name__") == "fastapi.routing" for frame, _ in innermost)
+
+
+class ResponseWatch:
+    """Watches the response in one place, to know whether it has started and when it is complete.
+
+    A response that has told its length is a finished result: from its start on nothing of ours stops it. Any other is
+    the start of work, and can be stopped when that start is out.
     """
 
-    __slots__ = ("_block", "_send", "_state", "_trailers", "is_complete", "last", "started", "stream_headers")
+    __slots__ = ("_is_outermost", "_send", "_state", "_trailers", "is_complete", "last", "started", "stream_headers")
 
-    def __init__(self, send: Send, block: DoorBlock, state: RequestState | None) -> None:
+    def __init__(self, send: Send, state: RequestState, *, is_outermost: bool) -> None:
         self.started = self._trailers = self.is_complete = False
         self.stream_headers: Headers = ()
         self.last = b""
         self._send = send
-        self._block = block
-        # Of a door further in, whose response may still be held back by something between it and the outermost door.
         self._state = state
+        # What is between a place further in and the outermost may hold the response back.
+        self._is_outermost = is_outermost
 
     async def send(self, message: Message) -> None:
         kind = message["type"]
-        is_start = False
+        if kind == "http.response.start":
+            if not self._state.drops_response:
+                await self._start(message)
+            return
+        if not self.started and self._state.drops_response:
+            return
         if kind == "http.response.body":
             if message.get("more_body", False) or self._trailers:
-                self._block.resume()
                 self.last = message.get("body") or self.last
-            elif self._block._request.is_cut:
+                self._state.body_has_begun = True
+            elif self._state.is_cut:
                 return
             else:
                 self._complete()
-        elif kind == "http.response.start":
-            is_start = self.started = True
-            self._trailers = message.get("trailers", False)
-            self._block.hold()
-        elif kind == "http.response.pathsend" or (
-            kind == "http.response.trailers" and not message.get("more_trailers", False)
-        ):
+        elif _is_last(kind, message):
             self._complete()
+        await self._pass_on(message)
+
+    async def _start(self, message: Message) -> None:
+        state = self._state
+        self.started = True
+        self._trailers = message.get("trailers", False)
+        if _has_no_more_work(message):
+            state.response_has_started = True
+            if self._is_outermost:
+                state.response_is_out = True
+            if not state.is_finished:
+                state.finish()
+            await self._pass_on(message)
+            return
+        self.stream_headers = message.get("headers", ())
+        if not state.response_has_started:
+            state.note_sender()
+        state.start_response()
+        try:
+            await self._pass_on(message)
+        finally:
+            if self._is_outermost:
+                state.start_is_out()
+
+    async def _pass_on(self, message: Message) -> None:
         try:
             await self._send(message)
         except OSError:
             # Since ASGI 2.4 this is how a server says that the client left.
-            state = self._block._request
+            state = self._state
             state.client_left()
-            if not state.is_deferring:
+            if state.ends_by_itself:
+                # What listens has been told, and ends as it does where servers drop what they cannot send.
+                for _ in range(_PASSES):
+                    await anyio.lowlevel.checkpoint()
+            elif not state.is_deferring:
                 raise
-        if is_start and not _has_length(message):
-            self.stream_headers = message.get("headers", ())
-            self._block.resume()
+        except CancelledError as exc:
+            raise_as_it_is(told(exc, self._state.loop, SENDING))
 
     def _complete(self) -> None:
         # Before the server has the last bytes: if the client leaves while they are on their way, the work is done.
         self.is_complete = True
-        self._block.release()
-        if self._state is not None:
-            self._state.complete()
+        state = self._state
+        if self._is_outermost:
+            state.complete_response()
+        elif not state.is_finished:
+            state.finish()
+
+    async def cut(self, error: CancelationError) -> None:
+        """End the response without its last chunk, or as an event stream by a last event."""
+        await cut(self.stream_headers, self.last, error, self._send, self._state)
 
 
-def _has_length(start: Message) -> bool:
-    for name, _ in start.get("headers", ()):  # noqa: SIM110 - `any()` takes three times as long for what comes first
+def _is_last(kind: str, message: Message) -> bool:
+    """Return whether a message that is no chunk of a body ends the response."""
+    if kind == "http.response.trailers":
+        return not message.get("more_trailers", False)
+    if kind == "http.response.zerocopysend":
+        return not message.get("more_body", False)
+    return kind == "http.response.pathsend"
+
+
+def _has_no_more_work(start: Message) -> bool:
+    """Return whether a response that begins like this is there already, and has only to be sent."""
+    for name, _ in start.get("headers", ()):  # `any()` takes three times as long for what comes first
         if name == b"content-length":
             return True
-    return False
+    return start["status"] in _WITHOUT_BODY

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -10,8 +11,9 @@ import anyio.lowlevel
 import anyio.to_thread
 from starlette.requests import ClientDisconnect
 
-from ._cut import closes_without_last_chunk, reason_and_message
+from ._cut import cut_at_once, reason_and_message
 from ._exceptions import raise_as_it_is
+from ._foreign import EXITS, SENDING, ThisTask, as_failure, call_in_thread
 from .errors import CancelationError
 from .reasons import CancelationReason
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 
 _END: Final = object()
+_WORK: Final = "the generator of a response"
 
 
 async def feed(
@@ -36,19 +39,28 @@ async def feed(
     """Give all items of ``iterator`` to ``sink``; what interrupts the sink arrives at the iterator's ``yield``.
 
     So a generator may hold ``async with``, scopes and task groups across its ``yield``. Each of its steps is awaited
-    through ``step``.
+    through ``step``. It dies of a cancellation that is not this task's as of any other exception.
     """
+    this_task = ThisTask()
     try:
         item = await step(anext(iterator))
         while True:
             try:
                 await sink(item)
             except BaseException as exc:
-                item = await _throw(iterator, exc, blocks, step)
+                item = await _throw(iterator, _told(exc, this_task, SENDING), blocks, step)
             else:
                 item = await step(anext(iterator))
     except StopAsyncIteration:
         pass
+    except BaseException as exc:
+        # One that a thread has raised who asked whether it is cancelled: the block makes its own error of it.
+        is_ours = isinstance(exc, CancelledError) and any(block.is_cancelled for block in blocks)
+        raise_as_it_is(exc if is_ours else _told(exc, this_task, _WORK))
+
+
+def _told(exc: BaseException, this_task: ThisTask, what: str) -> BaseException:
+    return exc if this_task.is_ended_by(exc) else as_failure(exc, what)
 
 
 async def _throw(iterator: Any, exc: BaseException, blocks: tuple[Cancelable, ...], step: Any) -> Any:
@@ -68,8 +80,13 @@ async def _throw(iterator: Any, exc: BaseException, blocks: tuple[Cancelable, ..
 async def close(iterator: Any) -> None:
     """A generator that an exception has left is closed already; this one has not begun, or is no generator."""
     aclose = getattr(iterator, "aclose", None)
-    if aclose is not None:
+    if aclose is None:
+        return
+    this_task = ThisTask()
+    try:
         await aclose()
+    except BaseException as exc:
+        raise_as_it_is(_told(exc, this_task, _WORK))
 
 
 class ThreadedGenerator:
@@ -88,7 +105,7 @@ class ThreadedGenerator:
         return self
 
     async def __anext__(self) -> Any:
-        item = await anyio.to_thread.run_sync(self._next)
+        item = await anyio.to_thread.run_sync(call_in_thread, _WORK, self._next)
         if item is _END:
             raise StopAsyncIteration
         return item
@@ -96,15 +113,19 @@ class ThreadedGenerator:
     def _next(self) -> Any:
         if self._iterator is None:
             self._iterator = iter(self._items)
-        # A StopIteration cannot leave a thread by way of a future.
-        return next(self._iterator, _END)
+        try:
+            # A StopIteration cannot leave a thread by way of a future.
+            return next(self._iterator, _END)
+        except StopAsyncIteration as exc:
+            # Whoever asks for the items would take it for their end.
+            raise RuntimeError(f"{_WORK} raised StopAsyncIteration") from exc
 
     async def aclose(self) -> None:
         # Of what has no close(), and of a list, there is nothing to end.
         end = getattr(self._items if self._iterator is None else self._iterator, "close", None)
         if end is not None:
             with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(end)
+                await anyio.to_thread.run_sync(call_in_thread, _WORK, end)
 
 
 class GuardedGenerator:
@@ -137,7 +158,11 @@ class GuardedGenerator:
             return await self._items.receive()
         except anyio.EndOfStream:
             await self._stopped()
-            return await self._end(self._error)
+            error = self._error
+            if error is not None and not isinstance(error, EXITS):
+                # Of our own task, if somebody has cancelled that: this one is to go on, and to know.
+                error = as_failure(error, _WORK)
+            return await self._end(error)
         except BaseException:
             await self.aclose()
             raise
@@ -180,7 +205,9 @@ class GuardedGenerator:
             self._error = exc
         except BaseException as exc:
             self._error = exc
-            raise
+            if self._is_over or not isinstance(exc, EXITS):
+                raise
+            # Whoever asks for the items gets it: in their task it ends the process, and in ours on trio the loop alone.
         finally:
             self._to_consumer.close()
             self._produced()
@@ -196,7 +223,8 @@ class EndpointGenerator(GuardedGenerator):
         self._state = state
         self._policy = block.policy
         self._ours = ours
-        state.listen_for_streams()
+        if state.outermost is None:
+            state.listen_for_streams()
         if ours:
             state.keep_through_response()
         # Private; should it be gone one day, the generator is closed when it is collected.
@@ -216,6 +244,8 @@ class EndpointGenerator(GuardedGenerator):
             self._state.client_left()
         else:
             super()._cancel()
+            # The response was told that its client left, and has time to end by itself. It has: here the stream ends.
+            cast("DoorBlock", self._block).stop_at_once()
 
     def _produced(self) -> None:
         if self._policy is not None:
@@ -241,9 +271,7 @@ class EndpointGenerator(GuardedGenerator):
             self._close_state()
             if event is not None:
                 return event
-            if type(getattr(raw, "__self__", None)).__module__.startswith("uvicorn.") and (
-                await closes_without_last_chunk(raw)
-            ):
+            if await cut_at_once(raw, self._state.scope):
                 raise StopAsyncIteration
         raise_as_it_is(error)
 

@@ -34,7 +34,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import anyio
 import anyio.to_thread
 
-from ._polite import leave
+from ._backend import current_loop
+from ._polite import Spared, leave
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from ._polite import Gate, IsOurs, Mark
 
 # The outer scope's deadline is there for `anyio.current_effective_deadline()`. It trails our own timer, which records
-# the reason, and one more, in case that has not been started.
+# the reason.
 _TRAIL = 0.05
 
 _PASSES_WITHOUT_DELAY = 50
@@ -53,6 +54,46 @@ _SECONDS_BETWEEN_LOOKS = 0.05
 
 _around: ContextVar[tuple[_Pair, ...]] = ContextVar("cancelable_deps.pairs", default=())
 """All pairs of scopes that the current task, or the one that started it, has entered."""
+
+
+def _open_pairs(loop: EventLoop) -> dict[object, list[_Pair]]:
+    """By their tasks, outermost first."""
+    pairs: dict[object, list[_Pair]] = loop.extras.setdefault(_open_pairs, {})
+    return pairs
+
+
+def _remove_pair(loop: EventLoop, task: object, pair: _Pair) -> None:
+    pairs = _open_pairs(loop)
+    pairs[task].remove(pair)
+    if not pairs[task]:
+        del pairs[task]
+
+
+def tell(error: BaseException) -> None:
+    """The current task has been told to stop by ``error``, which is on its way through its scopes."""
+    loop = current_loop()
+    for pair in reversed(_open_pairs(loop).get(loop.current_task(), ())):
+        if pair.is_left_alone:
+            # When it is left, it tells those around it.
+            return
+        pair.spare(error)
+
+
+class NoTaskGate:
+    """Stands for a gate around a task that is not ours, which public API cannot put there: it tells the end alone."""
+
+    def __init__(self, loop: EventLoop, grace: float, is_ours: IsOurs) -> None:
+        self._loop = loop
+
+    def put_around(self, ended: Callable[[bool], object]) -> None:
+        """See to it that ``ended(was_cancelled)`` is called when the calling task has ended."""
+        task: Any = self._loop.current_task()
+        if self._loop.is_trio:
+            from ._polite_public_trio import tell_at_exit
+
+            tell_at_exit(self._loop.extras, task, ended)
+        else:
+            task.add_done_callback(lambda _: ended(task.cancelled()), context=Context())
 
 
 class Watch(Protocol):
@@ -72,14 +113,18 @@ class _Pair:
     __slots__ = (
         "_above",
         "_cancelling",
+        "_counted",
         "_gates",
         "_grace",
         "_inner",
         "_is_cancelled",
-        "_is_counted",
+        "_is_covered",
         "_is_held",
+        "_is_left_alone",
+        "_is_reached_from_above",
         "_outer",
         "_outside",
+        "_spared",
         "_task",
         "_watch",
         "_why",
@@ -96,7 +141,10 @@ class _Pair:
         self._task: Any = None
         self._watch: Watch | None = None
         self._gates: dict[PublicGate, None] = {}
-        self._is_cancelled = self._is_held = self.is_delivered = self._is_counted = False
+        self._spared: Spared | None = None
+        self._is_cancelled = self._is_held = self.is_delivered = self._is_covered = self._is_left_alone = False
+        self._is_reached_from_above = True
+        self._counted = 0
         self._why = ""
 
     @property
@@ -113,15 +161,24 @@ class _Pair:
         self.nurseries = Nurseries(self._task)
         self._above = _around.get()
         self._outside = _around.set((*self._above, self))
+        pairs = _open_pairs(self.loop).setdefault(self._task, [])
+        if pairs:
+            self._is_reached_from_above = pairs[-1].is_seen_here()
+        pairs.append(self)
         self._outer.__enter__()
         self._inner.__enter__()
 
     def end(self, exc: BaseException | None) -> BaseException | None:
         self._stop_watching()
+        self._forget_error()
+        _remove_pair(self.loop, self._task, self)
         with suppress(ValueError):
             # Entered in one context and left in another, as a generator may be.
             _around.reset(self._outside)
         remaining = self._leave(exc)
+        if self._is_covered and remaining is None:
+            # It is that of a scope further out.
+            remaining = exc
         if remaining is not exc:
             self.is_delivered = True
         self.nurseries.forget()
@@ -134,7 +191,7 @@ class _Pair:
         remaining = leave(self._inner, exc)
         if self.loop.is_trio or not (self._outer.cancel_called or self.is_delivered):
             return leave(self._outer, remaining)
-        if self._is_counted:
+        for _ in range(self._counted):
             self._task.uncancel()
         # Shielded, anyio takes back what it has added to the count of this task. It would hand it on to a scope of
         # another task else, where it would hide somebody else's `Task.cancel()`.
@@ -160,13 +217,22 @@ class _Pair:
     def cancel_politely(self, why: str) -> None:
         if self._outer.cancel_called and not self._is_cancelled:
             # The loop was blocked for so long that the trailing deadline has overtaken our timers, and told the task.
-            self.take_for_delivered()
+            self._leave_alone()
+        if self._spared is not None:
+            self._spared.look_again()
         self._is_cancelled = True
         self._why = self._why or f"cancelled by cancelable_deps: {why}"
-        if not self._is_held and not self.is_delivered:
+        if self._is_held or self.is_delivered:
+            return
+        if self._spared is not None and self._spared.is_on_its_way:
+            self.close()
+            self._spared.start_timer()
+        else:
             self._offer()
 
     def _offer(self) -> None:
+        for pair in self._pairs_inside():
+            pair.close_if_told_by_error()
         # Innermost first: what a gate has been told does not reach its task a second time from here.
         for gate in reversed(self._gates):
             gate.is_passed_by = gate.is_passed_by or self._is_outside_of(gate)
@@ -215,21 +281,28 @@ class _Pair:
         unless more is counted than when it was entered; and one whose child has handed its count on takes one off. It
         has anyio's words too, as it may be this one that arrives, and a scope further out has to know it.
         """
-        self._is_counted = True
+        self._counted += 1
         self._task.cancel(f"Cancelled via cancel scope {id(self._outer):x}; {self._why}")
 
     def was_delivered(self) -> None:
         """The watch, or whoever steps the task, has seen it."""
-        self.take_for_delivered()
+        inside = self._pairs_inside()
+        self._leave_alone()
         for pair in self._above:
             if pair.task is self._task and pair._is_cancelled and not pair.is_delivered:
-                pair.take_for_delivered()
+                pair._leave_alone()
+        if self._grace > 0:
+            for pair in inside:
+                pair.cover(self.loop.time() + self._grace)
 
-    def take_for_delivered(self) -> None:
+    def _leave_alone(self) -> None:
+        """The task has been told, and what it does now is its cleanup."""
         if self.is_delivered:
             return
         self.is_delivered = True
+        self._forget_error()
         if self._grace > 0:
+            self._is_left_alone = True
             self.close()
             self._set_deadline(self._inner, self.loop.time() + self._grace)
             self.nurseries.are_passed()
@@ -238,9 +311,81 @@ class _Pair:
         else:
             self._stop_watching()
 
+    def take_for_delivered(self) -> None:
+        self._leave_alone()
+
+    def cover(self, until: float) -> None:
+        """A pair further out has told the task. Between that one and this something may strike beside: a task group."""
+        self.is_delivered = self._is_covered = self._is_left_alone = True
+        self._forget_error()
+        self._stop_watching()
+        self.close()
+        self._set_deadline(self._inner, until)
+
+    def _pairs_inside(self) -> list[_Pair]:
+        """Those further in that are open in the same task, outermost first."""
+        pairs = _open_pairs(self.loop).get(self._task, [])
+        return pairs[pairs.index(self) + 1 :] if self in pairs else []
+
+    @property
+    def is_left_alone(self) -> bool:
+        """Whether the task cleans up after a cancellation that has been delivered."""
+        return self._is_left_alone
+
+    def close_if_told_by_error(self) -> None:
+        """Something of ours further out strikes, and is not to disturb the cleanup of what `Cancelable.check` raised."""
+        if self.is_delivered and not self._is_left_alone and self._grace > 0:
+            self.close()
+
+    # A task that an exception has told.
+
+    def spare(self, error: BaseException) -> None:
+        if self.is_delivered or self._grace <= 0:
+            return
+        if self._spared is None:
+            self._spared = Spared(self.loop, self._grace, self._go_on, self._lose_patience)
+        self._spared.add(error)
+        if self._is_cancelled:
+            self._stop_watching()
+            self.close()
+            self._spared.start_timer()
+
+    def _go_on(self) -> None:
+        """Whoever has caught the exception works on, and can be stopped."""
+        self._spared = None
+        if self._is_cancelled and not self._is_held and not self.is_delivered:
+            self._offer()
+
+    def _lose_patience(self) -> None:
+        """The exception is still on its way, and the grace is over."""
+        self._spared = None
+        if self._is_cancelled and not self._is_held:
+            self.is_delivered = True
+            self.open()
+
+    def _forget_error(self) -> None:
+        if self._spared is not None:
+            self._spared.end()
+            self._spared = None
+
+    def is_seen_here(self) -> bool:
+        """Whether the calling code, further in in the same task, would see a cancellation: no shield stands between.
+
+        No public API tells, but a deadline is seen from where a cancellation is.
+        """
+        before, now, seen = self._inner.deadline, self.loop.time(), anyio.current_effective_deadline()
+        if seen < now + _TRAIL:
+            return True
+        probe = now + min(seen - now, _TRAIL * 1000) / 2
+        self._set_deadline(self._inner, probe)
+        try:
+            return anyio.current_effective_deadline() == probe
+        finally:
+            self._set_deadline(self._inner, before)
+
     def was_lost(self) -> None:
         """A nursery has taken the cancellation for its own: once more."""
-        self.is_delivered = False
+        self.is_delivered = self._is_left_alone = False
         self.nurseries.lose()
         self._set_deadline(self._inner, math.inf)
 
@@ -249,29 +394,37 @@ class _Pair:
         Context().run(setattr, scope, "deadline", deadline)
 
     @property
-    def swallowed(self) -> bool:
-        return self.nurseries.have_swallowed
+    def is_lost(self) -> bool:
+        return self.nurseries.have_swallowed and not self._is_covered
 
 
 class PublicScope(_Pair):
     """A `PoliteScope`."""
 
-    __slots__ = ("_overdue", "_timer")
-
-    def __init__(self, loop: EventLoop, grace: float, overdue: Callable[[], object]) -> None:
-        super().__init__(loop, grace)
-        self._overdue = overdue
-        self._timer: Any = None
+    __slots__ = ()
 
     def begin(self, deadline: float = math.inf, mark: Mark | None = None) -> None:
         self._enter()
         self.move_deadline(deadline)
 
-    def end(self, exc: BaseException | None) -> BaseException | None:
-        self._drop_timer()
-        # A task that outlives the block knows this by its context, and is not to keep the request.
-        self._overdue = _nothing_to_do
-        return super().end(exc)
+    def reaches(self, inner: PublicScope) -> bool:
+        for pair in self._pairs_inside():
+            if not pair._is_reached_from_above:
+                return False
+            if pair is inner:
+                break
+        return True
+
+    def take_for_delivered(self) -> None:
+        # Not shielded, if that can be: whoever catches the exception works on, and what others strike may stop that.
+        if self.is_delivered or self._grace <= 0:
+            return
+        self.is_delivered = True
+        self._forget_error()
+        self._stop_watching()
+        if self._outer.cancel_called:
+            self.close()
+        self._set_deadline(self._inner, self.loop.time() + self._grace)
 
     def hold(self) -> None:
         if not self.is_delivered:
@@ -292,22 +445,17 @@ class PublicScope(_Pair):
         self._stop_watching()
         self.move_deadline(math.inf)
         self._set_deadline(self._inner, math.inf)
-        if self._outer.cancel_called or self.is_delivered:
+        self.is_delivered = self._is_covered = self._is_left_alone = False
+        if self._outer.cancel_called:
             self.close()
+        else:
+            self.reopen()
 
     def move_deadline(self, deadline: float) -> None:
-        self._drop_timer()
         if self._outer.cancel_called or self.is_delivered:
             return
         if deadline < math.inf or self._outer.deadline < math.inf:
             self._set_deadline(self._outer, deadline + _TRAIL)
-        if deadline < math.inf:
-            self._timer = self.loop.call_at(deadline + _TRAIL / 2, self._overdue)
-
-    def _drop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
 
 class PublicGate(_Pair):
@@ -345,7 +493,7 @@ class PublicGate(_Pair):
     def pass_on(self) -> None:
         for pair in self._in_task:
             if pair._is_cancelled and pair.task is not None:
-                pair.take_for_delivered()
+                pair._leave_alone()
 
     def fire(self) -> None:
         if not self._is_cancelled and self._task is not None:
@@ -381,9 +529,6 @@ class PublicGate(_Pair):
     def is_open_to_us(self) -> bool:
         """Whether a cancellation that arrives in its task just now is ours, and the first."""
         return self._grace > 0 and not self.is_delivered and self._task is not None and self._is_ours(None)
-
-
-def _nothing_to_do() -> None: ...
 
 
 def _nothing_is_ours(origin: object) -> bool:

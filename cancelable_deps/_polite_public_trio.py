@@ -24,6 +24,8 @@ import trio
 from ._polite_public import Stepped
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ._polite_public import PublicGate, _Pair
 
 
@@ -139,6 +141,28 @@ class _Instrument(trio.abc.Instrument):
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
         for watch in self._watches.get(task, ()):
             watch.after_step()
+
+
+class _Exits(trio.abc.Instrument):
+    """Tells of tasks that end. It hears of nothing else, and costs no step."""
+
+    def __init__(self) -> None:
+        self.ended: dict[trio.lowlevel.Task, Callable[[bool], object]] = {}
+
+    def task_exited(self, task: trio.lowlevel.Task) -> None:
+        ended = self.ended.pop(task, None)
+        if not self.ended:
+            trio.lowlevel.remove_instrument(self)
+        if ended is not None:
+            ended(False)
+
+
+def tell_at_exit(extras: dict[Any, Any], task: trio.lowlevel.Task, ended: Callable[[bool], object]) -> None:
+    """Call ``ended(False)`` when ``task`` has ended."""
+    exits = extras.setdefault(_Exits, _Exits())
+    if not exits.ended:
+        trio.lowlevel.add_instrument(exits)
+    exits.ended[task] = ended
 
 
 class TrioStepped(Stepped):

@@ -59,10 +59,10 @@ class Pool:
         job = _job(func, args)
         async with limiter or anyio.to_process.current_default_process_limiter():
             answer = await self._ask(job, func)
-        is_result, value = pickle.loads(answer)
-        if is_result:
-            return value
-        raise value
+        body = memoryview(answer)[1:]
+        if answer[:1] == _child.RESULT:
+            return _result(body, func)
+        raise _error(pickle.loads(body))
 
     async def _ask(self, job: bytes, func: Callable[..., Any]) -> bytes:
         while (worker := await self._take()) is not None:
@@ -196,6 +196,50 @@ def _job(func: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
             f"({exc}). Take a function from the top level of a module, no lambda or closure, and plain data."
         ) from exc
     return pickle.dumps((sys.path, _main_module() if b"__main__" in call else None, call), pickle.HIGHEST_PROTOCOL)
+
+
+def _result(pickled: memoryview, func: Callable[..., Any]) -> Any:
+    try:
+        return pickle.loads(pickled)
+    except KeyboardInterrupt:
+        # Ctrl+C is meant for us.
+        raise
+    except BaseException as exc:
+        raise TypeError(
+            f"what {_name(func)}() returned cannot be unpickled in this process ({_child.text_of(exc)}). Return plain "
+            "data, or objects of classes that can be imported here."
+        ) from exc
+
+
+def _error(told: tuple[Any, ...]) -> Exception:
+    """The error of a job: itself, if it can be had here, or something that names it."""
+    report = _child.Report(*told)
+    error = _unpickled(report.pickled)
+    if error is None and report.members is not None:
+        error = ExceptionGroup(report.message, [_error(member) for member in report.members])
+    if error is None:
+        error = RuntimeError(report.stand_in)
+    if report.traceback:
+        # Here, as what it has of its own need not survive the pickling. It may take none.
+        _quietly(lambda: error.add_note(f"In the worker process:\n{report.traceback}"))
+    return error
+
+
+def _unpickled(pickled: bytes | None) -> Exception | None:
+    error = None if pickled is None else _quietly(lambda: pickle.loads(pickled))
+    # Others would end the server, or pass for a cancellation, and a StopIteration cannot leave a coroutine.
+    return error if isinstance(error, Exception) and not isinstance(error, StopIteration) else None
+
+
+def _quietly(call: Callable[[], Any]) -> Any:
+    """What code of the job's gives, whatever it may raise; nothing then."""
+    try:
+        return call()
+    except KeyboardInterrupt:
+        # Ctrl+C is meant for us.
+        raise
+    except BaseException:
+        return None
 
 
 def _main_module() -> dict[str, str]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import anyio
+import anyio.lowlevel
+
+from ._foreign import EXITS, RECEIVING, ThisTask, as_failure
 
 if TYPE_CHECKING:
     from contextvars import Context
@@ -80,15 +83,20 @@ class ReadAhead:
         self._worker = loop.spawn(self._read, context)
 
     async def _read(self) -> None:
+        this_task = ThisTask()
         try:
             # Stopped before it has begun, it asks nothing: granian loses what a cancelled receive() was to get.
             while self.end is None and not self._stopped:
                 while self._is_full():
                     await self._change()
                 self._keep(await self.raw())
-        except Exception as exc:
+        except BaseException as exc:
+            if this_task.is_ended_by(exc):
+                if isinstance(exc, EXITS):
+                    self.end = as_failure(exc, RECEIVING)
+                raise
             # A middleware may refuse a body that grows too long: that is for the application to see, in its turn.
-            self.end = exc
+            self.end = as_failure(exc, RECEIVING)
         finally:
             self._worker = None
             if self._stopped and self._wanted is not None and self.end is None:
@@ -105,3 +113,6 @@ class ReadAhead:
         if self._changed is None:
             self._changed = anyio.Event()
         await self._changed.wait()
+        # On asyncio, anyio cancels nobody who is about to wake up anyway. A reader and a caller that wake each other in
+        # every step of the loop are so whenever it looks, and could not be stopped.
+        await anyio.lowlevel.checkpoint_if_cancelled()

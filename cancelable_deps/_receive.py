@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from types import BuiltinMethodType
-from typing import TYPE_CHECKING, Any, Protocol
+from asyncio import CancelledError
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
 
 import anyio
 import anyio.lowlevel
 
 from ._backend import current_loop
+from ._exceptions import raise_as_it_is
+from ._foreign import RECEIVING, told
 from ._read_ahead import ReadAhead
+from ._server import loses_what_is_cancelled, server_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from contextvars import Context
 
     from starlette.types import Message, Receive, Scope
@@ -25,9 +30,17 @@ _MESSAGE_BYTES = 256
 class Owner(Protocol):
     def client_left(self) -> None: ...
 
+    def is_work(self, task: object) -> bool:
+        """Return whether a cancellation of the request reaches ``task`` first."""
+        ...
+
+    def is_parsing_body(self, task: object) -> bool:
+        """Return whether the framework reads the body in ``task``, and would blame the client for its end."""
+        ...
+
     @property
     def is_stopping(self) -> bool:
-        """Whether a block around whoever reads is being cancelled."""
+        """Whether a block around the work is being cancelled."""
         ...
 
     @property
@@ -44,11 +57,16 @@ class Reader(ReadAhead):
     Until it is armed, and after it is stopped, it passes on what the server's ``receive()`` says. While it is armed a
     task of its own awaits that, at most `READ_AHEAD_BYTES` ahead of the application; then it waits for the application,
     so an upload is slowed down as it would be without us. Nobody else may await the server's ``receive()``.
+
+    Whatever in the application waits for a message is told of the disconnect before the work is cancelled: it has an
+    orderly end of its own. But for a framework that parses the body, which would answer that it is malformed.
     """
 
     _body_over = False
     _asked = False
     _told = False
+    _waiting: tuple[object, ...] = ()
+    """The tasks of the application that wait for a message, once for each call."""
 
     def __init__(self, scope: Scope, raw: Receive, owner: Owner | None, context: Context) -> None:
         super().__init__(raw, context)
@@ -68,11 +86,46 @@ class Reader(ReadAhead):
             if self._wanted is not None and self._worker is None and not self._pulling:
                 self._start(self._wanted)
             if self._worker is not None or self._pulling:
-                await self._change()
-            elif self._is_fragile():
+                await self._wait()
+            elif self._is_fragile() or (self._body_over and self.owner is not None):
+                # A listener does not await the server's own: we may have to tell it as well.
                 await self._pull_by_task()
             else:
                 return await self._pull()
+
+    @property
+    def has_listeners(self) -> bool:
+        """Whether a task of the application waits to be told of the disconnect."""
+        return any(self._is_listener(task) for task in self._waiting)
+
+    @property
+    def has_watchers(self) -> bool:
+        """Whether a task of the application waits for nothing but the disconnect, and not for the body of its own work."""
+        return any(self._body_over or self.owner is None or not self.owner.is_work(task) for task in self._waiting)
+
+    def tell_listeners(self) -> None:
+        """Answer all who wait, and who ask from here on: the client has left, or is as good as gone."""
+        if self.end is None:
+            self.end = {"type": "http.disconnect"}
+        self._notify()
+
+    def _is_listener(self, task: object) -> bool:
+        return self._body_over or self.owner is None or not self.owner.is_parsing_body(task)
+
+    @contextmanager
+    def _known_to_wait(self) -> Iterator[None]:
+        task = current_loop().current_task()
+        self._waiting += (task,)
+        try:
+            yield
+        finally:
+            waiting = list(self._waiting)
+            waiting.remove(task)
+            self._waiting = tuple(waiting)
+
+    async def _wait(self) -> None:
+        with self._known_to_wait():
+            await self._change()
 
     def _may_ask(self) -> bool:
         # The first receive() makes a server send `100 Continue`, and that is the application's to decide.
@@ -98,14 +151,7 @@ class Reader(ReadAhead):
 
     def _take_end(self, message: Message) -> None:
         self.end = message
-        # hypercorn says it once, by a queue, and a response that listens after us would wait for it for ever.
-        owner: Any = getattr(self.raw, "__self__", None)
-        kind = (type(owner).__module__, type(owner).__name__)
-        if kind == ("asyncio.queues", "Queue"):
-            owner.put_nowait(message)
-        elif kind == ("trio", "MemoryReceiveChannel"):
-            # Private, as the channel's other end is the server's.
-            owner._state.data.append(message)
+        server_of(self.raw, self._scope).say_again(message)
 
     def _next(self) -> Message:
         assert self._messages is not None
@@ -118,9 +164,11 @@ class Reader(ReadAhead):
         if isinstance(end, Exception):
             raise end
         if self.owner is not None and self.owner.is_deferring:
-            await self.owner.deferral_over()
-        if not self._told and self.owner is not None and self.owner.is_stopping:
-            # The caller would make a ClientDisconnect of it; the cancellation that is on its way is the better answer.
+            with self._known_to_wait():
+                await self.owner.deferral_over()
+        is_cancelled = not self._told and self.owner is not None and self.owner.is_stopping
+        if is_cancelled and not self._is_listener(current_loop().current_task()):
+            # FastAPI would make a 400 of it; the cancellation that is on its way is the better answer.
             # Once: `Request.is_disconnected()` asks from a cancelled scope, and would never be told.
             self._told = True
             await anyio.lowlevel.checkpoint()
@@ -138,25 +186,28 @@ class Reader(ReadAhead):
                 self._take_end(message)
             else:
                 self._note(message)
+        except CancelledError as exc:
+            raise_as_it_is(told(exc, current_loop(), RECEIVING))
         finally:
             self._pulling = False
             if self._wanted is not None and self.end is None:
                 self._start(self._wanted)
             self._notify()
         if self.end is not None:
-            self._tell_owner()
+            with self._known_to_wait():
+                self._tell_owner()
             return await self._ended(self.end)
         return message
 
     def _is_fragile(self) -> bool:
-        """Whether a pending ``receive()`` must not be cancelled: granian, written in Rust, then lies to the next one."""
-        return isinstance(self.raw, BuiltinMethodType) and (
+        """Whether a pending ``receive()`` must not be cancelled."""
+        return loses_what_is_cancelled(self.raw) and (
             self._body_over or anyio.current_effective_deadline() == -math.inf
         )
 
     async def _pull_by_task(self) -> None:
         self._start(current_loop())
-        await self._change()
+        await self._wait()
 
     def _note(self, message: Message) -> None:
         if not message.get("more_body", False):

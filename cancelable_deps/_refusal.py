@@ -5,6 +5,7 @@ parameters, and callbacks that could not be called.
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 if TYPE_CHECKING:
@@ -53,6 +54,15 @@ def takes(function: object, count: int) -> bool:
     except ValueError:
         pass  # Some that are written in C have no signature.
     return True
+
+
+def runs_only_when_awaited(function: object) -> bool:
+    """Whether calling it does nothing by itself: it is ``async``, or a generator; also in a partial or as ``__call__``."""
+    while isinstance(function, partial):
+        function = function.func
+    kinds = (inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction)
+    method = None if inspect.isroutine(function) else getattr(type(function), "__call__", None)  # noqa: B004
+    return any(is_one(each) for is_one in kinds for each in (function, method))
 
 
 class NotADependency:

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import contextmanager
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 from urllib.parse import quote
-from weakref import ref
+from weakref import WeakSet, ref
 
 import anyio
 
 from ._backend import current_loop, logger
+from ._frames import is_parsing_body
+from ._members import Members, with_one_more, without
+from ._postponed import Postponed
 from ._receive import Reader
 from ._sweep import sweep_of
+from ._task_gate import guard_running_task
 from .reasons import CancelationReason
 from .settings import settings
-from .token import CancelationToken, Cause
+from .token import CancelationToken, Cause, telling_everybody
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Iterator, Mapping
     from contextlib import AsyncExitStack
-    from typing import Protocol
 
     from starlette.requests import Request
     from starlette.types import Message, Receive, Scope
 
     from ._drain import Drain
     from ._request_block import DoorBlock, RequestBlock
+    from .errors import CancelationError
     from .policies import TimeoutPolicy
-
-    class Watcher(Protocol):
-        def armed(self) -> None:
-            """The request has run for a while, and is listened to."""
 
 
 SCOPE_KEY = "cancelable_deps"
@@ -44,6 +46,20 @@ _HANDLER_STACK_KEY = "fastapi_function_astack"
 _REQUEST_STACK_KEY = "fastapi_inner_astack"
 
 _NO_ASGI: Final[dict[str, Any]] = {"version": "3.0"}
+
+
+# The root tokens of requests whose client was seen to leave: all that a block which outlives its request has of it.
+_clients_left: WeakSet[CancelationToken] = WeakSet()
+
+
+class PastRequest:
+    """A request that is over and gone, to whoever still asks for its client."""
+
+    def __init__(self, token: CancelationToken) -> None:
+        self.has_left = token in _clients_left
+
+    def defer_disconnect(self, by: int) -> None:
+        """There is nothing left to be deferred."""
 
 
 class RequestState:
@@ -62,6 +78,31 @@ class RequestState:
     is_cut = False
     """Nothing more of the response may be sent: it ends without its last chunk."""
 
+    response_has_started = False
+    """Whether anything of a response has left the innermost place where we watch."""
+
+    response_is_out = False
+    """Whether anything of a response has been sent to the server."""
+
+    body_has_begun = False
+    response_is_starting = False
+    """The start of a response is on its way: whether it got out could not be told of one that is stopped now."""
+
+    drops_response = False
+    """What the application has yet to send tells of a client that left, and is no answer to one that is there."""
+
+    stream_was_cancelled = False
+    """The task that sent a stream was cancelled, and not by us."""
+
+    is_finished = False
+    """The handler's result is there: nothing of ours stops what sends it."""
+
+    cut_by: CancelationError | None = None
+    """With which error a stream was stopped further in; its response is to be cut."""
+
+    cannot_be_cut = False
+    """That error is to be raised into the server, which closes the connection then."""
+
     main_tasks: tuple[object, ...] = ()
     """The tasks, besides that of a door, in which the handler runs: a ``BaseHTTPMiddleware`` starts one."""
 
@@ -77,11 +118,20 @@ class RequestState:
     reason: CancelationReason | None = None
     """Why it was stopped, as far as there is a line about it in the log."""
     _leaving: anyio.Event | None = None
+    _postponed: Postponed | None = None
+    _guard: Postponed | None = None
+    ends_by_itself = False
+    """Whether what listens inside the application was told, and has time."""
+
+    _left_after: float | None = None
+    outermost: DoorBlock | None = None
+    """The block of the middleware or route class that has made this state."""
+
     default: DoorBlock | None = None
     """The block with the timeout that a route's own replaces."""
 
     _stack: AsyncExitStack | None = None
-    _watchers: tuple[Watcher, ...] = ()
+    _watchers: Members[object] = ()
 
     def __init__(self, scope: Scope, receive: Receive, *, held: bool = False) -> None:
         if held:
@@ -109,10 +159,9 @@ class RequestState:
         """The application's ``receive()``."""
         return self.reader.receive()
 
-    def watch(self, watcher: Watcher) -> None:
-        self._watchers += (watcher,)
+    def watch(self, watcher: object) -> None:
+        self._watchers = with_one_more(self._watchers, watcher) if self._watchers else (watcher,)
         if self.is_armed or self.is_closed:
-            watcher.armed()
             if not self.is_closed:
                 self.reader.arm(self.loop)
             self._enter_drain()
@@ -127,12 +176,12 @@ class RequestState:
             else:
                 self.arm()
 
-    def unwatch(self, watcher: Watcher) -> None:
+    def unwatch(self, watcher: object) -> None:
         watchers = self._watchers
-        if len(watchers) == 1 and watchers[0] is watcher:
+        if watchers == (watcher,):
             self._watchers = ()
         else:
-            self._watchers = tuple(other for other in watchers if other is not watcher)
+            self._watchers = without(watchers, watcher)
         if not self._watchers:
             if self.pen is not None:
                 self._leave_pen()
@@ -155,8 +204,6 @@ class RequestState:
         if not self.is_closed:
             if self._stack is not None:
                 self._stack.push_async_callback(self.handler_returned)
-            for watcher in self._watchers:
-                watcher.armed()
             self.reader.arm(self.loop)
         self._enter_drain()
 
@@ -171,6 +218,7 @@ class RequestState:
         if self.is_closed:
             return
         self.has_left = True
+        _clients_left.add(self.token)
         if not self._deferrals:
             self._disconnect()
 
@@ -199,11 +247,14 @@ class RequestState:
             self._deferred = None
 
     def _disconnect(self) -> None:
-        self.token.cancel_nowait(CancelationReason.DISCONNECT)
-        assert self.token.cause is not None
-        self.log(self.token.cause.reason, self.token.cause)
-        if self._leaving is not None:
-            self._call_in_loop(self._leaving.set)
+        if self._left_after is None:
+            self._left_after = self.loop.time() - self.arrived
+        if self.has_listeners:
+            self.tell_listeners()
+        with telling_everybody():
+            self.token.cancel_nowait(CancelationReason.DISCONNECT)
+            if self._leaving is not None:
+                self._call_in_loop(self._leaving.set)
 
     def _call_in_loop(self, callback: Callable[[], object]) -> None:
         if self.loop.is_running_here():
@@ -218,13 +269,117 @@ class RequestState:
                 self._leaving = anyio.Event()
             await self._leaving.wait()
 
+    def is_parsing_body(self, task: object) -> bool:
+        return is_parsing_body(task)
+
+    def is_work(self, task: object) -> bool:
+        """Return whether a cancellation of the request reaches ``task`` first."""
+        if task in self.main_tasks or (self.outermost is not None and self.outermost._task is task):
+            return True
+        return any(getattr(watcher, "_task", None) is task for watcher in self._watchers)
+
+    @property
+    def has_listeners(self) -> bool:
+        return self._reader is not None and self._reader.has_listeners
+
+    @property
+    def has_watchers(self) -> bool:
+        return self._reader is not None and self._reader.has_watchers
+
+    def tell_listeners(self) -> None:
+        """Answer what inside the application listens for a disconnect, and give it the time to end by itself.
+
+        As long as a cleanup may take: what it does then is one, a stream's background and the callbacks of its framework
+        included. What is left after that is cancelled.
+        """
+        if self._postponed is None or not self.ends_by_itself:
+            self.ends_by_itself = True
+            earlier, self._postponed = self._postponed, Postponed(self.loop, self.grace)
+            if earlier is not None:
+                earlier.hand_on(self._postponed)
+        self.reader.tell_listeners()
+
+    @property
+    def grace(self) -> float:
+        return settings.cleanup_grace if self.cleanup_grace is None else self.cleanup_grace
+
+    def postpones(self, block: RequestBlock, cause: Cause) -> bool:
+        """Return whether ``block`` is stopped later, or not at all, although the request is."""
+        if cause is not self.token.cause or self.is_closed or not self.loop.is_running_here():
+            return False
+        if self._guard is not None:
+            self._guard.add(block, cause)
+            return True
+        if self._postponed is None:
+            if self.response_is_starting or self.is_finished:
+                self._postponed = Postponed(self.loop, self.grace)
+            elif self.has_watchers:
+                self.drops_response = not self.response_has_started
+                self.tell_listeners()
+        if self._postponed is None:
+            return False
+        if self._postponed.is_over:
+            return self.is_finished and self._is_on_its_way()
+        self._postponed.add(block, cause)
+        return True
+
+    def _is_on_its_way(self) -> bool:
+        """Return whether a finished result is being sent, and not kept by something between the handler and us."""
+        if self.response_is_out and not self.body_has_begun and self.has_watchers:
+            # It has told its length and never makes its first chunk; that can only be a stream.
+            self.tell_listeners()
+        return self.response_is_out
+
+    @contextmanager
+    def uninterrupted(self) -> Iterator[None]:
+        """Let nothing of ours reach the request's tasks inside; what is due then strikes at the end."""
+        guard = self._guard = Postponed(self.loop, math.inf)
+        doors = self._doors
+        for door in doors:
+            door._hold()
+        try:
+            yield
+        finally:
+            self._guard = None
+            for door in doors:
+                door._resume()
+            guard.end()
+
+    def start_response(self) -> None:
+        """Note that the start of a response is on its way; `start_is_out` is to follow."""
+        self.response_has_started = self.response_is_starting = True
+        if self.token.cause is not None:
+            for door in self._doors:
+                door._hold()
+
+    def start_is_out(self) -> None:
+        """Note that the start of a response is sent: a stream can be stopped from here on."""
+        self.response_is_starting = False
+        if self.token.cause is None or self.is_finished:
+            return
+        if self._postponed is not None and not self.ends_by_itself:
+            postponed, self._postponed = self._postponed, None
+            postponed.end()
+        for door in self._doors:
+            door._resume()
+
+    def finish(self) -> None:
+        """Note that the handler's result is there, and is the response: what of ours has not struck yet never will."""
+        self.is_finished = True
+        if self.token.cause is not None:
+            for door in self._doors:
+                door.finish()
+
     @property
     def is_stopping(self) -> bool:
         return any(isinstance(watcher, self.block_class) and watcher.is_cancelled for watcher in self._watchers)
 
     def complete(self) -> None:
         """The response is complete, or the handler has returned: from here on a disconnect means nothing."""
+        self.note_disconnect()
         self.is_closed = True
+        if self._postponed is not None:
+            self._postponed.forget()
         if self._deferred is not None:
             self._tell_those_deferred()
         self.scope.pop(SCOPE_KEY, None)
@@ -236,6 +391,16 @@ class RequestState:
         if self.default is not None:
             self.default = None
 
+    def complete_response(self) -> None:
+        """Note that all of the response is on its way to the server: what follows is background work, and is spared."""
+        if self.outermost is not None:
+            # Not among the watchers as long as it has not begun.
+            self.outermost.release()
+        if self._watchers:
+            for door in self._doors:
+                door.release()
+        self.complete()
+
     def close(self) -> None:
         """As `complete`, and no background task of ours runs on."""
         if not self.is_closed:
@@ -243,6 +408,7 @@ class RequestState:
         if self.pen is not None:
             self._leave_pen()
         # Or every request would be garbage of the kind that only the collector finds.
+        self.outermost = None
         if self._watchers:
             self._watchers = ()
 
@@ -252,14 +418,16 @@ class RequestState:
 
     def spare_background(self) -> None:
         """What still runs comes after the response: whatever has stopped that does not stop this."""
-        for door in self._doors:
-            door.release()
-        self.complete()
+        self.complete_response()
 
     def stop(self, cause: Cause) -> None:
-        """Cancel the request; if its response is complete, what runs after that."""
+        """Cancel the request, unless its result is there."""
         self.token.cancel_because(cause)
-        if self.is_closed:
+
+    def stop_all(self, cause: Cause) -> None:
+        """Cancel the request; if its result is there, what sends it and what runs after that."""
+        self.token.cancel_because(cause)
+        if self.is_closed or self.is_finished:
             for innermost in self._doors[-1:]:
                 innermost.stop_background(cause)
 
@@ -309,7 +477,20 @@ class RequestState:
 
     def listen_for_streams(self) -> None:
         """Starlette's streams need not listen from here on, beside us: under ASGI 2.4 they do not."""
-        self.scope["asgi"] = {**self.scope.get("asgi", _NO_ASGI), "spec_version": "2.4"}
+        self._announce("2.4")
+
+    def let_streams_listen(self) -> None:
+        """See to it that Starlette's streams listen for the disconnect, which they do before ASGI 2.4.
+
+        What comes after a stream, its background above all, runs when the stream has heard that its client left, and
+        not when it learns so by an error of ``send()``.
+        """
+        version = self.scope.get("asgi", _NO_ASGI).get("spec_version", "2.0")
+        if tuple(map(int, version.split("."))) >= (2, 4):
+            self._announce("2.3")
+
+    def _announce(self, version: str) -> None:
+        self.scope["asgi"] = {**self.scope.get("asgi", _NO_ASGI), "spec_version": version}
 
     # FastAPI's stack of exits takes any context manager, and this is its cheapest form.
     def __enter__(self) -> None: ...
@@ -355,6 +536,13 @@ class RequestState:
         """Those of one more door: a mounted application has those of the one around it, too."""
         self.policies = policies if self.policies is None else {**self.policies, **policies}
 
+    def replace(self, block: DoorBlock, by: DoorBlock) -> None:
+        """``by`` has taken the place of ``block``."""
+        if self.outermost is block:
+            self.outermost = by
+        if self.default is block:
+            self.default = by
+
     def replace_default(self, policy: TimeoutPolicy) -> None:
         """The route has chosen a policy."""
         if self.default is None:
@@ -370,6 +558,22 @@ class RequestState:
             self.default.drop_timeout()
             self.default = None
 
+    def note_sender(self) -> None:
+        """Note that the calling task sends a stream. If it is one of the application's own, its cleanup has its grace."""
+        if not self.is_work(self.loop.current_task()):
+            guard_running_task(self.loop, self.grace, lambda origin: self.token.is_cancelled, self._stream_ended)
+
+    def _stream_ended(self, was_cancelled: bool) -> None:
+        """Spare what comes after a stream that was told to end, and has: its background, the end of its framework."""
+        self.stream_was_cancelled = was_cancelled and not self.token.is_cancelled
+        if self.ends_by_itself and not self.is_closed:
+            self.complete_response()
+
+    def note_disconnect(self) -> None:
+        """Log that the client left, in the context of the caller, if nothing that was stopped has been logged."""
+        if self._left_after is not None and self.reason is None and self.token.cause is not None:
+            self.log(self.token.cause.reason, self.token.cause)
+
     def log(self, reason: CancelationReason, cause: object) -> None:
         """The one line about this request."""
         if self.reason is not None:
@@ -377,7 +581,7 @@ class RequestState:
         self.reason = reason
         method = self.scope.get("method", "WEBSOCKET")
         route = route_of(self.scope)
-        elapsed = self.loop.time() - self.arrived
+        elapsed = self.loop.time() - self.arrived if self._left_after is None else self._left_after
         extra = {"method": method, "route": route, "reason": str(reason), "elapsed": elapsed}
         why = " ".join(str(cause).splitlines())
         logger.info("%s %s cancelled after %.3f s: %s", method, route, elapsed, why, extra=extra)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, Self
+from weakref import ref
 
 from starlette.requests import ClientDisconnect
 
 from ._debugger import is_debugged
-from ._request import RequestState
-from .cancelable import Cancelable
+from ._request import PastRequest, RequestState
+from .cancelable import Cancelable, _current
 from .errors import CancelationError, DisconnectCancelation
 from .reasons import CancelationReason
 from .settings import settings
@@ -17,7 +18,8 @@ from .token import CancelationToken, Cause
 
 if TYPE_CHECKING:
     from ._backend import EventLoop
-    from ._polite import PoliteScope
+    from ._polite import Mark
+    from ._sections import OwnerOfClient
     from .policies import TimeoutPolicy
 
 # What Starlette makes of an error that it would answer, had the response not started.
@@ -43,34 +45,44 @@ class RequestBlock(Cancelable):
     _is_whole = False
     """Whether what stops the block stops the request."""
 
+    _left: ref[RequestState] | None = None
+    """The request, once the block has been left."""
+
     def __init__(
         self, state: RequestState, *, timeout: float | None = None, cleanup_grace: float | None = None
     ) -> None:
         self._request = state
         if self._is_whole:
             self._token = state.token
+            self._upstream = None
         else:
             self._token = CancelationToken()
             self._upstream = state.token
-        if timeout is not None:
-            self._timeout = timeout
+        self._timeout = timeout
+        # Every request asks for these, some more than once. To write one costs a tenth of finding it in the class.
+        self._loop = self._line = self._scope = self._inner = self._parent = self._left = self._progress_callbacks = (
+            None
+        )
+        self._callbacks = ()
+        self._is_unsettled = False
         if cleanup_grace is not None:
             self._grace = cleanup_grace
 
     async def __aenter__(self) -> Self:
+        if self._left is not None:
+            raise self._entered_before()
         self._enter(self._request.loop)
         return self
 
     @property
-    def _owner_of_client(self) -> RequestState:
-        return self._request
-
-    def armed(self) -> None:
-        self._start_timer()
+    def _owner_of_client(self) -> OwnerOfClient:
+        request = self.known_request
+        return PastRequest(self._upstream or self._token) if request is None else request
 
     def _begin(self, loop: EventLoop) -> None:
         if self._timeout is not None and _timeouts_are_off():
             self._deadline = math.inf
+            self._leave_line()
         super()._begin(loop)
 
     def _expire(self) -> None:
@@ -80,6 +92,12 @@ class RequestBlock(Cancelable):
         else:
             super()._expire()
 
+    def time_is_up(self, now: float) -> None:
+        super().time_is_up(now)
+        if self._left is None and self.is_cancelled and not self._request.is_closed:
+            # In a loop that was blocked the sweep is late as well. While the handler cleans up its client may leave.
+            self._request.arm_now()
+
     def _home(self) -> EventLoop:
         return self._request.loop
 
@@ -87,8 +105,6 @@ class RequestBlock(Cancelable):
         if self._request.is_closed and isinstance(self._parent, RequestBlock):
             self._follow(self._parent._request)
         self._request.watch(self)
-        if self._timeout is not None and self._timeout < 3 * settings.listen_after:
-            self._start_timer()
 
     def _follow(self, state: RequestState) -> None:
         """Entered in the body of a response, after the handler's return had closed our own request state."""
@@ -104,13 +120,44 @@ class RequestBlock(Cancelable):
         if not self._request.is_held:
             self._request.unwatch(self)
 
+    def _fire(self, cause: Cause) -> None:
+        if not (self.is_active and self._request.postpones(self, cause)):
+            super()._fire(cause)
+
+    def stop_at_once(self) -> None:
+        """Stop what is to be stopped, also where others have time to end by themselves."""
+        for child in list(self._children or ()):
+            if isinstance(child, RequestBlock):
+                # The innermost answers.
+                child.stop_at_once()
+        if self._token.cause is not None and self.is_active:
+            super()._fire(self._token.cause)
+
+    def stop_now(self, cause: Cause) -> None:
+        """Do what was postponed."""
+        self._fire(cause)
+
     def _has_to_settle(self) -> bool:
         return bool(self._to_await) or self._request.has_stopped_listening
 
-    async def _settle(self) -> None:
+    async def _end_what_is_left(self) -> None:
         if self._to_await:
             await self._await_callbacks()
         await self._request.settle()
+
+    def _let_go(self) -> None:
+        if self._is_unsettled:
+            self._to_await = None
+        if self._progress_callbacks is not None:
+            self._progress_callbacks = None
+        if self._left is None:
+            self._left = ref(self._request)
+            del self._request
+
+    @property
+    def known_request(self) -> RequestState | None:
+        """The request; once the block is left, for as long as somebody else knows it."""
+        return self._request if self._left is None else self._left()
 
     def _outcome(self, exc: BaseException | None, remaining: BaseException | None) -> BaseException:
         outcome = super()._outcome(exc, remaining)
@@ -151,8 +198,9 @@ class DoorBlock(RequestBlock):
     """The block of a door around the whole handler: its token is the root token, so what stops it stops the request."""
 
     _is_whole = True
-    _is_on_hold = False
     policy: TimeoutPolicy | None = None
+    successor: DoorBlock | None = None
+    _place_outside: Mark | None = None
 
     def _expire(self) -> None:
         if self.policy is None or _timeouts_are_off():
@@ -167,6 +215,41 @@ class DoorBlock(RequestBlock):
         self._deadline = math.inf if self._timeout is None else self._started + self._timeout
         self._rearm()
 
+    @property
+    def is_left(self) -> bool:
+        return self._ended is not None
+
+    def move_in(self) -> bool:
+        """Let the block begin where the caller stands, further in; ``False`` if it has begun already."""
+        if self._position is None or self._loop is None or self._loop.mark is None:
+            return False
+        self._place_outside, self._position = self._position, self._loop.mark()
+        return True
+
+    def move_out(self, state: RequestState) -> None:
+        """After leaving: open a successor where the block was before it was moved in, with what is left of its time.
+
+        Unless the response is out. Otherwise something there holds it back, and may take long.
+        """
+        place, self._place_outside = self._place_outside, None
+        if state.is_closed:
+            return
+        assert self._loop is not None
+        block = self.successor = DoorBlock(state, cleanup_grace=self._grace)
+        block.takes_groups_apart, block.policy = self.takes_groups_apart, self.policy
+        block._loop, block._started = self._loop, self._started
+        block._timeout, block._deadline = self._timeout, self._deadline
+        block._outside = _current.set(block)
+        block._position = place
+        if self._parent is not None:
+            block._link_to(self._parent)
+        self._loop.newcomers[block] = None
+        if not self._loop.is_awaiting_step:
+            self._loop.await_step()
+        block._rearm()
+        state.replace(self, block)
+        block._token.listen(block)
+
     def _runs_in(self, task: object) -> bool:
         return self._task is task or (self.is_active and task in self._request.main_tasks)
 
@@ -178,7 +261,7 @@ class DoorBlock(RequestBlock):
             outcome = outcome.__cause__
         if isinstance(outcome, CancelationError):
             # Also that of a block which was opened by hand below, and knows nothing of the request.
-            self._request.log(outcome.reason, outcome.detail)
+            self._request.log(outcome.reason, outcome.message or outcome.detail)
         return outcome
 
     def drop_timeout(self) -> None:
@@ -187,34 +270,22 @@ class DoorBlock(RequestBlock):
         self._deadline = math.inf
         self._rearm()
 
-    def hold(self) -> None:
-        """Until `resume`, nothing can stop the block: the handler is done, its response is on its way."""
-        self._is_on_hold = True
+    def finish(self) -> None:
+        """The result is there: no stop that is under way reaches the task any more, nor does the end of a grace."""
         if self._scope is not None:
-            self._scope.hold()
+            self._scope.release()
 
-    def resume(self) -> None:
-        self._is_on_hold = False
-        if self._scope is not None:
-            self._scope.resume()
-
-    def _stop(self, scope: PoliteScope, cause: Cause) -> None:
-        super()._stop(scope, cause)
-        if self._is_on_hold:
-            # It may be no finished result, but a stream that has told its length and never makes its first chunk.
-            loop = self._request.loop
-            self._late = loop.call_at(loop.time() + self._cleanup_grace, self.resume)
-
-    def _begin(self, loop: EventLoop) -> None:
-        super()._begin(loop)
-        if self._is_on_hold and self._scope is not None:
-            self._scope.hold()
+    def _fire_at_last(self) -> None:
+        cause = self._token.cause
+        if cause is not None and not (self.is_active and self._request.postpones(self, cause)):
+            super()._fire_at_last()
 
     def release(self) -> None:
         """Nothing can stop the block any more: the response is complete, and what follows is background work."""
         self._deadline = math.inf
-        self._is_on_hold = True
         self._token.unlisten(self)
+        if self._line is not None:
+            self._leave_line()
         if self._scope is None:
             # At shutdown there must be something to stop background tasks by.
             if self._loop is not None and self._loop.drain is None:
@@ -222,6 +293,12 @@ class DoorBlock(RequestBlock):
         else:
             self._stop_timers()
             self._scope.release()
+
+    def stop_at_once(self) -> None:
+        if self._request.is_closed and self._scope is not None:
+            # It was released.
+            self._scope.resume()
+        super().stop_at_once()
 
     def stop_background(self, cause: Cause) -> None:
         """After `release`: stop what is left all the same."""

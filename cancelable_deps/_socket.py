@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from contextlib import suppress
 from contextvars import copy_context
 from functools import cache
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from weakref import WeakMethod, ref
 
@@ -17,8 +17,11 @@ from starlette.responses import JSONResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from . import _request
+from ._exceptions import raise_as_it_is
+from ._foreign import SENDING, told
 from ._request import SCOPE_KEY, RequestState, request_state
 from ._request_block import DoorBlock, RequestBlock
+from ._server import can_refuse_socket_with
 from ._socket_reader import SocketReader
 from .cancelable import current_cancelable
 from .errors import CancelationError, DisconnectCancelation
@@ -73,7 +76,25 @@ class SocketState(RequestState):
         self._quiet = False
         block = current_cancelable()
         if by_receiving and block is not None and self.token.cause is not None:
-            block._is_told(self.token.cause)
+            # The message tells the task, which may take as long for what it does then as for a cleanup.
+            block._is_told(self.token.cause, None)
+
+    @property
+    def has_listeners(self) -> bool:
+        """Always false: a handler that waits for a message is told by that message, before it is stopped."""
+        return False
+
+    @property
+    def has_watchers(self) -> bool:
+        return False
+
+    def _disconnect(self) -> None:
+        super()._disconnect()
+        assert self.token.cause is not None
+        self.log(self.token.cause.reason, self.token.cause)
+
+    def note_disconnect(self) -> None:
+        """Log nothing: that was done when the disconnect was heard, or is left to what handles it."""
 
     def log(self, reason: CancelationReason, cause: object) -> None:
         if not self._quiet:
@@ -111,6 +132,12 @@ class SocketState(RequestState):
 
     async def send(self, send: Send, message: Message) -> None:
         """Pass on what the application, or Starlette for it, sends."""
+        try:
+            await self._send(send, message)
+        except CancelledError as exc:
+            raise_as_it_is(told(exc, self.loop, SENDING))
+
+    async def _send(self, send: Send, message: Message) -> None:
         kind = message["type"]
         if kind == "websocket.close":
             await self._close(send, message)
@@ -165,17 +192,18 @@ class SocketState(RequestState):
             await anyio.lowlevel.checkpoint()
 
     def _can_refuse_with(self, status_code: int) -> bool:
-        if "websocket.http.response" not in (self.scope.get("extensions") or {}):
-            return False
-        # uvicorn's older implementation fails at a status that Python has no name for, and 499 is nginx's.
-        server = type(getattr(self.reader.raw, "__self__", None)).__module__
-        return status_code in set(HTTPStatus) or server != "uvicorn.protocols.websockets.websockets_impl"
+        is_announced = "websocket.http.response" in (self.scope.get("extensions") or {})
+        return is_announced and can_refuse_socket_with(self.reader.raw, status_code)
 
 
 class SocketBlock(RequestBlock):
     """A block whose errors Starlette answers with a close."""
 
     _request: SocketState
+    if TYPE_CHECKING:
+
+        @property
+        def known_request(self) -> SocketState | None: ...
 
     def _enter(self, loop: EventLoop | None = None) -> None:
         try:
@@ -190,7 +218,8 @@ class SocketBlock(RequestBlock):
         try:
             super().check()
         except CancelationError as exc:
-            raise self._request.error(exc) from None
+            state = self.known_request
+            raise _twin_of(exc, _GONE) if state is None else state.error(exc) from None
 
 
 class SocketDoorBlock(SocketBlock, DoorBlock):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import sys
+from asyncio import CancelledError
 from typing import TYPE_CHECKING, Protocol
 
+from ._backend import current_loop
+from ._exceptions import raise_as_it_is
+from ._foreign import RECEIVING, told
 from ._read_ahead import ReadAhead
 
 if TYPE_CHECKING:
@@ -106,6 +110,8 @@ class SocketReader(ReadAhead):
             if message["type"] == "websocket.disconnect":
                 self.end = message
             return message
+        except CancelledError as exc:
+            raise_as_it_is(told(exc, current_loop(), RECEIVING))
         finally:
             self._pulling = False
             if self._wanted is not None:

@@ -18,6 +18,14 @@ class Sweepable(Protocol):
         """Called once, between one and two intervals after `Sweep.add`."""
 
 
+class Watched(Protocol):
+    """Somebody who has something to look after every interval."""
+
+    def look(self) -> bool:
+        """Called at the end of the interval; whether at that of the next as well."""
+        ...
+
+
 class Sweep:
     """Two pens, and a timer that moves everyone on by one: adding costs a tenth of what a timer of one's own does.
 
@@ -29,11 +37,18 @@ class Sweep:
         self._interval = interval
         self.young: dict[Sweepable, None] = {}
         self._old: dict[Sweepable, None] = {}
+        self._watched: list[Watched] = []
         self.is_wound = False
 
     def add(self, item: Sweepable) -> None:
         self.young[item] = None
         item.pen = self.young
+        if not self.is_wound:
+            self.wind()
+
+    def watch(self, watched: Watched) -> None:
+        """Let it look within an interval from now, and as long as it likes."""
+        self._watched.append(watched)
         if not self.is_wound:
             self.wind()
 
@@ -43,19 +58,33 @@ class Sweep:
 
     def _tick(self) -> None:
         due, self._old, self.young = self._old, self.young, {}
-        if self._old:
+        # First: they look after deadlines, and what makes a request listen may take a while.
+        self._let_look()
+        if self._old or self.young or self._watched:
             self.wind()
         else:
             self.is_wound = False
-        while due:
+        for item in list(due):
             # One by one: arming one may end another that is due.
-            item = next(iter(due))
-            del due[item]
-            item.pen = None
+            if item in due:
+                del due[item]
+                self._arm(item)
+
+    def _let_look(self) -> None:
+        watched, self._watched = self._watched, []
+        for one in watched:
             try:
-                item.arm()
+                if one.look():
+                    self._watched.append(one)
             except Exception:
-                logger.exception("a request could not be listened to")
+                logger.exception("a sweep could not be made")
+
+    def _arm(self, item: Sweepable) -> None:
+        item.pen = None
+        try:
+            item.arm()
+        except Exception:
+            logger.exception("a request could not be listened to")
 
 
 def sweep_of(loop: EventLoop, interval: float) -> Sweep:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio.lowlevel
 
+from ._deadlines import Line
 from ._processes import Pool
 from ._sweep import Sweep
 
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 
 # Callbacks that are due may run, and a task that has its cancellation may end.
 _PASSES = 5
-# Ours, of which a loop has one for all requests: the timer that finds old ones, and the keeper of idle processes.
-_SHARED = (Sweep._tick.__qualname__, Pool._keep.__qualname__)
+# Ours, of which a loop has one for all requests: the timer that finds old ones, those of equal deadlines, which are there
+# while anybody waits for one, and the keeper of idle processes.
+_SHARED = (Sweep._tick.__qualname__, Line._tick.__qualname__, Pool._keep.__qualname__)
 
 
 @dataclass(frozen=True)

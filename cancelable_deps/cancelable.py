@@ -12,14 +12,17 @@ import anyio.lowlevel
 
 from ._backend import EventLoop, Timer, current_loop, logger
 from ._condition import Condition
-from ._exceptions import collapse, raise_as_it_is
-from ._polite import polite_scope
+from ._deadlines import CLOSE, new_line, wait_alone, wait_belatedly
+from ._exceptions import answer_of_group, carries_cancelation, collapse, raise_as_it_is
+from ._foreign import EXITS, ThisTask, is_anothers
+from ._members import Members, with_one_more, without
+from ._polite import polite_scope, tell
 from ._refusal import NotADependency
 from ._sections import Deferral, Shield
 from .errors import CancelationError, ParentCancelation
 from .reasons import CancelationReason
 from .settings import seconds, settings
-from .token import Callback, CancelationToken, Cause, call_logged
+from .token import Callback, CancelationToken, Cause, call_logged, check_reason, close_unawaited, telling_everybody
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
     from anyio import CapacityLimiter
 
+    from ._deadlines import Line
     from ._polite import Gate, Mark, PoliteScope
     from ._sections import OwnerOfClient
     from .token import Listener
@@ -94,19 +98,25 @@ class Cancelable:
 
     _position: Mark | None = None
     _scope: PoliteScope | None = None
-    _timer: Timer | None = None
+    _line: Line | None = None
+    """Where it waits for its deadline."""
+
     _parent: Cancelable | None = None
-    _children: list[Cancelable] | None = None
+    _children: Members[Cancelable] = ()
     _fired = False
     _deferred = False
     _only_marked = False
+    takes_groups_apart = True
+    """Whether somebody else's group that has an ``HTTPException`` leaves as that."""
+
+    _has_task_group = False
     _group_scope: anyio.CancelScope | None = None
     _group_gates: dict[object, Gate] | None = None
     _late: Timer | None = None
     _told_by_parent: Listener | None = None
     _outside: Token[Cancelable | None]
-    _callbacks: tuple[Callback, ...] = ()
-    _to_await: tuple[Awaitable[object], ...] = ()
+    _callbacks: Members[Callback] = ()
+    _to_await: list[Awaitable[object]] | None = None
     _progress_callbacks: list[Callable[[str | None, Mapping[str, Any]], object]] | None = None
 
     def __init__(
@@ -247,22 +257,32 @@ class Cancelable:
         return True
 
     def _rearm(self) -> None:
-        """The deadline has been moved."""
-        if self._scope is None:
+        """Wait for the deadline that is set now, if the block is open and not stopped yet."""
+        if self._line is not None:
+            self._leave_line()
+        loop, scope = self._loop, self._scope
+        if scope is not None:
+            scope.move_deadline(self._deadline)
+        elif self._position is None:
             return
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        self._scope.move_deadline(self._deadline)
-        self._start_timer()
+        if self._timeout is None or loop is None or self._deadline == math.inf or self._token.cause is not None:
+            return
+        if self._deadline <= loop.time():
+            # A timer would be a pass of the loop late, and the work that it is to stop be done by then.
+            self._expire()
+        else:
+            self._line = wait_belatedly(loop, self._timeout, self, self._deadline)
 
     def cancel_nowait(self, reason: CancelationReason = CancelationReason.MANUAL, message: str | None = None) -> bool:
         """Stop the block, from any thread, without waiting for its end. Before it is entered: entering will raise.
 
-        ``message`` reaches the client as the response's detail.
+        ``message`` reaches the client as the response's detail; not that of ``PARENT`` and ``ERROR``, for which the
+        client reads a fixed sentence.
 
         :return: whether this call did it; ``False`` if it was cancelled before, or the block has been left.
+        :raises TypeError: if ``reason`` is not a `CancelationReason`, or ``message`` is neither a string nor ``None``.
         """
+        check_reason(reason, message)
         return self._ended is None and self._token.cancel_nowait(reason, message)
 
     async def cancel(self, reason: CancelationReason = CancelationReason.MANUAL, message: str | None = None) -> bool:
@@ -279,17 +299,25 @@ class Cancelable:
         if self._deadline < math.inf and self._loop is not None and self._loop.time() >= self._deadline:
             self._expire()
         if self._token.cause is not None:
-            self._is_told(self._token.cause)
-            self._token.check()
+            error = self._token.cause.error()
+            self._is_told(self._token.cause, error)
+            raise error
         if self._parent is not None:
             self._parent.check()
 
-    def _is_told(self, cause: Cause) -> None:
+    def _is_told(self, cause: Cause, error: BaseException | None) -> None:
         """The task has, or is about to get, the error; what it then cleans up is not to be hit as well."""
         loop = self._loop
         if loop is None or not loop.is_running_here():
             return
         task = loop.current_task()
+        if task is None:
+            return
+        self._take_for_delivered(cause, task)
+        if error is not None:
+            tell(loop, error)
+
+    def _take_for_delivered(self, cause: Cause, task: object) -> None:
         gate = None if self._group_gates is None else self._group_gates.get(task)
         if gate is not None and self._token.cause is cause:
             gate.take_for_delivered()
@@ -299,7 +327,8 @@ class Cancelable:
         if block is None or block._task is not task:
             return
         while block is not None:
-            if block._token.cause is cause and (scope := block._begun_scope()) is not None:
+            scope = block._begun_scope()
+            if scope is not None and block._token.cause is cause:
                 scope.take_for_delivered()
             block = block._parent
 
@@ -333,29 +362,48 @@ class Cancelable:
 
         It is called at the moment of cancelling, in the thread that cancels. What an ``async`` one returns is awaited
         when the block is left, before the error is raised, shielded, with ``cleanup_grace`` seconds for all of them; if
-        the block is not entered it is closed. What a callback raises is logged and goes no further.
+        the block is not entered it is closed. What a callback raises is logged and goes no further, also if that is the
+        ``CancelledError`` of a task that it awaits; ``KeyboardInterrupt`` and ``SystemExit`` are raised when all others
+        have been called. `remove_callback` takes it back.
         """
         if not callable(callback):
             raise TypeError(f"on_cancel takes a function of one argument, the Cancelable, not {callback!r}")
-        listener = Callback(lambda token: self._call_back(callback))
-        self._callbacks = (*self._callbacks, listener)
+        listener = Callback(callback, self._call_back)
+        self._callbacks = with_one_more(self._callbacks, listener)
         self._token.listen(listener)
         return callback
 
-    def _call_back(self, callback: Callable[..., object]) -> None:
-        result = callback(self)
+    def remove_callback(self, callback: Callable[..., object]) -> int:
+        """Take back what `on_cancel` or `on_progress` was given: all registrations of ``callback``.
+
+        From any thread, and in a callback as well: one that is removed there, before its turn, is not called any more.
+
+        :return: how many registrations that were; 0 if there is none. One of `on_cancel` that was called is none.
+        """
+        count = 0
+        for listener in [each for each in tuple(self._callbacks) if each.is_of(callback)]:
+            self._token.unlisten(listener)
+            self._callbacks = without(self._callbacks, listener)
+            count += listener.take() is not None
+        before = self._progress_callbacks or []
+        self._progress_callbacks = [other for other in before if other != callback] or None
+        return count + len(before) - len(self._progress_callbacks or ())
+
+    def _call_back(self, callback: Callable[..., object], token: CancelationToken) -> None:
+        result = call_logged(callback, self)
         if inspect.isawaitable(result):
             if not self.is_active:
-                close = getattr(result, "close", None)
-                if close is not None:
-                    close()
+                close_unawaited(result)
             else:
-                self._to_await = (*self._to_await, result)
+                if self._to_await is None:
+                    self._to_await = []
+                self._to_await.append(result)
 
     def on_progress(self, callback: C) -> C:
         """Call ``callback(message, metadata)`` at each `report_progress`; it may be ``async``. Serves as a decorator.
 
-        What it raises is logged and goes no further: watching work must not end it.
+        What it raises is logged and goes no further, as with `on_cancel`: watching work must not end it.
+        `remove_callback` takes it back.
         """
         if not callable(callback):
             raise TypeError(f"on_progress takes a function of a message and its metadata, not {callback!r}")
@@ -368,10 +416,16 @@ class Cancelable:
         Also a point where a cancellation is seen, so that work which reports can be stopped.
         """
         await anyio.lowlevel.checkpoint()
+        exits: list[BaseException] = []
         for callback in self._progress_callbacks or ():
-            result = call_logged(callback, message, metadata or {})
-            if inspect.isawaitable(result):
-                await _logged(result, callback)
+            try:
+                result = call_logged(callback, message, metadata or {})
+                if inspect.isawaitable(result):
+                    await _logged(result, callback)
+            except EXITS as exc:
+                exits.append(exc)
+        if exits:
+            raise exits[0]
 
     async def __aenter__(self) -> Self:
         self._enter()
@@ -472,8 +526,7 @@ class Cancelable:
         if self._token.cause is not None:
             self._refuse(parent, self._token.cause)
         if parent is not None and parent._runs_in(loop.current_task()):
-            self._parent = parent
-            parent._children = [*(parent._children or ()), self]
+            self._link_to(parent)
         self._outside = _current.set(self)
         if loop.mark is None or not self._may_begin_late:
             self._begin(loop)
@@ -482,6 +535,20 @@ class Cancelable:
             loop.newcomers[self] = None
             if not loop.is_awaiting_step:
                 loop.await_step()
+        if self._timeout is not None and self._deadline < math.inf:
+            # From here on, whether it has begun or not: the loop may be blocked until the time is up.
+            # Here, as below on leaving, without a call: a request pays for each.
+            if self._timeout <= CLOSE:
+                self._line = wait_alone(loop, self, self._deadline)
+            else:
+                line = self._line = loop.lines.get(self._timeout) or new_line(loop, self._timeout)
+                line.waiting[self] = self._deadline
+                if line.looked_at_by is None:
+                    line.begin()
+
+    def _link_to(self, parent: Cancelable) -> None:
+        self._parent = parent
+        parent._children = with_one_more(parent._children, self)
 
     def _entered_before(self) -> RuntimeError:
         return RuntimeError(
@@ -505,7 +572,7 @@ class Cancelable:
         return self._scope
 
     def _begin(self, loop: EventLoop) -> None:
-        self._scope = polite_scope(loop, self._cleanup_grace, self._expire)
+        self._scope = polite_scope(loop, self._cleanup_grace)
         self._scope.begin(self._deadline, self._position)
         self._position = None
         self._watch(loop)
@@ -522,9 +589,10 @@ class Cancelable:
         self._unlisten()
         self._ended = self._started
         self._note(cause)
+        error = cause.error()
         if parent is not None:
-            parent._is_told(cause)
-        raise cause.error()
+            parent._is_told(cause, error)
+        raise error
 
     def _runs_in(self, task: object) -> bool:
         """Whether ``task`` is the one that a cancellation of this block reaches first."""
@@ -536,7 +604,6 @@ class Cancelable:
 
     def _watch(self, loop: EventLoop) -> None:
         """Start what can stop the block while it is open."""
-        self._start_timer()
         if self._condition is not None:
             self._condition.start(self.cancel_nowait, loop)
 
@@ -545,16 +612,25 @@ class Cancelable:
             self._condition.stop()
 
     def _stop_timers(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        if self._line is not None:
+            self._leave_line()
         if self._late is not None:
             self._late.cancel()
             self._late = None
 
-    def _start_timer(self) -> None:
-        if self._deadline < math.inf and self._timer is None and self._loop is not None and self._scope is not None:
-            self._timer = self._loop.call_at(self._deadline, self._expire)
+    def _leave_line(self) -> None:
+        line = self._line
+        if line is not None:
+            self._line = None
+            line.waiting.pop(self, None)
+            if line.timer is not None and not line.waiting:
+                line.end()
+
+    def time_is_up(self, now: float) -> None:
+        """The line in which we wait tells us; not for users."""
+        # One that has been moved since, by a thread that has not got through to the loop yet, is waited for anew.
+        if self._deadline <= now:
+            self._expire()
 
     def _expire(self) -> None:
         limit = "" if self._timeout is None else f" after {self._timeout:g} seconds"
@@ -576,18 +652,32 @@ class Cancelable:
         if scope is None or self._fired:
             return
         self._fired = True
-        children = self._children or ()
+        children = self._open_children()
         if any(child._answers(cause) for child in children):
             # The innermost block of a task answers; the same cancellation twice would hit the cleanup of the first.
             self._deferred = True
             return
-        # First: a gate further in looks whether its block is cancelled when the cancellation comes by.
-        for child in children:
-            child._mark(f"The enclosing {self!r}")
-        self._stop(scope, cause)
+        with telling_everybody():
+            # First: a gate further in looks whether its block is cancelled when the cancellation comes by.
+            self._mark_children(scope)
+            self._stop(scope, cause)
+
+    def _open_children(self) -> list[Cancelable]:
+        # A copy: those in a thread come and go while another one cancels.
+        return list(self._children)
+
+    def _hold(self) -> None:
+        """Let no cancellation of the block reach its task until `_resume`."""
+        scope = self._begun_scope()
+        if scope is not None:
+            scope.hold()
+
+    def _resume(self) -> None:
+        if self._scope is not None:
+            self._scope.resume()
 
     def _answers(self, cause: Cause) -> bool:
-        return self._token.cause is cause or any(child._answers(cause) for child in self._children or ())
+        return self._token.cause is cause or any(child._answers(cause) for child in self._open_children())
 
     def _fire_at_last(self) -> None:
         if self._scope is not None and self._token.cause is not None:
@@ -604,9 +694,15 @@ class Cancelable:
         # Its scopes stand inside those of the parent, which delivers; here only cause and callbacks are still missing.
         self._only_marked = True
         # First: one that listens to our token would take the cause for its own, and deliver a second time.
-        for child in self._children or ():
-            child._mark(f"The enclosing {self!r}")
+        self._mark_children(self._scope)
         self._token.cancel_nowait(CancelationReason.PARENT, message)
+
+    def _mark_children(self, scope: PoliteScope | None) -> None:
+        for child in self._open_children():
+            inner = child._begun_scope()
+            # One that is finished first, in a shield, has its own limits until then.
+            if scope is None or inner is None or scope.reaches(inner):
+                child._mark(f"The enclosing {self!r}")
 
     def _leave(self, exc: BaseException | None) -> BaseException | None:
         """Close the block; the exception that should leave it, which is ``exc`` itself if nothing is to be changed."""
@@ -617,10 +713,17 @@ class Cancelable:
         scope, self._scope = self._scope, None
         self._position = None
         self._ended = self._loop.time()
+        line = self._line
+        if line is not None:
+            self._line = None
+            line.waiting.pop(self, None)
+            if line.timer is not None and not line.waiting:
+                line.end()
         self._token.unlisten(self)
         if self._upstream is not None or self._callbacks:
             self._unlisten()
         _current.reset(self._outside)
+        del self._outside
         if scope is None:
             self._loop.newcomers.pop(self, None)
             self._forget()
@@ -633,8 +736,28 @@ class Cancelable:
             is_told = isinstance(outcome, CancelationError)
             self._leave_parents(self._parent, is_told or (scope is not None and scope.is_delivered))
             if is_told and self._token.cause is not None:
-                self._parent._is_told(self._token.cause)
+                self._parent._take_for_delivered(self._token.cause, self._loop.current_task())
+        if outcome is not None and (
+            isinstance(outcome, CancelationError) or (scope is not None and scope.is_delivered)
+        ):
+            tell(self._loop, outcome)
+        if not self._is_unsettled:
+            self._let_go()
         return outcome
+
+    def _let_go(self) -> None:
+        """The block is left for good, and is to keep nothing of what it served.
+
+        Whatever outlives it knows it as long as it lives: a task that the work has started and the context of a timer,
+        even a cancelled one, have it for their `current_cancelable`.
+        """
+        if self._upstream is not None:
+            self._upstream = None
+        if self._is_unsettled:
+            self._to_await = None
+            self._condition = None
+        if self._progress_callbacks is not None:
+            self._progress_callbacks = None
 
     def _forget(self) -> None:
         """The block is left before it has begun in earnest."""
@@ -642,21 +765,31 @@ class Cancelable:
     def _end(self, scope: PoliteScope, exc: BaseException | None) -> BaseException | None:
         self._stop_timers()
         remaining = scope.end(exc)
-        if exc is None and not scope.swallowed:
-            return None
-        return self._outcome(exc, remaining)
+        return None if exc is None and not scope.is_lost else self._outcome(exc, remaining)
 
     def _outcome(self, exc: BaseException | None, remaining: BaseException | None) -> BaseException:
         if remaining is None:
             return self._stopped(exc)
-        remaining = collapse(remaining)
+        remaining = self._take_apart(remaining)
+        is_ours_to_tell = self._token.is_cancelled and not self._only_marked
+        if is_ours_to_tell and self._loop is not None and is_anothers(remaining, self._loop):
+            # Such as a future that a callback has cancelled, before our own cancellation has come so far.
+            return self._stopped(remaining)
         if isinstance(remaining, ParentCancelation) and self._token.is_cancelled:
             return self._stopped(remaining)
         return remaining
 
+    def _take_apart(self, exc: BaseException) -> BaseException:
+        """Return the exception that a group on its way out stands for, if it is a group of ours."""
+        if not isinstance(exc, BaseExceptionGroup):
+            return exc
+        if self._has_task_group or self._token.is_cancelled or carries_cancelation(exc):
+            return collapse(exc)
+        return answer_of_group(exc) if self.takes_groups_apart else exc
+
     def _stopped(self, exc: BaseException | None) -> BaseException:
-        if not self._token.is_cancelled:
-            # The loop was blocked for so long that the scope's trailing deadline overtook our timer.
+        if self._token.cause is None:
+            # The loop was blocked for so long that a deadline of the scope itself overtook our timer.
             self._expire()
         assert self._token.cause is not None
         self._note(self._token.cause)
@@ -672,12 +805,13 @@ class Cancelable:
         if self._callbacks:
             for callback in self._callbacks:
                 self._token.unlisten(callback)
+            self._callbacks = ()  # They know us: cycles.
         if self._upstream is not None:
             self._upstream.unlisten(self)
 
     def _leave_parents(self, parent: Cancelable | None, answered: bool) -> None:
-        if parent is not None and parent._children is not None:
-            parent._children = [child for child in parent._children if child is not self]
+        if parent is not None and parent._children:
+            parent._children = without(parent._children, self)
         while parent is not None:
             parent._stop_what_is_left(answered)
             parent = parent._parent
@@ -685,7 +819,7 @@ class Cancelable:
     def _stop_what_is_left(self, answered: bool) -> None:
         """A block inside, which was to answer for this one, has been left."""
         cause = self._token.cause
-        if not self._deferred or cause is None or any(child._answers(cause) for child in self._children or ()):
+        if not self._deferred or cause is None or any(child._answers(cause) for child in self._open_children()):
             return
         self._deferred = False
         if not answered:
@@ -698,19 +832,42 @@ class Cancelable:
         return bool(self._to_await) or self._condition is not None
 
     async def _settle(self) -> None:
+        try:
+            await self._end_what_is_left()
+        finally:
+            self._let_go()
+
+    async def _end_what_is_left(self) -> None:
         if self._condition is not None:
             await self._condition.join()
         if self._to_await:
             await self._await_callbacks()
 
     async def _await_callbacks(self) -> None:
-        with anyio.move_on_after(self._cleanup_grace, shield=True):
-            for awaitable in self._to_await:
-                await _logged(awaitable, awaitable)
+        left, self._to_await = self._to_await or [], None
+        left.reverse()
+        exits: list[BaseException] = []
+        try:
+            with anyio.move_on_after(self._cleanup_grace, shield=True):
+                while left:
+                    awaitable = left.pop()
+                    try:
+                        await _logged(awaitable, awaitable)
+                    except EXITS as exc:
+                        exits.append(exc)
+        finally:
+            for awaitable in left:
+                logger.warning("an async on_cancel callback of %r was not awaited: the grace is over", self)
+                close_unawaited(awaitable)
+        if exits:
+            raise exits[0]
 
 
 async def _logged(awaitable: Awaitable[object], callback: object) -> None:
+    this_task = ThisTask()
     try:
         await awaitable
-    except Exception:
+    except BaseException as exc:
+        if this_task.is_ended_by(exc):
+            raise
         logger.exception("a callback failed: %r", callback)

@@ -15,7 +15,10 @@ from starlette.responses import StreamingResponse
 from starlette.websockets import WebSocket
 
 from ._backend import current_loop
+from ._called_for import KEYWORD, TARGET_ATTRIBUTE, Target, is_told, request_for
+from ._dress import dressed, innermost, signature_of, what_runs
 from ._exceptions import raise_as_it_is
+from ._foreign import with_own_failures
 from ._generator import EndpointGenerator, GuardedGenerator, ThreadedGenerator
 from ._refusal import takes
 from ._request import SCOPE_KEY, RequestState
@@ -30,6 +33,7 @@ from .streaming import CancelableStreamingResponse, keep_for_stream
 if TYPE_CHECKING:
     from datetime import timedelta
 
+    from starlette.responses import Response
     from starlette.types import Message, Receive, Send
 
     from ._request_block import DoorBlock
@@ -38,8 +42,6 @@ E = TypeVar("E", bound=Callable[..., Coroutine[Any, Any, Any] | AsyncIterator[An
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Under this name the endpoint is given the request, if it has no parameter for it.
-_INJECTED: Final = "cancelable_deps_request"
 _COVERED: Final = "__cancelable_deps_covered__"
 
 
@@ -127,9 +129,15 @@ def with_cancelation(
     code of the reason and its message as the text; before ``accept`` it refuses the handshake with the status.
 
     A plain ``def`` handler runs in a worker thread, as without the decorator, and becomes an ``async`` one for those who
-    call it themselves (FastAPI included, which therefore validates its result in the event loop). Nothing can interrupt
-    a thread: it is stopped where it calls ``current_cancelable().check()``, and the response waits for it. While it
-    waits for a free thread it can be cancelled at once.
+    call it themselves: ``await report()``, while ``report()`` alone has not begun. (FastAPI is one of them, and therefore
+    validates its result in the event loop.) Nothing can interrupt a thread: it is stopped where it calls
+    ``current_cancelable().check()``, and the response waits for it. While it waits for a free thread it can be cancelled
+    at once.
+
+    Other decorators may stand above and below. They find the signature, the type hints and the defaults of the handler,
+    and are called with its arguments alone: the request comes to us beside them. What a decorator above answers itself
+    (a cache, a limiter) never comes to us. What stands in for a dependency by ``app.dependency_overrides`` is told no
+    request, unless it has a parameter for it.
 
     :param timeout: seconds from the handler's start, of a WebSocket in all, for a ``def`` one the waiting for a thread
         included. It replaces the default of the middleware or route class; ``None`` switches that off for this route.
@@ -208,20 +216,33 @@ def _status(reason: object, code: object) -> int:
 
 
 def _decorate(endpoint: Any, options: _Options) -> Any:
+    if isinstance(endpoint, staticmethod | classmethod):
+        return type(endpoint)(_decorate(endpoint.__func__, options))
     _refuse_what_cannot_be_covered(endpoint)
-    signature = inspect.signature(endpoint)
-    find = _RequestFinder(endpoint, signature)
+    find = _RequestFinder(endpoint)
     if _yields(endpoint):
-        return _decorate_generator(endpoint, signature, options)
-    work = _awaitable(endpoint, options)
+        guarded = _generator_guard(endpoint, find, options)
+    else:
+        work = _awaitable(endpoint, options)
+        guarded = dressed(_guard(work, find, options), endpoint, work)
+    if options.policy is not None:
+        setattr(guarded, POLICY_ATTRIBUTE, options.policy)
+    find.be_given_the_request(guarded)
+    return guarded
+
+
+def _guard(work: Any, find: _RequestFinder, options: _Options) -> Any:
+    # `guarded` becomes a function of the endpoint's module, among whose globals ours are not.
+    run_alone, state_of, keep, judge, raise_it = _run_alone, connection_state, _keep_listening, _judge, raise_as_it_is
+    key, is_a, stream, refusal, anything = SCOPE_KEY, isinstance, StreamingResponse, CancelationError, BaseException
 
     async def guarded(*args: Any, **kwargs: Any) -> Any:
         request = find(args, kwargs)
         if request is None:
-            return await _run_alone(work, args, kwargs, options)
-        made = SCOPE_KEY not in request.scope
-        state = connection_state(request, held=True)
-        if made and request.scope.get("endpoint") is not guarded:
+            return await run_alone(work, args, kwargs, options)
+        made = key not in request.scope
+        state = state_of(request, held=True)
+        if made and request.scope.get("endpoint") is not find.function:
             # Perhaps a dependency, or one step of a handler: what comes after it is to be listened for as well.
             made = not state.close_with_handler()
         raised: BaseException | None = None
@@ -230,42 +251,47 @@ def _decorate(endpoint: Any, options: _Options) -> Any:
             block = options.make_block(state)
             try:
                 block._enter(state.loop)
-            except CancelationError as exc:
+            except refusal as exc:
                 raise options.translate(exc) from None
             try:
                 result = await work(*args, **kwargs)
-            except BaseException as exc:
+            except anything as exc:
                 raised = exc
             raised = block._leave(raised)
             if block._is_unsettled:
                 await block._settle()
-            if raised is None and isinstance(result, StreamingResponse):
-                if isinstance(result, CancelableStreamingResponse):
-                    keep_for_stream(state, result, made=made)
-                elif state.is_listening:
-                    _listen_through(result, state)
+            if raised is None and is_a(result, stream):
+                keep(result, state, made)
         finally:
             if made and not state.is_kept:
                 state.close()
                 if state.is_reading:
                     await state.join()
         if options.policy is not None:
-            if block.policy is not None:
-                block.policy.judge(block)
-            response = await written(raised, request) if isinstance(request, Request) else None
+            response = await judge(block, raised, request)
             if response is not None:
                 return response
         if raised is not None:
             try:
-                raise_as_it_is(options.translate(raised))
+                raise_it(options.translate(raised))
             finally:
                 del raised  # Its traceback knows this frame: a cycle, as long as this frame knows it.
         return result
 
-    if options.policy is not None:
-        setattr(guarded, POLICY_ATTRIBUTE, options.policy)
-    _dress(guarded, endpoint, signature, find)
     return guarded
+
+
+def _keep_listening(response: StreamingResponse, state: RequestState, made: bool) -> None:
+    if isinstance(response, CancelableStreamingResponse):
+        keep_for_stream(state, response, made=made)
+    elif state.is_listening:
+        _listen_through(response, state)
+
+
+async def _judge(block: DoorBlock, raised: BaseException | None, request: HTTPConnection) -> Response | None:
+    if block.policy is not None:
+        block.policy.judge(block)
+    return await written(raised, request) if isinstance(request, Request) else None
 
 
 def cover_generator(endpoint: Any) -> Any:
@@ -277,34 +303,26 @@ def cover_generator(endpoint: Any) -> Any:
 
 
 def _yields(endpoint: Any) -> bool:
-    function = _what_runs(endpoint)
+    function = what_runs(endpoint)
     return inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function)
 
 
-def _decorate_generator(endpoint: Any, signature: inspect.Signature, options: _Options) -> Any:
+def _generator_guard(endpoint: Any, find: _RequestFinder, options: _Options) -> Any:
     if options.abandon_thread:
         raise TypeError(f"abandon_thread is for `def` handlers that return, and {_name(endpoint)}() is a generator")
-    find = _RequestFinder(endpoint, signature)
-    in_threads = inspect.isgeneratorfunction(_what_runs(endpoint))
+    in_threads = inspect.isgeneratorfunction(what_runs(endpoint))
+    guard = _guard_generator
+
+    def items(*args: Any, **kwargs: Any) -> Any:
+        generator = endpoint(*args, **kwargs)
+        return ThreadedGenerator(generator) if in_threads else generator
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        request = find(args, kwargs)
-        generator = endpoint(*args, **kwargs)
-        return _guard_generator(request, ThreadedGenerator(generator) if in_threads else generator, options)
+        return guard(find(args, kwargs), items(*args, **kwargs), options)
 
-    if options.policy is not None:
-        setattr(guarded, POLICY_ATTRIBUTE, options.policy)
-    _dress(guarded, endpoint, signature, find)
-    if in_threads:
-        # Or FastAPI would take it for what it wraps, and iterate it in threads of its own.
-        guarded.__wrapped__ = _yields_in_the_event_loop  # type: ignore[attr-defined]
-    setattr(guarded, _COVERED, True)
-    return guarded
-
-
-async def _yields_in_the_event_loop() -> AsyncIterator[Any]:
-    raise NotImplementedError
-    yield
+    result = dressed(guarded, endpoint, items, is_generator=True)
+    setattr(result, _COVERED, True)
+    return result
 
 
 def _guard_generator(request: HTTPConnection | None, generator: Any, options: _Options) -> GuardedGenerator:
@@ -348,14 +366,15 @@ def _listen_through(response: StreamingResponse, state: RequestState) -> None:
     # Starlette's response would await the server's receive() beside our reader, which must not be cancelled for it:
     # granian then reports a client as gone that is not. So the response listens through the reader, until it ends.
     version = state.scope.get("asgi", {}).get("spec_version", "2.0")
-    if tuple(map(int, version.split("."))) >= (2, 4):
+    if tuple(map(int, version.split("."))) >= (2, 4) or state.outermost is not None:
+        # It does not listen, or a door hands it our reader.
         return
 
-    stream_response = response.stream_response
+    listen, stream_response = response.listen_for_disconnect, response.stream_response
 
     async def listen_for_disconnect(receive: Receive) -> None:
         try:
-            await state.wait_disconnected()
+            await listen(state.receive)
         finally:
             with anyio.CancelScope(shield=True):
                 await state.aclose()
@@ -366,36 +385,62 @@ def _listen_through(response: StreamingResponse, state: RequestState) -> None:
                 state.close()
             await send(message)
 
-        await stream_response(send_and_close)
+        # Starlette's group would take that for the end of a task which was cancelled, and wait for the client to leave.
+        await with_own_failures("the body of a StreamingResponse", stream_response, send_and_close)
 
     state.keep_through_response()
     response.listen_for_disconnect = listen_for_disconnect  # type: ignore[method-assign]
     response.stream_response = stream_until_the_end  # type: ignore[method-assign]
 
 
-class _RequestFinder:
-    """Finds the request among the arguments that an endpoint is called with."""
+class _RequestFinder(Target):
+    """Finds the request that an endpoint is called for: among its arguments, or where FastAPI tells it."""
 
-    def __init__(self, endpoint: Any, signature: inspect.Signature) -> None:
-        namespace = getattr(_what_runs(endpoint), "__globals__", {})
+    def __init__(self, endpoint: Any) -> None:
+        signature = signature_of(endpoint)
+        namespace = getattr(what_runs(endpoint), "__globals__", {})
         self.annotations = {
             name: _resolve(parameter.annotation, namespace) for name, parameter in signature.parameters.items()
         }
-        self.returns = _resolve(signature.return_annotation, namespace)
         names = list(signature.parameters)
         self.own = next((name for name in names if _is_a(self.annotations[name], HTTPConnection)), None)
         if self.own is None:
             self.own = _starlettes_own(signature)
         self.index = None if self.own is None else names.index(self.own)
 
+    def be_given_the_request(self, guarded: Any) -> None:
+        """``guarded`` is the function that will ask."""
+        self.function = guarded
+        self.has_own = self.own is not None
+        setattr(guarded, TARGET_ATTRIBUTE, self)
+        if not self.has_own and not is_told():
+            guarded.__signature__ = _with_request(signature_of(guarded))
+
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HTTPConnection | None:
         if self.own is None:
-            found = kwargs.pop(_INJECTED, None)
+            found = kwargs.pop(KEYWORD, None)
+            if found is None:
+                found = request_for(self)
+            if found is None and args:
+                found = _first_of(args)
         elif self.own in kwargs:
             found = kwargs[self.own]
         else:
             found = args[self.index] if self.index is not None and len(args) > self.index else None
         return found if isinstance(found, (Request, WebSocket)) else None
+
+
+def _with_request(signature: inspect.Signature) -> inspect.Signature:
+    parameters = list(signature.parameters.values())
+    ours = inspect.Parameter(KEYWORD, inspect.Parameter.KEYWORD_ONLY, annotation=HTTPConnection, default=None)
+    at = len(parameters) - (bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    parameters.insert(at, ours)
+    return signature.replace(parameters=parameters)
+
+
+def _first_of(args: tuple[Any, ...]) -> Any:
+    """Starlette gives an endpoint its request alone, whatever the parameter is called."""
+    return next((given for given in args[:2] if isinstance(given, HTTPConnection)), None)
 
 
 def _starlettes_own(signature: inspect.Signature) -> str | None:
@@ -410,30 +455,13 @@ def _starlettes_own(signature: inspect.Signature) -> str | None:
     return names[0] if signature.parameters[names[0]].annotation is inspect.Parameter.empty else None
 
 
-def _dress(guarded: Any, endpoint: Any, signature: inspect.Signature, find: _RequestFinder) -> None:
-    """Make the wrapper look like the endpoint, with one more keyword for FastAPI to give the request to."""
-    functools.update_wrapper(guarded, endpoint, assigned=("__module__", "__doc__"))
-    # As FastAPI names a partial or a callable object, which has no name of its own.
-    guarded.__name__ = getattr(endpoint, "__name__", type(endpoint).__name__)
-    guarded.__qualname__ = getattr(endpoint, "__qualname__", guarded.__name__)
-    # Resolved: FastAPI would look for what they name in our module, or nowhere if the endpoint is a partial.
-    parameters = [
-        parameter.replace(annotation=find.annotations[parameter.name]) for parameter in signature.parameters.values()
-    ]
-    if find.own is None:
-        ours = inspect.Parameter(_INJECTED, inspect.Parameter.KEYWORD_ONLY, annotation=HTTPConnection, default=None)
-        at = len(parameters) - (bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-        parameters.insert(at, ours)
-    guarded.__signature__ = signature.replace(parameters=parameters, return_annotation=find.returns)
-
-
 def _refuse_what_cannot_be_covered(endpoint: Any) -> None:
     if inspect.isclass(endpoint) or not callable(endpoint):
         raise TypeError(
             f"@with_cancelation takes an endpoint (a function), not {endpoint!r}. It stands below the route decorator, "
             "directly above the function; its options have names: @with_cancelation(timeout=30)."
         )
-    function = _what_runs(endpoint)
+    function = what_runs(endpoint)
     if {"scope", "receive", "send"} <= set(inspect.signature(function).parameters):
         raise TypeError(
             f"{_name(endpoint)} is an ASGI application, and @with_cancelation takes an endpoint. Wrap an application in "
@@ -444,7 +472,7 @@ def _refuse_what_cannot_be_covered(endpoint: Any) -> None:
             raise TypeError(f"{_name(endpoint)}() is a generator: as endpoints, FastAPI has these since 0.135")
         return
     if not _is_async(endpoint) and any(
-        _is_a(kind, WebSocket) for kind in _RequestFinder(endpoint, inspect.signature(endpoint)).annotations.values()
+        _is_a(kind, WebSocket) for kind in _RequestFinder(endpoint).annotations.values()
     ):
         raise TypeError(
             f"{_name(endpoint)}() is a plain `def`, and a WebSocket endpoint is awaited: make it `async def`."
@@ -453,27 +481,15 @@ def _refuse_what_cannot_be_covered(endpoint: Any) -> None:
 
 def _is_async(endpoint: Any) -> bool:
     """Whether it or, as FastAPI looks at it, what it wraps is ``async def``."""
-    if inspect.iscoroutinefunction(_what_runs(endpoint)):
+    if inspect.iscoroutinefunction(what_runs(endpoint)):
         return True
     while isinstance(endpoint, functools.partial):
         endpoint = endpoint.func
     return inspect.iscoroutinefunction(endpoint)
 
 
-def _what_runs(endpoint: Any) -> Any:
-    function = _innermost(endpoint)
-    return function if inspect.isroutine(function) else type(function).__call__
-
-
-def _innermost(function: Any) -> Any:
-    """What is left when all partials and wrappers are taken off."""
-    while isinstance(function, functools.partial) or hasattr(function, "__wrapped__"):
-        function = function.func if isinstance(function, functools.partial) else function.__wrapped__
-    return function
-
-
 def _name(endpoint: Any) -> str:
-    return getattr(_innermost(endpoint), "__qualname__", repr(endpoint))
+    return getattr(innermost(endpoint), "__qualname__", repr(endpoint))
 
 
 def _resolve(annotation: Any, namespace: dict[str, Any]) -> Any:

@@ -49,9 +49,6 @@ class RequestCancellationEvent:
         """What was given to ``cancel()``, or says which limit was passed."""
         return self._state.token.message
 
-    def armed(self) -> None:
-        """Called by the request state when it starts to listen; not for users."""
-
 
 async def cancelable_dependency(request: HTTPConnection) -> Cancelable:
     """A `Cancelable` that the client's leaving stops. Enter it: ``async with cancel:``; leaving a stopped block raises.

@@ -20,13 +20,16 @@ from .reasons import CancelationReason
 
 RETRY_AFTER_SECONDS = 5
 
+_TOLD_TO_NOBODY = frozenset({CancelationReason.ERROR, CancelationReason.PARENT})
+"""Whose message may hold the text of an exception, or the name of a block: it is for the application, not for a client."""
+
 
 class CancelationError(HTTPException):
     """A block of work was stopped by us, for ``reason``.
 
     Starlette and FastAPI answer it with ``status_code`` and ``{"detail": ...}``, with nothing installed. The detail is
-    ``message``, so what you pass to ``cancel(message=...)`` reaches the client; of ``ERROR`` it is a fixed sentence,
-    because the message there tells of the failure inside.
+    ``message``, so what you pass to ``cancel(message=...)`` reaches the client; of ``ERROR`` and ``PARENT`` it is a fixed
+    sentence, because the message there tells of what is inside. ``message`` is as it was given.
 
     On a WebSocket it is a ``WebSocketException`` too, with the close code of the reason as its ``code``, and once the
     socket is accepted as its ``status_code``.
@@ -37,7 +40,7 @@ class CancelationError(HTTPException):
     _classes: ClassVar[dict[CancelationReason, type[CancelationError]]] = {}
 
     def __init__(self, message: str | None = None) -> None:
-        hidden = message is None or self.reason is CancelationReason.ERROR
+        hidden = message is None or self.reason in _TOLD_TO_NOBODY
         super().__init__(self.reason.status_code, self.reason.text if hidden else message)
         self.message = message
 

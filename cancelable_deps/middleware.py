@@ -7,22 +7,15 @@ from collections.abc import Callable, Iterable, Mapping
 from fnmatch import translate
 from typing import TYPE_CHECKING, Any, cast
 
-from starlette.applications import Starlette
-from starlette.middleware.base import BaseHTTPMiddleware
-
-from ._exceptions import raise_as_it_is
 from ._exchange import Limits, run_request
-from ._polite import polite_gate
-from ._request import SCOPE_KEY, RequestState
+from ._gateway import put_gateways
 from ._socket import run_socket
-from .errors import CancelationError
 from .policies import TimeoutPolicy, answer, check_names_at_start
-from .settings import settings
 
 if TYPE_CHECKING:
     from datetime import timedelta
 
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 Exclude = str | re.Pattern[str] | Callable[["Scope"], bool]
 
@@ -64,7 +57,7 @@ class RequestCancelationMiddleware:
         self.app = app
         self._limits = Limits(default_timeout, cleanup_grace, policies, default_policy)
         self._excluded = _matchers(exclude)
-        _guard_the_inside_of_base_http_middleware(app)
+        put_gateways(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or (self._excluded and self._excludes(scope)):
@@ -114,81 +107,3 @@ def _route_path(scope: Scope) -> str:
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
     return path[len(root) :] if root and path.startswith(root + "/") else path
-
-
-def _guard_the_inside_of_base_http_middleware(app: Any) -> None:
-    """Put a `_Gateway` behind each ``BaseHTTPMiddleware`` in the stack below us.
-
-    It runs what is inside it in a task group of its own, which repeats a cancellation at every ``await``, also in the
-    cleanup of a handler that we cancel politely.
-    """
-    seen: set[int] = set()
-    while hasattr(app, "app") and id(app) not in seen:
-        seen.add(id(app))
-        if isinstance(app, BaseHTTPMiddleware) and not isinstance(app.app, _Gateway):
-            app.app = _Gateway(app.app)
-        app = app.app
-    if isinstance(app, Starlette):
-        _guard_stack(app)
-
-
-def _guard_stack(app: Starlette) -> None:
-    """The same for an application that we stand around, whose own stack is built when it is called first."""
-    if app.middleware_stack is not None:
-        _guard_the_inside_of_base_http_middleware(app.middleware_stack)
-        return
-    build = app.build_middleware_stack
-
-    def build_guarded() -> ASGIApp:
-        stack = build()
-        _guard_the_inside_of_base_http_middleware(stack)
-        return stack
-
-    app.build_middleware_stack = build_guarded  # type: ignore[method-assign]
-
-
-class _Gateway:
-    """Gives the task that runs ``app`` its own grace, if the request is cancelled."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        state: RequestState | None = scope.get(SCOPE_KEY)
-        if state is None:
-            await self.app(scope, receive, send)
-        else:
-            await self._run(state, scope, receive, send)
-
-    async def _run(self, state: RequestState, scope: Scope, receive: Receive, send: Send) -> None:
-        loop = state.loop
-        task = loop.current_task()
-        state.main_tasks += (task,)
-        grace = settings.cleanup_grace if state.cleanup_grace is None else state.cleanup_grace
-        gate = polite_gate(loop, grace, lambda origin: state.token.is_cancelled)
-        has_started = False
-
-        async def watched(message: Message) -> None:
-            nonlocal has_started
-            has_started = has_started or message["type"] == "http.response.start"
-            await send(message)
-
-        gate.begin()
-        try:
-            await gate.watch(self.app(scope, receive, watched))
-        except BaseException as exc:
-            exc = gate.end(exc) or exc
-            raise_as_it_is(_cut_off(exc, state) if has_started else exc)
-        finally:
-            # The task knows its context, which knows our block, and so us: a cycle.
-            state.main_tasks = tuple(other for other in state.main_tasks if other is not task)
-        gate.end(None)
-
-
-def _cut_off(error: BaseException, state: RequestState) -> BaseException:
-    """``error``, or the one of ours that Starlette has made it of, and then the last chunk is not to be sent."""
-    ours = error if isinstance(error, CancelationError) else error.__context__
-    if state.is_closed or state.is_cut or not isinstance(ours, CancelationError):
-        return error
-    state.is_cut = True
-    return ours

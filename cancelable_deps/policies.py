@@ -10,6 +10,8 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
 
 from ._backend import logger
+from ._exceptions import raise_as_it_is
+from ._foreign import ThisTask, as_failure, with_own_failures
 from ._refusal import not_a_dependency, takes
 from ._request import route_of
 from ._socket import handler_state
@@ -75,7 +77,8 @@ class TimeoutPolicy:
         if not self.advisory or block.elapsed <= self.timeout:
             return
         self.exceeded += 1
-        scope = block._request.scope
+        state = block.known_request
+        scope: Scope = {} if state is None else state.scope
         method = scope.get("method", "")
         route = route_of(scope)
         extra = {"method": method, "route": route, "limit": self.timeout, "elapsed": block.elapsed}
@@ -145,7 +148,7 @@ async def answer(error: CancelationError, scope: Scope, receive: Receive, send: 
     response = await written(error, Request(scope, receive))
     if response is None:
         response = JSONResponse({"detail": error.detail}, status_code=error.status_code, headers=error.headers)
-    await response(scope, receive, send)
+    await with_own_failures("the response of a cancellation", response, scope, receive, send)
 
 
 async def written(error: BaseException | None, request: Request) -> Response | None:
@@ -153,8 +156,14 @@ async def written(error: BaseException | None, request: Request) -> Response | N
     policy: TimeoutPolicy | None = getattr(error, "policy", None)
     if policy is None or policy.response is None or not isinstance(error, CancelationError):
         return None
-    response = policy.response(request, error)
-    return await response if inspect.isawaitable(response) else response
+    this_task = ThisTask()
+    try:
+        response = policy.response(request, error)
+        return await response if inspect.isawaitable(response) else response
+    except BaseException as exc:
+        if this_task.is_ended_by(exc):
+            raise
+        raise_as_it_is(as_failure(exc, f"the `response` of {policy!r}"))
 
 
 async def check_names_at_start(

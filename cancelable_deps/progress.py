@@ -11,6 +11,7 @@ from fastapi.encoders import jsonable_encoder
 
 from ._backend import logger
 from ._cut import SSE, format_sse
+from ._foreign import ThisTask
 from .cancelable import Cancelable
 from .errors import CancelationError
 from .streaming import CancelableStreamingResponse
@@ -69,11 +70,14 @@ async def _events(work: Callable[[Cancelable], Awaitable[object]], cancel: Cance
 
     async def run() -> None:
         with sender:
+            this_task = ThisTask()
             try:
                 result = _event("result", await work(cancel))
             except CancelationError:
                 raise
-            except Exception:
+            except BaseException as exc:
+                if this_task.is_ended_by(exc):
+                    raise
                 logger.exception("the work of a progress_response() failed")
                 result = _event("error", {"message": "The work failed"})
             await say(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections.abc import AsyncIterable, Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ import anyio.lowlevel
 from starlette.responses import StreamingResponse
 
 from ._cut import cut
+from ._exceptions import raise_as_it_is
+from ._foreign import SENDING, told, with_own_failures
 from ._generator import ThreadedGenerator, close, feed
 from ._request import SCOPE_KEY, RequestState
 from ._request_block import RequestBlock
@@ -43,8 +46,8 @@ class CancelableStreamingResponse(StreamingResponse):
     A client that left gets nothing more. For every other reason the stream is visibly cut: its connection closes
     without the last chunk, or, as ``text/event-stream``, it ends with ``event: cancelled`` whose data is
     ``{"reason": ..., "message": ...}``. Where the server cannot be told to close, the `CancelationError` is raised into
-    it, which it logs. Background tasks run after a stream that is whole or whose client has left, not after one that
-    was cut.
+    it, which it logs. Background tasks run when the stream has ended, also where it was stopped or cut; not after an
+    error of the iterator's own.
 
     :param cancel: another `Cancelable` that stops the stream. One that has not been entered is entered by the
         response, around the iterator: its timeout counts from there. The iterator may enter it as well, once.
@@ -85,8 +88,9 @@ class CancelableStreamingResponse(StreamingResponse):
         self._cancel = cancel
         self._stalled = False
         self._last: bytes | memoryview = b""
-        if isinstance(cancel, RequestBlock):
-            keep_for_stream(cancel._request, self)
+        request = cancel.known_request if isinstance(cancel, RequestBlock) else None
+        if request is not None:
+            keep_for_stream(request, self)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -99,9 +103,12 @@ class CancelableStreamingResponse(StreamingResponse):
             state = RequestState(scope, receive, held=True)
         try:
             error = await self._run(state, send, ours)
-            if error is not None:
-                await self._take_leave(error, state, send)
-                return
+            if error is not None and await self._is_cut(error, state, send):
+                error = None
+            elif error is not None and not ours:
+                # The door around us raises it into the server. From here it would meet those that answer errors.
+                state.cut_by, error = error, None
+                state.cannot_be_cut = True
         finally:
             if ours:
                 with anyio.CancelScope(shield=True):
@@ -109,7 +116,9 @@ class CancelableStreamingResponse(StreamingResponse):
         if self.background is not None:
             if not ours and state.token.cause is not None:
                 state.spare_background()
-            await self.background()
+            await with_own_failures("the background of a response", self.background)
+        if error is not None:
+            raise error
 
     async def _run(self, state: RequestState, send: Send, ours: bool) -> CancelationError | None:
         """Send the stream, and say why it was cut, if it was."""
@@ -121,7 +130,7 @@ class CancelableStreamingResponse(StreamingResponse):
         except CancelationError as exc:
             if not stream.started:
                 raise
-            state.log(exc.reason, exc.detail)
+            state.log(exc.reason, exc.message or exc.detail)
             # A `cancel` of another request may bring the disconnect of that one's client.
             return None if exc.reason is CancelationReason.DISCONNECT and state.has_left else exc
         if ours:
@@ -129,7 +138,7 @@ class CancelableStreamingResponse(StreamingResponse):
             state.close()
         # Since ASGI 2.4 it raises if the client has left. It may have, now that it has everything.
         with suppress(OSError):
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await with_own_failures(SENDING, send, {"type": "http.response.body", "body": b"", "more_body": False})
         return None
 
     async def _run_inside(self, stream: _Stream, block: RequestBlock) -> None:
@@ -149,11 +158,11 @@ class CancelableStreamingResponse(StreamingResponse):
             finally:
                 cancel.token.unlisten(block)
 
-    async def _take_leave(self, error: CancelationError, state: RequestState, send: Send) -> None:
+    async def _is_cut(self, error: CancelationError, state: RequestState, send: Send) -> bool:
+        """Cut the stream; return whether that was possible, or nobody is there to be told."""
         is_cut = await cut(self.raw_headers, self._last, error, send, state, stalled=self._stalled)
-        # A client that left while the iterator cleaned up has nothing to be told.
-        if not is_cut and not state.has_left:
-            raise error
+        # A client may have left while the iterator cleaned up.
+        return is_cut or state.has_left
 
 
 class _Stream:
@@ -176,9 +185,9 @@ class _Stream:
         try:
             # A stop that has come already is answered with its status.
             self._block.check()
-            await self._start()
             cancel = self._response._cancel
             blocks = (self._block,) if cancel is None else (self._block, cancel)
+            await self._start(blocks)
             await feed(iterator, self._send_chunk, blocks, self._within_limit)
         finally:
             self._chunks.end()
@@ -186,12 +195,21 @@ class _Stream:
             del self._chunks, self._sends  # They know us: cycles.
             await close(iterator)
 
-    async def _start(self) -> None:
+    async def _start(self, blocks: tuple[Cancelable, ...]) -> None:
         response = self._response
         self.started = True
-        await self._send_on(
-            {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
-        )
+        message = {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
+        # Nobody could tell whether the start of a stream that is stopped now has got out. But where it does not get out
+        # at all, a stop has to wait no longer than for a cleanup.
+        let_through = _Limit(self._state.loop, self._block._cleanup_grace, lambda _: _resume(blocks))
+        for block in blocks:
+            block._hold()
+        let_through.begin()
+        try:
+            await self._send_on(message)
+        finally:
+            let_through.end()
+            _resume(blocks)
 
     async def _send_chunk(self, chunk: Chunk) -> None:
         body = chunk.encode(self._response.charset) if isinstance(chunk, str) else chunk
@@ -218,6 +236,8 @@ class _Stream:
                 return
             await anyio.lowlevel.checkpoint()
             raise
+        except CancelledError as exc:
+            raise_as_it_is(told(exc, self._state.loop, SENDING))
         finally:
             self._sends.end()
 
@@ -227,6 +247,11 @@ class _Stream:
     def _no_room(self, limit: float) -> None:
         self._response._stalled = True
         self._block.cancel_nowait(CancelationReason.TIMEOUT, f"The client took nothing for {limit:g} seconds")
+
+
+def _resume(blocks: tuple[Cancelable, ...]) -> None:
+    for block in blocks:
+        block._resume()
 
 
 class _Limit:

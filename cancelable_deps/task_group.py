@@ -11,7 +11,8 @@ import anyio.lowlevel
 
 from ._backend import current_loop
 from ._exceptions import raise_as_it_is
-from ._polite import Gate, polite_gate, stop_telling, told_scope
+from ._foreign import ThisTask, as_failure, is_anothers
+from ._polite import Gate, polite_gate, stop_telling, tell, told_scope
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +31,10 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
 
     A child that fails cancels the others, as in any task group, but its exception arrives as itself where it is the
     only one or an ``HTTPException``. Each child has its own grace for its cleanup, whether the block, the group or a
-    sibling's failure cancelled it.
+    sibling's failure cancelled it; also if that was one group further out.
+
+    The members of a plain anyio group inside have none, unless they open a block of their own: anyio repeats their
+    cancellation at every ``await``.
     """
 
     _is_open = False
@@ -61,6 +65,7 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         self._gate = self._make_gate()
         self._gate.begin()
         self._is_open = True
+        self._block._has_task_group = True
         self._block._group_gates = self._gates = {self._block._task: self._gate}
         self._scope = told_scope(self._loop, self._group.cancel_scope, self._gates)
         self._block._group_scope = getattr(self._scope, "late", self._scope)
@@ -72,14 +77,17 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         # A child that has ended makes the group cancel its body, and so its cleanup, once more: hence a gate here too.
         gate = self._gate
         raised = exc = gate.end(exc) or exc
+        is_told = gate.is_delivered
         self._note_what_goes_on(gate, exc)
         del self._gate, self._gates[self._block._task]  # It knows us: a cycle.
+        # The group cancels itself when its body fails, and takes whatever anyio has worded for that.
+        is_failure = exc is not None and is_anothers(exc, self._loop)
         if exc is not None:
             # The group is about to cancel its children.
             for other in self._gates.values():
                 other.fire()
         try:
-            if await self._group.__aexit__(exc_type, exc, traceback):
+            if await self._group.__aexit__(exc_type, exc, traceback) and not is_failure:
                 raised = None
         except BaseException as group_exc:
             raised = group_exc
@@ -92,6 +100,8 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         stop_telling(self._scope)
         self._block._group_scope = self._block._group_gates = None
         outcome = self._block._leave(raised)
+        if is_told and outcome is not None:
+            tell(self._loop, outcome)
         if self._block._is_unsettled:
             await self._block._settle()
         try:
@@ -137,6 +147,7 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         task = self._loop.current_task()
         gate = self._gates[task] = self._make_gate()
         gate.begin()
+        this_task = ThisTask()
         try:
             result: T = await gate.watch(coro)
         except BaseException as exc:
@@ -144,12 +155,15 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
             for other in self._gates.values():
                 other.expect(self._is_cancelled)
             self._note_what_goes_on(gate, exc)
+            if this_task.is_anothers(exc) and not self._is_ours(None):
+                # The group would take the child for one that was cancelled, and its end for no failure.
+                exc = as_failure(exc, f"the task {getattr(coro, '__qualname__', coro)}")
             # The gate takes the cancellation that ends a grace for its own; to the group the child was cancelled.
             raise gate.end(exc) or exc  # noqa: B904
         finally:
             del self._gates[task]
         gate.end(None)
-        if gate.swallowed:
+        if gate.is_lost:
             await anyio.lowlevel.checkpoint()
         return result
 

@@ -5,25 +5,32 @@ from __future__ import annotations
 import inspect
 import threading
 import time
+from asyncio import CancelledError
 from concurrent.futures import CancelledError as CallCancelled
 from contextlib import suppress
 from contextvars import Context, copy_context
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 import anyio.to_thread
 
+from . import _foreign
 from ._backend import EventLoop, Newcomer, Timer, Worker, current_loop, logger
+from ._exceptions import raise_as_it_is
+from ._foreign import as_failure, told, with_own_failures
+from ._members import with_one_more, without
 from ._processes import pool_of
 from .cancelable import Cancelable, _current
 from .errors import CancelationError
+from .token import close_unawaited
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from anyio import CapacityLimiter
 
+    from ._deadlines import Line
     from ._polite import Mark
     from .token import CancelationToken, Cause
 
@@ -49,7 +56,7 @@ def enter(block: Cancelable) -> None:
     _link(block, parent)
     block._outside = _current.set(block)
     if home is not None:
-        home.call_from_thread(block._watch, home)
+        home.call_from_thread(_watch, block, home)
 
 
 def leave(block: Cancelable, exc: BaseException | None) -> BaseException | None:
@@ -63,16 +70,26 @@ def leave(block: Cancelable, exc: BaseException | None) -> BaseException | None:
     with suppress(ValueError):
         # A generator dependency is entered in one thread of FastAPI's and left in another, each with its own context.
         _current.reset(block._outside)
+    del block._outside
+    _close_what_cannot_be_awaited(block)
+    outcome = exc if exc is None else block._outcome(exc, exc)
+    if _home_of(block) is None:
+        block._let_go()
     # After the call that was made on entering, and before the end of this thread's work is known there: calls from
     # threads are made in their order.
     loop.call_from_thread(_stop, block)
-    _close_what_cannot_be_awaited(block)
-    return exc if exc is None else block._outcome(exc, exc)
+    return outcome
+
+
+def _watch(block: Cancelable, home: EventLoop) -> None:
+    block._rearm()
+    block._watch(home)
 
 
 def _stop(block: Cancelable) -> None:
     block._stop_timers()
     block._unwatch()
+    block._let_go()
 
 
 def _refuse_a_running_loop(block: Cancelable) -> None:
@@ -107,7 +124,7 @@ def _link(block: Cancelable, parent: Cancelable | None) -> None:
         return
     block._parent = parent
     if parent._task == block._task:
-        parent._children = [*(parent._children or ()), block]
+        parent._children = with_one_more(parent._children, block)
     elif block._upstream is not parent._token:
         # Not one of its children: for those a block in the loop waits, and is told in the loop when they are left.
         block._told_by_parent = _Marker(block)
@@ -116,18 +133,16 @@ def _link(block: Cancelable, parent: Cancelable | None) -> None:
 
 def _unlink(block: Cancelable) -> None:
     parent = block._parent
-    if parent is not None and parent._children is not None and parent._task == block._task:
-        parent._children = [child for child in parent._children if child is not block]
+    if parent is not None and parent._children and parent._task == block._task:
+        parent._children = without(parent._children, block)
     if parent is not None and block._told_by_parent is not None:
         parent._token.unlisten(block._told_by_parent)
 
 
 def _close_what_cannot_be_awaited(block: Cancelable) -> None:
-    for awaitable in block._to_await:
+    for awaitable in block._to_await or ():
         logger.warning("an async on_cancel callback of %r was not awaited: a `with` block takes plain ones", block)
-        close = getattr(awaitable, "close", None)
-        if close is not None:
-            close()
+        close_unawaited(awaitable)
 
 
 class _Marker:
@@ -143,8 +158,7 @@ class _Marker:
 class _ThreadScope:
     """Stands for the scopes of a block that no scope can reach: it is stopped by `Cancelable.check` alone."""
 
-    is_delivered = False
-    swallowed = False
+    is_delivered = is_lost = False
 
     def __init__(self, task: int) -> None:
         self.task = task
@@ -155,6 +169,9 @@ class _ThreadScope:
         return exc
 
     def cancel_politely(self, why: str) -> None: ...
+
+    def reaches(self, inner: object) -> bool:
+        return True
 
     def take_for_delivered(self) -> None: ...
 
@@ -184,6 +201,7 @@ class _ThreadLoop:
         self.time = time.monotonic if home is None else home.time
         self.extras: dict[Any, Any] = {}
         self.newcomers: dict[Newcomer, None] = {}
+        self.lines: dict[float, Line] = {}
 
     def await_step(self) -> None:
         raise NotImplementedError
@@ -194,6 +212,12 @@ class _ThreadLoop:
 
     def current_task(self) -> object:
         return None
+
+    def times_asked(self, task: object) -> int:
+        return 0
+
+    def is_cancelled_by(self, exc: BaseException, asked: int) -> bool:
+        return False
 
     def wake(self) -> None: ...
 
@@ -222,8 +246,8 @@ async def run_in_thread(
         raise TypeError(f"run_in_thread() takes a plain function, and {func!r} is `async def`: await it here")
     try:
         return await call_in_thread(partial(func, *args), abandon_on_cancel, limiter)
-    except CancelationError:
-        _tell_enclosing_blocks()
+    except CancelationError as error:
+        _tell_enclosing_blocks(error)
         raise
 
 
@@ -231,16 +255,23 @@ async def run_in_process(
     block: Cancelable, func: Callable[..., Any], args: tuple[Any, ...], limiter: CapacityLimiter | None
 ) -> Any:
     _refuse_outside(block, "run_in_process")
-    return await pool_of(current_loop()).run(func, args, limiter)
+    # What is pickled here, and what comes back, may run code of the user's as well.
+    return await with_own_failures("the job of a process", pool_of(current_loop()).run, func, args, limiter)
 
 
 async def call_in_thread(
     call: Callable[[], Any], abandon_on_cancel: bool = False, limiter: CapacityLimiter | None = None
 ) -> Any:
     """Run ``call`` in a worker thread, whose place in the limiter stays taken until it has really ended."""
+    call = partial(_foreign.call_in_thread, _JOB, call)
     if abandon_on_cancel:
         return await _Abandonable(call, limiter).run()
-    return await anyio.to_thread.run_sync(call, limiter=limiter)
+    try:
+        return await anyio.to_thread.run_sync(call, limiter=limiter)
+    except CancelledError as exc:
+        if _is_being_stopped():
+            raise
+        raise_as_it_is(told(exc, current_loop(), _JOB))
 
 
 def _refuse_outside(block: Cancelable, method: str) -> None:
@@ -251,13 +282,24 @@ def _refuse_outside(block: Cancelable, method: str) -> None:
         )
 
 
-def _tell_enclosing_blocks() -> None:
+def _is_being_stopped() -> bool:
+    """Whether a block around the caller is: a thread may have asked for that, and raised what anyio raises then."""
+    block = _current.get()
+    while block is not None and block._token.cause is None:
+        block = block._parent
+    return block is not None
+
+
+def _tell_enclosing_blocks(error: CancelationError) -> None:
     # The error came by way of the thread: what this task now cleans up is not to be hit by the cancellation as well.
     block = _current.get()
     while block is not None:
         if block._token.cause is not None:
-            block._is_told(block._token.cause)
+            block._is_told(block._token.cause, error)
         block = block._parent
+
+
+_JOB: Final = "the function in a worker thread"
 
 
 class _Abandonable:
@@ -305,6 +347,9 @@ class _Abandonable:
         finally:
             if self._abandoned:
                 self._log_error()
+            elif isinstance(self._error, CancelledError):
+                # Nobody has cancelled anything of ours by now, so it can be none of those that are not logged.
+                self._error = as_failure(self._error, _JOB)
             self._ended.set()
 
     def _run(self) -> None:

@@ -5,8 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 
 def process_id() -> int:
@@ -92,3 +93,153 @@ class Odd(Exception):
 
 def raise_odd() -> None:
     raise Odd(1, 2)
+
+
+class NoText(Exception):
+    """Neither text nor pickle."""
+
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+    __repr__ = __str__
+
+    def __reduce__(self) -> str:
+        raise TypeError("not to be pickled")
+
+
+class NoNotes(Exception):
+    __notes__: Any = ()
+
+
+class NotesThatFail(Exception):
+    def add_note(self, note: str, /) -> None:
+        raise SystemExit("of the notes")
+
+
+class Elsewhere(Exception):
+    """Unpickles to no exception."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, (5,)
+
+
+class Deadly(Exception):
+    """Ends the process that pickles or unpickles it, if that lets it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return sys.exit, (7,)
+
+
+class DeadlyToPickle(Exception):
+    def __reduce__(self) -> str:
+        raise SystemExit(7)
+
+    def __str__(self) -> str:
+        raise KeyboardInterrupt
+
+
+class TextOfOurs(str):
+    """A text of a class that nobody else may have."""
+
+    __slots__ = ()
+    own: ClassVar[str] = "own"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return sys.exit, (8,)
+
+
+class OddText(Exception):
+    def __init__(self) -> None: ...
+
+    def __str__(self) -> str:
+        return TextOfOurs("a text of its own")
+
+    def __reduce__(self) -> str:
+        raise TypeError("not to be pickled")
+
+
+class Own(BaseException):
+    pass
+
+
+def plugin() -> Any:
+    """A module that only this process knows."""
+    module = types.ModuleType("plugin_of_the_job")
+    for name, base in (("PluginError", Exception), ("PluginGroup", ExceptionGroup), ("Result", object)):
+        setattr(module, name, type(name, (base,), {"__module__": module.__name__}))
+    sys.modules["plugin_of_the_job"] = module
+    return module
+
+
+def raise_one(name: str) -> None:
+    if name == "PluginError":
+        raise plugin().PluginError("the plugin's own")
+    if name == "PluginGroup":
+        raise plugin().PluginGroup("several", [ValueError("one")])
+    if name == "CancelledError":
+        import asyncio
+
+        raise asyncio.CancelledError
+    kinds = {
+        kind.__name__: kind for kind in (NoText, NoNotes, NotesThatFail, Elsewhere, Deadly, DeadlyToPickle, OddText)
+    }
+    raise kinds[name]()
+
+
+def raise_base(name: str) -> None:
+    raise {
+        "Own": Own,
+        "KeyboardInterrupt": KeyboardInterrupt,
+        "GeneratorExit": GeneratorExit,
+        "SystemExit": SystemExit,
+    }[name]
+
+
+def raise_stop_iteration() -> None:
+    next(iter(()))
+
+
+def raise_group() -> None:
+    raise ExceptionGroup(
+        "several", [ValueError("one"), NoText(), ExceptionGroup("inner", [Deadly(), plugin().PluginError("two")])]
+    )
+
+
+def raise_base_group() -> None:
+    raise BaseExceptionGroup("several", [ValueError("one"), KeyboardInterrupt()])
+
+
+def raise_deep_group() -> None:
+    error: Any = NoText()
+    for _ in range(5000):
+        error = ExceptionGroup("level", [error])
+    raise error
+
+
+class Result:
+    def __init__(self, make: Any, *args: Any) -> None:
+        self._made = make, args
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._made
+
+
+def return_one(name: str) -> Any:
+    if name == "plugin":
+        return plugin().Result()
+    makers = {
+        "raises": Result(divide, 1, 0),
+        "leaves": Result(sys.exit, 9),
+        "interrupts": Result(raise_base, "GeneratorExit"),
+        "has no text": Result(raise_one, "DeadlyToPickle"),
+    }
+    return makers[name]
+
+
+class UnpickledNowhere:
+    def __reduce__(self) -> str:
+        raise SystemExit(7)
+
+
+def return_what_ends_its_pickling() -> Any:
+    return UnpickledNowhere()

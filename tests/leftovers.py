@@ -12,6 +12,8 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 
+from cancelable_deps._backend import current_loop
+from cancelable_deps._deadlines import Line
 from cancelable_deps._sweep import Sweep
 
 _OURS = ("cancelable_deps", "anyio")
@@ -22,23 +24,31 @@ _ITERATIONS = 3
 async def nothing_left() -> AsyncGenerator[None]:
     """Fail if what ran inside has left a task, a timer or a scheduled call of ours or anyio's.
 
-    Callbacks that are scheduled when it ends may run first. The shared sweep's own timer may live on.
+    Callbacks that are scheduled when it ends may run first. The shared sweep's own timer may live on, and the timers of
+    those who have waited for a deadline since before.
     """
     before = _tasks()
     timers = _handles()
+    waiting = _waiting()
     try:
         yield
     finally:
-        await _look(before, timers)
+        await _look(before, timers, waiting)
 
 
-async def _look(before: set[Any], timers: list[asyncio.Handle]) -> None:
+async def _look(before: set[Any], timers: list[asyncio.Handle], waiting: set[object]) -> None:
     for _ in range(_ITERATIONS):
         await anyio.lowlevel.checkpoint()
-    tasks = [task for task in _tasks() - before if not _is_sweep(_called_by(task))]
+    still_waiting = _waiting() - waiting
+    assert not still_waiting, f"deadlines are left: {still_waiting}"
+    tasks = [task for task in _tasks() - before if not _is_shared(_called_by(task))]
     assert not tasks, f"tasks are left: {tasks}"
     handles = [handle for handle in _handles() if not any(handle is timer for timer in timers)]
     assert not handles, f"timers or callbacks are left: {handles}"
+
+
+def _waiting() -> set[object]:
+    return {item for line in current_loop().lines.values() for item in line.waiting}
 
 
 def _on_trio() -> bool:
@@ -76,12 +86,16 @@ def _handles() -> list[asyncio.Handle]:
 
 def _is_ours(handle: Any) -> bool:
     callback = handle._callback
-    return str(inspect.unwrap(getattr(callback, "__func__", callback)).__module__).startswith(_OURS) and not _is_sweep(
+    return str(inspect.unwrap(getattr(callback, "__func__", callback)).__module__).startswith(_OURS) and not _is_shared(
         callback
     )
 
 
-def _is_sweep(callback: Any) -> bool:
+def _is_shared(callback: Any) -> bool:
+    """Whether it is the sweep's timer, or that of a line in which several may wait: `_look` has seen who does."""
+    if getattr(callback, "__func__", None) is Line._tick:
+        line = callback.__self__
+        return bool(line.waiting) and line in current_loop().lines.values()
     return getattr(callback, "__func__", None) is Sweep._tick
 
 

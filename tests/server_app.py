@@ -5,6 +5,7 @@ before it touches the request: a number of seconds, `gate` (until the test opens
 The journal and the gates are served under no door.
 """
 
+import asyncio
 import hashlib
 import logging
 import time
@@ -373,6 +374,25 @@ async def endless(key: str) -> AsyncIterator[bytes]:
         journal.add(key, "cleaned up")
 
 
+async def cancelled_at_the_gate(key: str, cancel: Cancelable) -> AsyncIterator[bytes]:
+    """A stream that the application stops when the test says so."""
+    try:
+        yield b"first"
+        await gates[key].wait()
+        cancel.cancel_nowait()
+        await anyio.sleep_forever()
+    except anyio.get_cancelled_exc_class():
+        journal.add(key, f"cancelled:{cancel.reason.name if cancel.reason else None}")
+        raise
+
+
+async def of_a_cancelled_task() -> AsyncIterator[bytes]:
+    """One that fails as if it had awaited a task that somebody has cancelled."""
+    yield b"first"
+    await anyio.sleep(0.01)
+    raise asyncio.CancelledError
+
+
 async def flood(key: str) -> AsyncIterator[bytes]:
     """More than any buffer between us and a client that does not read."""
     try:
@@ -391,6 +411,14 @@ def add_streams(app: FastAPI) -> None:
     @app.get("/stream")
     async def stream(request: Request, kind: str = "application/octet-stream", timeout: float | None = None) -> Any:
         return cancelable_streaming_response(endless(key_of(request)), media_type=kind, timeout=timeout)
+
+    @app.get("/stream-until-gate")
+    async def stream_until_gate(request: Request, cancel: RequestCancelable) -> StreamingResponse:
+        return cancelable_streaming_response(cancelled_at_the_gate(key_of(request), cancel), cancel)
+
+    @app.get("/failing-stream")
+    async def failing_stream() -> StreamingResponse:
+        return cancelable_streaming_response(of_a_cancelled_task())
 
     @app.get("/stream-for-nobody")
     async def stream_for_nobody(request: Request, event: CancellationEvent, ours: bool) -> StreamingResponse:

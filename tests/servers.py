@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import h2.connection
+import h2.errors
+import h2.events
 import psutil
 import pytest
 
@@ -132,6 +135,69 @@ class Connection:
 
     def close(self) -> None:
         self._file.close()
+        self.socket.close()
+
+
+class Http2Connection:
+    """A client's end of one HTTP/2 connection, whose requests can be reset one by one."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
+        self._h2 = h2.connection.H2Connection()
+        self._h2.initiate_connection()
+        self._heads: dict[int, int] = {}
+        self._bodies: dict[int, bytes] = {}
+        self._ends: dict[int, str] = {}
+
+    def send(self, target: str, key: str = "", /, **headers: str) -> int:
+        """Send a GET; its number."""
+        number = self._h2.get_next_available_stream_id()
+        fields = {":method": "GET", ":path": target, ":scheme": "http", ":authority": "test", "x-id": key}
+        fields |= {name.replace("_", "-"): value for name, value in headers.items()}
+        self._h2.send_headers(number, list(fields.items()), end_stream=True)
+        self._flush()
+        return number
+
+    def reset(self, *numbers: int) -> None:
+        """Hang up on these requests, and on no other of the connection."""
+        for number in numbers:
+            self._h2.reset_stream(number, h2.errors.ErrorCodes.CANCEL)
+        self._flush()
+
+    def body_begins(self, number: int) -> bytes:
+        """Wait for the first bytes of a body."""
+        while not self._bodies.get(number):
+            self._read()
+        return self._bodies[number]
+
+    def response(self, number: int) -> tuple[int, bytes, str]:
+        """Status, body and how the response has ended: `whole` or `cut`."""
+        while number not in self._ends:
+            self._read()
+        return self._heads.get(number, 0), self._bodies.get(number, b""), self._ends[number]
+
+    def _read(self) -> None:
+        data = self.socket.recv(65536)
+        assert data, "the server has closed the whole connection"
+        for event in self._h2.receive_data(data):
+            self._take(event)
+        self._flush()
+
+    def _take(self, event: Any) -> None:
+        if isinstance(event, h2.events.ResponseReceived):
+            self._heads[event.stream_id] = int(dict(event.headers)[b":status"])
+        elif isinstance(event, h2.events.DataReceived):
+            self._bodies[event.stream_id] = self._bodies.get(event.stream_id, b"") + event.data
+            self._h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+        elif isinstance(event, h2.events.StreamEnded):
+            self._ends[event.stream_id] = "whole"
+        elif isinstance(event, h2.events.StreamReset):
+            self._ends[event.stream_id] = "cut"
+
+    def _flush(self) -> None:
+        self.socket.sendall(self._h2.data_to_send())
+
+    def close(self) -> None:
         self.socket.close()
 
 

@@ -130,9 +130,8 @@ async def test_callable_object_with_a_body() -> None:
 def test_name_docstring_annotations_and_own_parameters_stay() -> None:
     decorated = with_cancelation(bare)
     assert (decorated.__name__, decorated.__doc__, decorated.__module__) == ("bare", "Doubles it.", __name__)
-    assert inspect.signature(decorated).return_annotation is int
-    assert list(inspect.signature(decorated).parameters)[:1] == ["item_id"]
-    assert inspect.signature(with_cancelation(with_request)) == inspect.signature(with_request, eval_str=True)
+    for endpoint in (bare, with_request, with_body, Views().plain):
+        assert inspect.signature(with_cancelation(endpoint)) == inspect.signature(endpoint)
     assert inspect.iscoroutinefunction(decorated)
 
 

@@ -617,15 +617,16 @@ async def test_the_children_of_a_plain_group_are_stopped_with_the_block() -> Non
     assert sorted(ended) == list(range(5))
 
 
-async def test_a_child_of_a_plain_group_that_failed_is_seen() -> None:
+async def test_a_child_of_a_plain_group_that_failed_is_seen_as_without_a_block() -> None:
     async def fail() -> None:
         raise KeyError
 
     async with nothing_left():
-        with pytest.raises(KeyError):
+        with pytest.raises(ExceptionGroup) as raised:
             async with Cancelable(), anyio.create_task_group() as tasks:
                 tasks.start_soon(fail)
                 await anyio.sleep_forever()
+    assert [type(exc) for exc in raised.value.exceptions] == [KeyError]
 
 
 async def test_results_of_children_are_not_taken_for_complete_when_they_were_cancelled() -> None:

@@ -23,7 +23,14 @@ from anyio._backends import _asyncio as anyio_asyncio
 from fastapi import FastAPI, Request, Response
 from starlette.middleware.base import RequestResponseEndpoint
 
-from cancelable_deps import Cancelable, ManualCancelation, RequestCancelationMiddleware, _polite, _polite_known
+from cancelable_deps import (
+    Cancelable,
+    ManualCancelation,
+    RequestCancelationMiddleware,
+    _polite,
+    _polite_known,
+    _task_gate,
+)
 from cancelable_deps._backend import current_loop
 from cancelable_deps._polite_public import AsyncioWatch, PublicGate, PublicScope
 from cancelable_deps.task_group import CancelableTaskGroup
@@ -267,9 +274,11 @@ def test_a_cleanup_is_disturbed_where_the_hook_is_never_called_and_not_on_the_pu
 def hooks_hidden(monkeypatch: pytest.MonkeyPatch, anyio_backend: str) -> Iterator[None]:
     """As with an anyio and a trio that we do not know."""
     monkeypatch.setattr(_polite, "hooks_are_known", lambda is_trio: False)
-    _polite._classes.cache_clear()
+    for chosen in (_polite._classes, _task_gate._gate):
+        chosen.cache_clear()
     yield
-    _polite._classes.cache_clear()
+    for chosen in (_polite._classes, _task_gate._gate):
+        chosen.cache_clear()
 
 
 @pytest.fixture

@@ -125,6 +125,92 @@ async def test_what_cannot_be_done_says_so(job: Any, error: type[Exception], mes
         assert await cancel.run_in_process(jobs.divide, 6, 3) == 2
 
 
+def told_by(error: BaseException) -> str:
+    """All that an error says of itself and of what has become of it."""
+    try:
+        text = str(error)
+    except BaseException:
+        text = ""
+    return " ".join([type(error).__name__, text, *getattr(error, "__notes__", ())])
+
+
+async def failure_of(cancel: Cancelable, job: Any, *args: Any) -> Exception:
+    """What a job raises here; the process that has done it does the next one as well."""
+    process = await cancel.run_in_process(jobs.process_id)
+    try:
+        await cancel.run_in_process(job, *args)
+    except Exception as exc:
+        assert await cancel.run_in_process(jobs.process_id) == process, job
+        return exc
+    pytest.fail("nothing was raised")
+
+
+async def test_errors_that_cannot_be_sent_are_named_and_cost_no_process() -> None:
+    async with Cancelable() as cancel:
+        for name in (
+            "NoText",
+            "NoNotes",
+            "Elsewhere",
+            "Deadly",
+            "DeadlyToPickle",
+            "OddText",
+            "PluginError",
+            "PluginGroup",
+            "CancelledError",
+        ):
+            assert name in told_by(await failure_of(cancel, jobs.raise_one, name))
+
+
+async def test_an_error_that_takes_no_note_is_itself() -> None:
+    async with Cancelable() as cancel:
+        assert isinstance(await failure_of(cancel, jobs.raise_one, "NotesThatFail"), jobs.NotesThatFail)
+
+
+async def test_what_would_end_the_server_arrives_as_an_error_that_names_it() -> None:
+    async with Cancelable() as cancel:
+        for name in ("Own", "KeyboardInterrupt", "GeneratorExit", "SystemExit"):
+            error = await failure_of(cancel, jobs.raise_base, name)
+            assert str(error).startswith(f"the function ended with {name}")
+        error = await failure_of(cancel, jobs.raise_stop_iteration)
+        assert str(error).startswith("the function ended with StopIteration")
+
+
+async def test_a_group_keeps_the_members_that_can_be_sent() -> None:
+    async with Cancelable() as cancel:
+        error = await failure_of(cancel, jobs.raise_group)
+    assert isinstance(error, ExceptionGroup)
+    value, no_text, inner = error.exceptions
+    assert (error.message, type(value)) == ("several", ValueError)
+    assert "NoText" in told_by(no_text)
+    assert isinstance(inner, ExceptionGroup)
+    assert ["Deadly" in told_by(inner.exceptions[0]), "PluginError" in told_by(inner.exceptions[1])] == [True, True]
+    assert "raise_group" in error.__notes__[0]
+
+
+async def test_a_group_with_what_would_end_the_server_is_one_of_errors() -> None:
+    async with Cancelable() as cancel:
+        error = await failure_of(cancel, jobs.raise_base_group)
+    assert isinstance(error, ExceptionGroup)
+    assert [type(member) for member in error.exceptions] == [ValueError, RuntimeError]
+    assert "KeyboardInterrupt" in told_by(error.exceptions[1])
+
+
+async def test_a_group_that_is_nested_too_deeply_is_named() -> None:
+    async with Cancelable() as cancel:
+        assert "ExceptionGroup" in str(await failure_of(cancel, jobs.raise_deep_group))
+
+
+async def test_results_that_cannot_be_unpickled_are_a_clear_error_and_cost_no_process() -> None:
+    async with Cancelable() as cancel:
+        for name in ("plugin", "raises", "leaves", "interrupts", "has no text"):
+            error = await failure_of(cancel, jobs.return_one, name)
+            assert type(error) is TypeError
+            assert str(error).startswith("what return_one() returned cannot be unpickled in this process")
+            assert "Return plain data" in str(error)
+        error = await failure_of(cancel, jobs.return_what_ends_its_pickling)
+        assert str(error) == "what the function returned cannot be pickled: SystemExit: 7"
+
+
 async def test_what_a_job_prints_is_no_answer(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

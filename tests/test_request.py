@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import Annotated, Any
 
 import anyio
 import anyio.lowlevel
@@ -17,6 +17,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cancelable_deps import (
+    Cancelable,
     CancelableRoute,
     CancelableStreamingResponse,
     CancelationError,
@@ -26,8 +27,10 @@ from cancelable_deps import (
     RequestCancelable,
     RequestCancelationMiddleware,
     RequestTaskGroup,
+    cancelable_with_timeout,
     configure,
     current_cancelable,
+    wait_for_disconnect,
     with_cancelation,
 )
 from cancelable_deps._request import _HANDLER_STACK_KEY, _REQUEST_STACK_KEY, SCOPE_KEY, RequestState
@@ -715,3 +718,99 @@ async def test_a_message_that_no_response_can_hold_is_mended(door: str) -> None:
 
     call = await get(application(door, work))
     assert (call.status, call.json()) == (499, {"detail": "half ? of it, é"})
+
+
+async def test_many_who_wait_in_one_request_are_not_copied_for_each_that_comes_or_goes() -> None:
+    app = FastAPI()
+    same: list[bool] = []
+
+    @app.get("/")
+    async def fan_out(request: Request) -> None:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(20):
+                tasks.start_soon(wait_for_disconnect, request)
+            await anyio.wait_all_tasks_blocked()
+            watchers = request.scope[SCOPE_KEY]._watchers
+            async with anyio.create_task_group() as more:
+                for _ in range(20):
+                    more.start_soon(wait_for_disconnect, request)
+                await anyio.wait_all_tasks_blocked()
+                same.append(len(watchers) == 40)
+                more.cancel_scope.cancel()
+            same.append(request.scope[SCOPE_KEY]._watchers is watchers)
+            tasks.cancel_scope.cancel()
+
+    async with checked(app) as call:
+        pass
+    assert (call.status, same) == (200, [True, True])
+
+
+@pytest.mark.parametrize("swallows", [Exception, BaseException])
+@pytest.mark.parametrize("scope", ["request", "function"])
+@pytest.mark.parametrize("door", ["middleware", "route", "decorator under middleware"])
+async def test_a_dependency_that_swallows_the_cancellation_does_not_cost_the_response(
+    door: str, scope: Any, swallows: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def swallowing() -> AsyncIterator[None]:
+        with suppress(swallows):
+            yield
+
+    async def work() -> None:
+        await anyio.sleep_forever()
+
+    app = FastAPI()
+    router = APIRouter(route_class=CancelableRoute.with_timeout(0.03)) if door == "route" else APIRouter()
+    endpoint = with_cancelation(timeout=0.03)(work) if "decorator" in door else work
+    router.get("/", dependencies=[Depends(swallowing, scope=scope)])(endpoint)
+    app.include_router(router)
+    if "middleware" in door:
+        app.add_middleware(RequestCancelationMiddleware, default_timeout=0.03)
+    async with checked(app) as call:
+        pass
+    assert (call.status, call.exception) == (504, None)
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+
+
+@pytest.mark.parametrize("scope", ["request", "function"])
+@pytest.mark.parametrize("door", ["decorator", "handle"])
+async def test_a_dependency_that_swallows_the_error_of_the_handler_is_a_bug_of_the_application(
+    door: str, scope: Any
+) -> None:
+    """As with any error that a handler raises; nobody of ours stands outside of the dependency."""
+
+    async def swallowing() -> AsyncIterator[None]:
+        with suppress(BaseException):
+            yield
+
+    async def work() -> None:
+        await anyio.sleep_forever()
+
+    async def handle(cancel: Annotated[Cancelable, Depends(cancelable_with_timeout(0.03))]) -> None:
+        async with cancel:
+            await work()
+
+    app = FastAPI()
+    endpoint: Any = handle if door == "handle" else with_cancelation(timeout=0.03)(work)
+    app.get("/", dependencies=[Depends(swallowing, scope=scope)])(endpoint)
+    async with checked(app, raise_app_exceptions=False) as call:
+        pass
+    assert call.status == 500
+
+
+async def test_a_bug_of_the_application_in_a_cancelled_request_stays_one() -> None:
+    """Not every variable without a value is FastAPI's."""
+    app = FastAPI()
+
+    async def fails() -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            raise UnboundLocalError("response")
+
+    app.get("/", dependencies=[Depends(fails)])(anyio.sleep_forever)
+    app.add_middleware(RequestCancelationMiddleware, default_timeout=0.03)
+    async with checked(app, raise_app_exceptions=False) as call:
+        pass
+    assert (call.status, type(call.exception)) == (500, UnboundLocalError)

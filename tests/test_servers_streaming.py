@@ -89,6 +89,11 @@ def test_a_timeout_cuts_a_stream_behind_which_another_request_waits(server: Serv
     assert server.journal(key, "ended") == ["status:200", "cancelled", "cleaned up", "ended"]
 
 
+def test_a_stream_that_fails_for_a_task_which_somebody_has_cancelled_does_not_look_whole(server: Server) -> None:
+    server.expected.add("the generator of a response ended with CancelledError()")
+    assert read_to_the_end(server, "/failing-stream", new_key()) == b"5\r\nfirst\r\n"
+
+
 @pytest.mark.parametrize("stack", STACKS)
 def test_an_event_stream_ends_with_the_reason(server: Server, stack: str) -> None:
     body = read_to_the_end(server, f"{stack}/stream?timeout=0.1&kind=text/event-stream", new_key())

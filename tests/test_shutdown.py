@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
 from functools import partial
+from itertools import permutations
 from typing import Any
 
 import anyio
@@ -617,6 +620,119 @@ async def test_after_the_lifespan_a_handler_that_stays_tells_nobody(monkeypatch:
         ours(signal.SIGTERM, None)
     assert received == [(signal.SIGTERM, None)]
     assert not told
+
+
+def own_lifespan(*, fails: bool) -> Any:
+    @asynccontextmanager
+    async def own(app: Any) -> AsyncIterator[None]:
+        yield
+        if fails:
+            raise ValueError("at its end")
+
+    return cancelation_lifespan(own)
+
+
+async def ended(lifespan: Any, *, fails: bool) -> None:
+    if fails:
+        with pytest.raises(ValueError, match="at its end"):
+            await lifespan.__aexit__(None, None, None)
+    else:
+        await lifespan.__aexit__(None, None, None)
+
+
+@pytest.mark.parametrize("failing", [None, 0, 1, 2])
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+async def test_lifespans_that_end_in_any_order_put_every_handler_back(
+    order: tuple[int, ...], failing: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(Drain, "begin_from_thread", lambda drain, message: told.append(message))
+    with handled() as received:
+        lifespans = [own_lifespan(fails=number == failing)(None) for number in range(3)]
+        for lifespan in lifespans:
+            await lifespan.__aenter__()
+        for ends, number in enumerate(order, start=1):
+            await ended(lifespans[number], fails=number == failing)
+            told.clear()
+            received.clear()
+            signal.raise_signal(signal.SIGTERM)
+            assert told == ["SIGTERM"] * (3 - ends)
+            assert len(received) == 1
+
+
+@pytest.mark.parametrize("order", list(permutations(["first", "second", "third", "stranger"])))
+async def test_a_strangers_handler_among_those_of_lifespans_is_none_of_ours_to_put_back(order: tuple[str, ...]) -> None:
+    """It stands on top of the first, below the others, and puts back what was there before it, as anybody would."""
+    calls: list[str] = []
+    with handled() as received:
+        lifespans = {name: cancelation_lifespan()(None) for name in ("first", "second", "third")}
+        await lifespans["first"].__aenter__()
+        below: Any = signal.getsignal(signal.SIGTERM)
+
+        def stranger(number: int, frame: Any) -> None:
+            calls.append("stranger")
+            below(number, frame)
+
+        signal.signal(signal.SIGTERM, stranger)
+        await lifespans["second"].__aenter__()
+        await lifespans["third"].__aenter__()
+        for name in order:
+            if name == "stranger":
+                signal.signal(signal.SIGTERM, below)
+            else:
+                await lifespans[name].__aexit__(None, None, None)
+        # Of a handler that is put back when all lifespans have ended we hear with the next signal.
+        signal.raise_signal(signal.SIGTERM)
+        assert len(received) == 1
+        assert not calls
+
+
+async def test_below_a_strangers_handler_a_lifespan_that_ended_is_left_out() -> None:
+    with handled() as received:
+        first = cancelation_lifespan()(None)
+        await first.__aenter__()
+        below: Any = signal.getsignal(signal.SIGTERM)
+
+        def stranger(number: int, frame: Any) -> None:
+            received.append((0, None))
+            below(number, frame)
+
+        signal.signal(signal.SIGTERM, stranger)
+        second = cancelation_lifespan()(None)
+        await second.__aenter__()
+        await first.__aexit__(None, None, None)
+        await second.__aexit__(None, None, None)
+        assert signal.getsignal(signal.SIGTERM) is stranger
+        signal.raise_signal(signal.SIGTERM)
+        assert [number for number, _ in received] == [0, signal.SIGTERM]
+        signal.signal(signal.SIGTERM, below)
+        # The next one stands on top of the server's, not on that of a lifespan that is over.
+        async with cancelation_lifespan()(None):
+            pass
+
+
+def test_a_lifespan_that_ended_below_another_lets_its_event_loop_go() -> None:
+    with handled():
+        outer = asyncio.new_event_loop()
+        inner = asyncio.new_event_loop()
+        first, second = cancelation_lifespan()(None), cancelation_lifespan()(None)
+        outer.run_until_complete(first.__aenter__())
+        inner.run_until_complete(second.__aenter__())
+        outer.run_until_complete(first.__aexit__(None, None, None))
+        outer.close()
+        gone = weakref.ref(outer)
+        del outer, first
+        inner.run_until_complete(inner.shutdown_asyncgens())
+        # Ours of the thread, which is of the loop that it has seen last.
+        assert inner.run_until_complete(_loop_here()) is not None
+        gc.collect()
+        assert gone() is None
+        inner.run_until_complete(second.__aexit__(None, None, None))
+        inner.close()
+
+
+async def _loop_here() -> Any:
+    return current_loop()
 
 
 @pytest.mark.parametrize("disposition", [signal.SIG_DFL, signal.SIG_IGN])

@@ -149,7 +149,7 @@ async def test_drop_while_the_handler_is_busy(door: str, disconnect: str, caplog
         (CancelationReason.TIMEOUT, 4504, "enough"),
         (CancelationReason.SIGNAL, 1012, "enough"),
         (CancelationReason.CONDITION, 1011, "enough"),
-        (CancelationReason.PARENT, 1011, "enough"),
+        (CancelationReason.PARENT, 1011, "An enclosing operation was cancelled"),
         (CancelationReason.ERROR, 1011, "A source of cancellation failed"),
     ],
 )

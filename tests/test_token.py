@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from itertools import count
+from types import FrameType
+from typing import Any, Self
 
 import anyio
 import anyio.lowlevel
@@ -22,6 +25,7 @@ from cancelable_deps import (
     ManualCancelation,
     SignalCancelation,
 )
+from cancelable_deps.token import Callback
 
 from .calls import CEILING
 from .leftovers import nothing_left
@@ -347,3 +351,259 @@ async def test_a_signal_handler_wakes_a_loop_that_has_nothing_to_do(how: str) ->
         signal.signal(signal.SIGUSR1, previous)
     # The ceiling itself wakes the loop, and is then overtaken.
     assert anyio.current_time() - started < CEILING / 2
+
+
+class _Strikes:
+    """Does something in the midst of `CancelationToken.cancel_because`, before one of its instructions."""
+
+    def __init__(self, at: int, strike: Callable[[], object]) -> None:
+        self.left = at
+        self.strike = strike
+
+    def __enter__(self) -> Self:
+        self.previous = sys.gettrace()
+        sys.settrace(self.trace)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        sys.settrace(self.previous)
+
+    def trace(self, frame: FrameType, event: str, arg: object) -> Any:
+        if frame.f_code not in _CANCELLING:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            self.left -= 1
+            if self.left == 0:
+                self.strike()
+        return self.trace
+
+
+_CANCELLING = {CancelationToken.cancel_because.__code__, CancelationToken._is_first.__code__}
+
+
+def _strike_everywhere(
+    strike: Callable[[CancelationToken], object],
+) -> Iterator[tuple[CancelationToken, bool, list[str]]]:
+    """For each instruction that it strikes before: the token, whether the call that was struck did it, who was told."""
+    for at in count(1):
+        token = CancelationToken()
+        told: list[str] = []
+        token.on_cancel(lambda token, told=told: told.append(str(token.message)))
+        strikes = _Strikes(at, partial(strike, token))
+        with strikes:
+            done = token.cancel_nowait(message="struck")
+        yield token, done, told
+        if strikes.left > 0:
+            return
+
+
+def _in_a_thread(work: Callable[[], object]) -> None:
+    in_threads(1, lambda number: work())
+
+
+def _by_a_signal(work: Callable[[], object]) -> None:
+    previous = signal.signal(signal.SIGTERM, lambda *_: work())
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@pytest.mark.parametrize("how", [lambda work: work(), _in_a_thread, _by_a_signal], ids=["again", "thread", "signal"])
+def test_a_second_cancellation_may_strike_anywhere_in_the_first(how: Callable[[Callable[[], object]], object]) -> None:
+    seen: set[str | None] = set()
+    strikes = 0
+    others: list[bool] = []
+
+    def strike(token: CancelationToken) -> None:
+        def cancel() -> None:
+            others.append(token.cancel_nowait(CancelationReason.SIGNAL, "striking"))
+            # Whoever comes second may rely on the first.
+            assert token.is_cancelled
+
+        how(cancel)
+
+    for token, done, told in _strike_everywhere(strike):
+        won = [done, *others]
+        assert sum(won) == 1
+        assert told == [token.message] == ["struck" if done else "striking"]
+        assert set(map(type, token._listeners)) == {Callback}
+        seen.add(token.message)
+        strikes += 1
+        others.clear()
+    assert seen == {"struck", "striking"}
+    assert strikes > 20
+
+
+def test_a_listener_may_come_anywhere_in_a_cancellation() -> None:
+    late: list[CancelationToken] = []
+
+    def strike(token: CancelationToken) -> None:
+        token.on_cancel(late.append)
+
+    for token, done, told in _strike_everywhere(strike):
+        assert done
+        assert told == ["struck"]
+        assert late in ([token], [])
+        late.clear()
+
+
+@pytest.mark.parametrize("message", [b"why", 3, ValueError("why"), ["why"]])
+async def test_what_is_no_message_is_refused(message: Any) -> None:
+    token, block = CancelationToken(), Cancelable()
+    for cancelable in (token, block):
+        with pytest.raises(TypeError, match=r"message must be a string, or None .* use str\(\)"):
+            cancelable.cancel_nowait(message=message)
+        with pytest.raises(TypeError, match="message must be a string"):
+            await cancelable.cancel(message=message)
+        assert not cancelable.is_cancelled
+    async with block:
+        pass
+    with pytest.raises(TypeError, match="message must be a string"):
+        block.cancel_nowait(message=message)
+    with pytest.raises(TypeError, match="reason must be"):
+        block.cancel_nowait("manual")  # type: ignore[arg-type]
+
+
+def test_a_callback_that_was_taken_back_is_not_called() -> None:
+    token = CancelationToken()
+    told: list[str] = []
+
+    def tell(token: CancelationToken) -> None:
+        told.append("tell")
+
+    token.on_cancel(tell)
+    token.on_cancel(lambda token: told.append("other"))
+    assert token.remove_callback(tell) == 1
+    assert token.remove_callback(tell) == 0
+    token.cancel_nowait()
+    assert told == ["other"]
+
+
+def test_a_callback_that_was_registered_twice_is_taken_back_twice() -> None:
+    token = CancelationToken()
+    told: list[CancelationToken] = []
+    for _ in range(2):
+        # A method is another object each time.
+        token.on_cancel(told.append)
+    assert token.remove_callback(told.append) == 2
+    assert not token._listeners
+    token.cancel_nowait()
+    assert told == []
+
+
+@pytest.mark.parametrize("kind", ["token", "block"])
+def test_callbacks_may_be_taken_back_in_a_callback(kind: str) -> None:
+    cancelable: Any = CancelationToken() if kind == "token" else Cancelable()
+    counts: list[int] = []
+    told: list[str] = []
+
+    def never(cancelled: object) -> None:
+        told.append("never")
+
+    def remove(cancelled: object) -> None:
+        # The last that was registered is called first.
+        counts.extend([cancelable.remove_callback(never), cancelable.remove_callback(remove)])
+        told.append("removed")
+
+    for callback in (never, never, remove):
+        cancelable.on_cancel(callback)
+    cancelable.cancel_nowait()
+    assert (told, counts) == (["removed"], [2, 0])
+
+
+def test_callbacks_of_a_block_may_be_taken_back() -> None:
+    told: list[object] = []
+
+    async def tell(*args: object) -> None:
+        told.append(args)
+
+    block = Cancelable()
+    block.on_cancel(tell)
+    block.on_cancel(tell)
+    block.on_progress(tell)
+    assert block.remove_callback(tell) == 3
+    assert block.remove_callback(tell) == 0
+
+    async def work() -> None:
+        async with block:
+            await block.report_progress("half")
+            await block.cancel()
+
+    with pytest.raises(ManualCancelation):
+        anyio.run(work)
+    assert told == []
+
+
+async def _async_function(token: CancelationToken) -> None: ...
+
+
+async def _async_generator(token: CancelationToken) -> Any:
+    yield
+
+
+def _generator(token: CancelationToken) -> Any:
+    yield
+
+
+class _AsyncCallable:
+    async def __call__(self, token: CancelationToken) -> None: ...
+
+    async def method(self, token: CancelationToken) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        _async_function,
+        partial(_async_function),
+        partial(partial(_AsyncCallable().method)),
+        _AsyncCallable(),
+        partial(_AsyncCallable()),
+        _AsyncCallable().method,
+        _async_generator,
+        _generator,
+    ],
+)
+def test_a_callback_that_nobody_would_await_is_refused(callback: Any) -> None:
+    token = CancelationToken()
+    with pytest.raises(TypeError, match=r"nobody would await .* on_cancel\(\) of a Cancelable"):
+        token.on_cancel(callback)
+    assert not token._listeners
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_what_a_plain_callback_returns_to_be_awaited_is_closed_and_said_so(
+    early: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    token = CancelationToken()
+    if not early:
+        token.cancel_nowait()
+    # A coroutine that is not closed would complain, and the test fail.
+    token.on_cancel(lambda token: _async_function(token))
+    token.cancel_nowait()
+    assert [(record.levelname, "not awaited" in record.getMessage()) for record in caplog.records] == [("ERROR", True)]
+
+
+def test_a_plain_callback_may_start_a_task(caplog: pytest.LogCaptureFixture) -> None:
+    told: list[CancelationToken] = []
+
+    async def tell(token: CancelationToken) -> None:
+        told.append(token)
+
+    async def main() -> None:
+        tasks: list[asyncio.Task[None]] = []
+        token = CancelationToken()
+
+        def start(token: CancelationToken) -> asyncio.Task[None]:
+            tasks.append(asyncio.create_task(tell(token)))
+            return tasks[0]
+
+        token.on_cancel(start)
+        token.cancel_nowait()
+        await tasks[0]
+        assert told == [token]
+
+    asyncio.run(main())
+    assert not caplog.records

@@ -1,0 +1,80 @@
+"""How far a framework has come with a request, as the frames of its task tell.
+
+Nothing public says when a handler has returned: the framework still encodes its result, leaves dependencies and sends the
+response, all in the one coroutine that we await. What it has by then stands in its local variables, which are private;
+`tests/test_frames.py` fails when they change. They are asked only when a request is being stopped.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import CodeType, FrameType
+from typing import TYPE_CHECKING, Any
+
+from fastapi import routing as fastapi_routing
+from starlette import routing as starlette_routing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def _inner(function: Any, *names: str) -> CodeType | None:
+    """Return the code of a function inside of others, by the names that lead to it."""
+    code: CodeType | None = getattr(function, "__code__", None)
+    for name in names:
+        inside = () if code is None else code.co_consts
+        code = next((one for one in inside if isinstance(one, CodeType) and one.co_name == name), None)
+    return code
+
+
+# These await the handler and then its response. A class with a method for each verb is not among them: what an
+# ``__await__`` gives hides its frame.
+_SENDERS = {
+    _inner(getattr(starlette_routing, "request_response", None), "app", "app"),
+    _inner(getattr(fastapi_routing, "request_response", None), "app", "app"),
+} - {None}
+# This is awaited by one of them: it parses the body, solves the dependencies, calls the handler and encodes its result.
+_FASTAPIS_HANDLER = _inner(getattr(fastapi_routing, "get_request_handler", None), "app")
+
+
+def handler_has_returned(task: Any) -> bool:
+    """Return whether the handler of the request that ``task`` runs has returned, as far as its framework is known."""
+    frames = iter(_frames(task))
+    for frame in frames:
+        if frame.f_code in _SENDERS:
+            if "response" in frame.f_locals:
+                return True
+            inside = next((inner for inner in frames if inner.f_code is _FASTAPIS_HANDLER), None)
+            return inside is not None and "raw_response" in inside.f_locals
+    return False
+
+
+def is_parsing_body(task: Any) -> bool:
+    """Return whether FastAPI reads the body in ``task``, to parse it for the handler."""
+    for frame in _frames(task):
+        if frame.f_code is _FASTAPIS_HANDLER:
+            return "errors" not in frame.f_locals
+    return False
+
+
+def _frames(task: Any) -> Iterator[FrameType]:
+    """Yield the frames of a task, outermost first."""
+    coro = task.get_coro() if hasattr(task, "get_coro") else task.coro
+    if getattr(coro, "cr_running", False):
+        yield from _running_frames(coro.cr_frame)
+        return
+    while coro is not None:
+        frame = getattr(coro, "cr_frame", None) or getattr(coro, "gi_frame", None)
+        if frame is None:
+            return
+        yield frame
+        coro = getattr(coro, "cr_await", None) or getattr(coro, "gi_yieldfrom", None)
+
+
+def _running_frames(outermost: FrameType) -> Iterator[FrameType]:
+    frames = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not outermost:
+        frames.append(frame)
+        frame = frame.f_back
+    return reversed([*frames, outermost])
