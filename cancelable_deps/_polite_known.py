@@ -54,7 +54,53 @@ _SCOPE_CALLS = {
     "_restart_cancellation_in_parent": {"_deliver_cancellation", "_cancel_called", "_cancel_handle", "_shield"},
     "cancel": {"_deliver_cancellation"},
     # How one is ended: by the words of the exception, and by the count of the task.
-    "__exit__": {"_pending_uncancellations", "_cancelling_at_enter", "uncancel", "_timeout_handle"},
+    "__exit__": {
+        "_pending_uncancellations",
+        "_cancelling_at_enter",
+        "uncancel",
+        "_timeout_handle",
+        "_parent_cancellation_is_visible_to_us",
+        "_restart_cancellation_in_parent",
+        "_child_scopes",
+    },
+}
+
+_SCOPE_ASKS = {
+    # What a scope that is left looks at, which ours answer in another way: the property, and not what is behind it.
+    "_effectively_cancelled": {"_cancel_called", "shield", "_parent_scope"},
+    "_parent_cancellation_is_visible_to_us": {"shield", "_parent_scope", "_effectively_cancelled"},
+    "shield": {"_shield"},
+}
+
+_TRIO_SLOTS = {
+    "CancelStatus": {"_scope", "_parent", "_children", "_tasks", "effectively_cancelled"},
+    "CancelScope": {"_cancel_status", "_cancel_called", "_cancel_reason"},
+    "Task": {"coro", "_child_nurseries", "_cancel_status", "_next_send_fn"},
+}
+
+_TRIO_METHODS = {
+    ("CancelStatus", "recalculate"): ["self"],
+    ("CancelStatus", "close"): ["self"],
+    ("Task", "_activate_cancel_status"): ["self", "cancel_status"],
+    ("Runner", "reschedule"): ["self", "task", "next_send"],
+}
+
+_TRIO_CALLS = {
+    # A scope is asked by its status, and by nobody else.
+    ("CancelStatus", "recalculate"): {
+        "_scope",
+        "cancel_called",
+        "parent_cancellation_is_visible_to_us",
+        "_cancel_reason",
+        "_tasks",
+        "_children",
+    },
+    ("CancelStatus", "effective_deadline"): {"_scope", "deadline", "shield"},
+    ("CancelScope", "_close"): {"_cancel_status", "parent_cancellation_is_visible_to_us", "effectively_cancelled"},
+    ("Task", "_activate_cancel_status"): {"_cancel_status", "_tasks"},
+    # A task is stepped by whatever stands as its coroutine when it is rescheduled.
+    ("Runner", "reschedule"): {"coro", "send", "_next_send_fn"},
+    ("Nursery", "__init__"): {"_pending_excs", "_closed", "_cancel_status"},
 }
 
 
@@ -106,7 +152,7 @@ def _version(package: str) -> str:
 def _strange_in_asyncio() -> Iterator[str]:
     module = import_module("anyio._backends._asyncio")
     scope = module.CancelScope
-    if set(scope.__slots__) != SCOPE_SLOTS or scope.__dictoffset__:
+    if set(scope.__slots__) != SCOPE_SLOTS:
         yield "CancelScope.__slots__"
     for name, parameters in _SCOPE_METHODS.items():
         if not _has_signature(getattr(scope, name, None), parameters):
@@ -114,6 +160,11 @@ def _strange_in_asyncio() -> Iterator[str]:
     for name, used in _SCOPE_CALLS.items():
         if not used <= _names_in(getattr(scope, name)):
             yield f"CancelScope.{name}"
+    for name, used in _SCOPE_ASKS.items():
+        if not _asks(getattr(scope, name, None), used):
+            yield f"CancelScope.{name}"
+    if not _can_become_another(scope):
+        yield "CancelScope.__class__"
     if not isinstance(module._task_states.data, dict):
         yield "_task_states"
     if set(module.TaskState.__slots__) != {"__weakref__", "cancel_scope", "parent_id"}:
@@ -130,20 +181,40 @@ def _strange_in_trio() -> Iterator[str]:
 
     import_module("outcome").Error  # noqa: B018 - in which trio sends an exception to a task
     run = import_module("trio._core._run")
-    task = trio.lowlevel.Task
-    if not inspect.ismemberdescriptor(getattr(task, "coro", None)):
+    for name, slots in _TRIO_SLOTS.items():
+        if not slots <= set(getattr(run, name).__slots__):
+            yield f"{name}.__slots__"
+    for (name, method), parameters in _TRIO_METHODS.items():
+        if not _has_signature(getattr(getattr(run, name), method, None), parameters):
+            yield f"{name}.{method}"
+    for (name, method), used in _TRIO_CALLS.items():
+        if not used <= _names_in(getattr(getattr(run, name), method)):
+            yield f"{name}.{method}"
+    if not inspect.ismemberdescriptor(getattr(trio.lowlevel.Task, "coro", None)):
         yield "Task.coro"
-    if not isinstance(getattr(task, "child_nurseries", None), property):
-        yield "Task.child_nurseries"
-    if not _has_signature(getattr(task, "iter_await_frames", None), ["self"]):
-        yield "Task.iter_await_frames"
-    # A task is stepped by whatever stands as its coroutine when it is rescheduled.
-    if not {"coro", "send", "_next_send_fn"} <= _names_in(run.Runner.reschedule):
-        yield "Runner.reschedule"
-    if "cancel_shielded_checkpoint" not in _names_in(trio.lowlevel.checkpoint):
-        yield "checkpoint"
-    if not isinstance(trio.Cancelled._create(source="explicit", reason="why"), trio.Cancelled):
-        yield "Cancelled._create"
+    status = run.CancelStatus
+    if not _asks(
+        getattr(status, "parent_cancellation_is_visible_to_us", None),
+        {"_parent", "_scope", "shield", "effectively_cancelled"},
+    ):
+        yield "CancelStatus.parent_cancellation_is_visible_to_us"
+    if getattr(getattr(status, "parent", None), "fset", None) is None:
+        yield "CancelStatus.parent"
+    if not {"scope", "parent"} <= set(inspect.signature(status).parameters):
+        yield "CancelStatus"
+    if not _can_become_another(status):
+        yield "CancelStatus.__class__"
+
+
+def _asks(asked: Any, used: set[str]) -> bool:
+    return isinstance(asked, property) and asked.fget is not None and used <= _names_in(asked.fget)
+
+
+def _can_become_another(kind: Any) -> bool:
+    """Whether an object of this kind may get another class with the same slots while it is used."""
+    another: Any = type(kind.__name__, (kind,), {"__slots__": ()})
+    kind.__new__(kind).__class__ = another
+    return bool(kind.__dictoffset__ == 0)
 
 
 def _has_signature(function: Callable[..., object] | None, parameters: list[str]) -> bool:

@@ -14,8 +14,9 @@ What costs more, or is less exact, than with the hooks:
 * Where asyncio does not tell what a task waits for (an awaitable that is no future), it is offered every hundredth of
   a second: what follows a shielded section may run for so long.
 * A scope whose shield is lifted by another task is noticed after a twentieth of a second.
-* On trio, after a step that lasts longer than a twentieth of a second past a deadline, the task may be told by trio before
-  our timer is: its cleanup is disturbed then, and ``on_cancel`` callbacks are not called. The error is the right one.
+* ``anyio.current_effective_deadline()`` does not tell the deadline of a block; `Cancelable.deadline` does.
+* A task of somebody else's that sends a stream gets no gate: anyio repeats its cancellation in the stream's cleanup.
+* `Cancelable.check` has told a task: what others strike waits for the end of its grace, if ours has struck as well.
 * Tasks of plain groups, which have no gate, may be told several times, as ever.
 * An anyio in which a group takes for its own what only passes through it (before 4.16) loses cancellations.
 
@@ -44,8 +45,7 @@ if TYPE_CHECKING:
     from ._backend import EventLoop
     from ._polite import Gate, IsOurs, Mark
 
-# The outer scope's deadline is there for `anyio.current_effective_deadline()`. It trails our own timer, which records
-# the reason.
+# By which the deadline of a group's own scope, which anyio acts upon, trails our timer, which tells the gates first.
 _TRAIL = 0.05
 
 _PASSES_WITHOUT_DELAY = 50
@@ -215,9 +215,6 @@ class _Pair:
         return None if isinstance(exc, asyncio.CancelledError) else exc
 
     def cancel_politely(self, why: str) -> None:
-        if self._outer.cancel_called and not self._is_cancelled:
-            # The loop was blocked for so long that the trailing deadline has overtaken our timers, and told the task.
-            self._leave_alone()
         if self._spared is not None:
             self._spared.look_again()
         self._is_cancelled = True
@@ -405,7 +402,6 @@ class PublicScope(_Pair):
 
     def begin(self, deadline: float = math.inf, mark: Mark | None = None) -> None:
         self._enter()
-        self.move_deadline(deadline)
 
     def reaches(self, inner: PublicScope) -> bool:
         for pair in self._pairs_inside():
@@ -443,7 +439,6 @@ class PublicScope(_Pair):
     def release(self) -> None:
         self._is_held = True
         self._stop_watching()
-        self.move_deadline(math.inf)
         self._set_deadline(self._inner, math.inf)
         self.is_delivered = self._is_covered = self._is_left_alone = False
         if self._outer.cancel_called:
@@ -452,10 +447,8 @@ class PublicScope(_Pair):
             self.reopen()
 
     def move_deadline(self, deadline: float) -> None:
-        if self._outer.cancel_called or self.is_delivered:
-            return
-        if deadline < math.inf or self._outer.deadline < math.inf:
-            self._set_deadline(self._outer, deadline + _TRAIL)
+        # A deadline of anyio's strikes, also what we let finish, and where a timer of ours comes too late. None is told.
+        pass
 
 
 class PublicGate(_Pair):

@@ -788,9 +788,6 @@ class Cancelable:
         return answer_of_group(exc) if self.takes_groups_apart else exc
 
     def _stopped(self, exc: BaseException | None) -> BaseException:
-        if self._token.cause is None:
-            # The loop was blocked for so long that a deadline of the scope itself overtook our timer.
-            self._expire()
         assert self._token.cause is not None
         self._note(self._token.cause)
         error = self._token.cause.error()

@@ -22,6 +22,7 @@ import trio
 from anyio._backends import _asyncio as anyio_asyncio
 from fastapi import FastAPI, Request, Response
 from starlette.middleware.base import RequestResponseEndpoint
+from trio._core import _run as trio_run
 
 from cancelable_deps import (
     Cancelable,
@@ -79,6 +80,21 @@ def leaving_that_does_not_count(patch: Patch) -> None:
     patch.setattr(anyio_asyncio.CancelScope, "__exit__", leave)
 
 
+def visibility_under_another_name(patch: Patch) -> None:
+    patch.delattr(anyio_asyncio.CancelScope, "_parent_cancellation_is_visible_to_us")
+
+
+def shield_that_is_not_asked(patch: Patch) -> None:
+    patch.setattr(anyio_asyncio.CancelScope, "_effectively_cancelled", property(lambda self: self._cancel_called))
+
+
+def scope_that_has_no_heirs(patch: Patch) -> None:
+    def refuse(cls: type[Any]) -> None:
+        raise TypeError("final")
+
+    patch.setattr(anyio_asyncio.CancelScope, "__init_subclass__", classmethod(refuse))
+
+
 def no_states(patch: Patch) -> None:
     patch.delattr(anyio_asyncio, "_task_states")
 
@@ -106,28 +122,41 @@ def coroutine_that_cannot_be_replaced(patch: Patch) -> None:
     patch.setattr(trio.lowlevel.Task, "coro", property(lambda self: None))
 
 
-def no_nurseries(patch: Patch) -> None:
-    patch.delattr(trio.lowlevel.Task, "child_nurseries")
-
-
-def frames_that_take_more(patch: Patch) -> None:
-    patch.setattr(trio.lowlevel.Task, "iter_await_frames", lambda self, more: ())
-
-
 def tasks_that_are_stepped_in_another_way(patch: Patch) -> None:
     def reschedule(self: Any, task: Any, next_send: Any = None) -> None: ...
 
     patch.setattr("trio._core._run.Runner.reschedule", reschedule)
 
 
-def nobody_makes_a_cancelled(patch: Patch) -> None:
-    patch.setattr(trio.Cancelled, "_create", None)
+def status_without_recalculating(patch: Patch) -> None:
+    patch.delattr(trio_run.CancelStatus, "recalculate")
 
 
-def checkpoint_that_asks_in_another_way(patch: Patch) -> None:
-    async def checkpoint() -> None: ...
+def status_that_does_not_ask_its_scope(patch: Patch) -> None:
+    patch.setattr(trio_run.CancelStatus, "parent_cancellation_is_visible_to_us", property(lambda self: False))
 
-    patch.setattr(trio.lowlevel, "checkpoint", checkpoint)
+
+def status_whose_parent_stays(patch: Patch) -> None:
+    patch.setattr(trio_run.CancelStatus, "parent", property(lambda self: None))
+
+
+def status_that_keeps_its_class(patch: Patch) -> None:
+    class Status(trio_run.CancelStatus):
+        """It has a dictionary."""
+
+        __slots__ = trio_run.CancelStatus.__slots__[:-1] + ("__dict__",)  # noqa: RUF005
+
+    patch.setattr(trio_run, "CancelStatus", Status)
+
+
+def scope_that_closes_in_another_way(patch: Patch) -> None:
+    patch.setattr(trio_run.CancelScope, "_close", lambda self, exc: exc)
+
+
+def nursery_without_a_list_of_errors(patch: Patch) -> None:
+    def init(self: Any, parent: Any, scope: Any, strict: Any) -> None: ...
+
+    patch.setattr(trio_run.Nursery, "__init__", init)
 
 
 ASYNCIO = [
@@ -136,6 +165,9 @@ ASYNCIO = [
     delivery_that_takes_more,
     cancel_that_delivers_in_another_way,
     leaving_that_does_not_count,
+    visibility_under_another_name,
+    shield_that_is_not_asked,
+    scope_that_has_no_heirs,
     no_states,
     states_in_another_kind_of_mapping,
     state_with_more_to_it,
@@ -144,11 +176,13 @@ ASYNCIO = [
 ]
 TRIO = [
     coroutine_that_cannot_be_replaced,
-    no_nurseries,
-    frames_that_take_more,
     tasks_that_are_stepped_in_another_way,
-    nobody_makes_a_cancelled,
-    checkpoint_that_asks_in_another_way,
+    status_without_recalculating,
+    status_that_does_not_ask_its_scope,
+    status_whose_parent_stays,
+    status_that_keeps_its_class,
+    scope_that_closes_in_another_way,
+    nursery_without_a_list_of_errors,
 ]
 
 
