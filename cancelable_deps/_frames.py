@@ -8,6 +8,7 @@ response, all in the one coroutine that we await. What it has by then stands in 
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ _SENDERS = {
 } - {None}
 # This is awaited by one of them: it parses the body, solves the dependencies, calls the handler and encodes its result.
 _FASTAPIS_HANDLER = _inner(getattr(fastapi_routing, "get_request_handler", None), "app")
+# And this by that one, around the handler alone.
+_FASTAPIS_CALL = _inner(getattr(fastapi_routing, "run_endpoint_function", None))
 
 
 def handler_has_returned(task: Any) -> bool:
@@ -47,6 +50,16 @@ def handler_has_returned(task: Any) -> bool:
             inside = next((inner for inner in frames if inner.f_code is _FASTAPIS_HANDLER), None)
             return inside is not None and "raw_response" in inside.f_locals
     return False
+
+
+def waits_for_thread_of_handler(task: Any) -> bool:
+    """Return whether what ``task`` waits for, on trio, is the thread of a ``def`` handler."""
+    names = [(frame.f_code is _FASTAPIS_CALL, frame.f_code.co_name) for frame in _frames(task)]
+    # Not for a free thread, nor in a checkpoint on the way there.
+    is_in_thread = ["to_thread_run_sync", "wait_task_rescheduled"] in [
+        [first, second] for (_, first), (_, second) in pairwise(names)
+    ]
+    return is_in_thread and any(is_call for is_call, _ in names)
 
 
 def is_parsing_body(task: Any) -> bool:

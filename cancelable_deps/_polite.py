@@ -53,6 +53,9 @@ class PoliteScope(Protocol):
     def end(self, exc: BaseException | None) -> BaseException | None:
         """Leave the scope; what is left of ``exc`` once our own cancellation is taken out of it."""
 
+    spares: Callable[..., bool] | None
+    """Asked before a cancellation of this scope is delivered; if it says so, the scope is held and nothing is."""
+
     def cancel_politely(self, why: str) -> None: ...
 
     def reaches(self, inner: Any) -> bool:

@@ -272,7 +272,7 @@ class _OurScope(CancelScope):
 class AsyncioPoliteScope(_OurScope):
     """A scope that is cancelled, and from the delivery on shielded and not cancelled; `end` shows anyio the whole truth."""
 
-    __slots__ = ("_asked", "_children", "_held", "_is_covered", "_serial")
+    __slots__ = ("_asked", "_children", "_held", "_is_covered", "_serial", "spares")
 
     # What is open inside when it delivers is made to let it pass.
     is_lost = False
@@ -286,6 +286,7 @@ class AsyncioPoliteScope(_OurScope):
         self._grace = grace
         self._spared = None
         self._asked = self._held = self.is_delivered = self._is_covered = False
+        self.spares: Callable[..., bool] | None = None
 
     def begin(self, deadline: float, mark: Mark | None) -> None:
         if mark is None:
@@ -425,6 +426,8 @@ class AsyncioPoliteScope(_OurScope):
             # A task that it starts eagerly cancels us. Asked now, it would hear of it at an await that may come after us.
             self._cancel_handle = get_running_loop().call_soon(self._deliver_cancellation, self)
             return True
+        if self.spares is not None and self.spares():
+            return False
         return _deliver(self, origin)
 
     def deliver(self) -> None:

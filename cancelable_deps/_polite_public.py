@@ -131,6 +131,7 @@ class _Pair:
         "is_delivered",
         "loop",
         "nurseries",
+        "spares",
     )
 
     def __init__(self, loop: EventLoop, grace: float) -> None:
@@ -141,6 +142,7 @@ class _Pair:
         self._task: Any = None
         self._watch: Watch | None = None
         self._gates: dict[PublicGate, None] = {}
+        self.spares: Callable[..., bool] | None = None
         self._spared: Spared | None = None
         self._is_cancelled = self._is_held = self.is_delivered = self._is_covered = self._is_left_alone = False
         self._is_reached_from_above = True
@@ -228,6 +230,8 @@ class _Pair:
             self._offer()
 
     def _offer(self) -> None:
+        if self.spares is not None and self.spares():
+            return
         for pair in self._pairs_inside():
             pair.close_if_told_by_error()
         # Innermost first: what a gate has been told does not reach its task a second time from here.
@@ -425,8 +429,8 @@ class PublicScope(_Pair):
     def hold(self) -> None:
         if not self.is_delivered:
             self._is_held = True
+            self._stop_watching()
             if self._outer.cancel_called:
-                self._stop_watching()
                 self.close()
 
     def resume(self) -> None:
@@ -709,6 +713,8 @@ class AsyncioWatch:
     def _offer(self) -> None:
         self.stop()
         if self._task.done():
+            return
+        if self._pair.spares is not None and self._pair.spares():
             return
         others = self._others_in_thread()
         before = self._task.cancelling()

@@ -21,6 +21,7 @@ import outcome
 import trio
 from trio._core._run import CancelStatus
 
+from ._frames import waits_for_thread_of_handler
 from ._polite import HookedGate, Spared, leave
 
 if TYPE_CHECKING:
@@ -33,13 +34,15 @@ if TYPE_CHECKING:
 class _Stepper:
     """Stands for a task's coroutine while scopes of ours are open in the task, and sees a cancellation arrive."""
 
-    __slots__ = ("_coro", "_task", "scopes")
+    __slots__ = ("_coro", "_task", "asked", "scopes")
 
     def __init__(self, task: Any) -> None:
         self._task = task
         self._coro = task.coro
         self.scopes: list[TrioGate] = []
         """Outermost first."""
+        self.asked: TrioPoliteScope | None = None
+        """One that has something to spare, and is cancelled: asked before each step."""
         task.coro = self
 
     @classmethod
@@ -48,12 +51,16 @@ class _Stepper:
 
     def remove(self, scope: TrioGate) -> None:
         self.scopes.remove(scope)
+        if self.asked is scope:
+            self.asked = None
         if not self.scopes and self._task.coro is self:
             self._task.coro = self._coro
 
     def send(self, value: Any) -> Any:
         if _is_cancelled(value) or self._is_told_by_children():
             self.tell()
+        elif self.asked is not None:
+            self.asked.spare_handler(value)
         try:
             return self._coro.send(value)
         except BaseException:
@@ -376,7 +383,7 @@ class TrioTaskGate(TrioGate):
 
 
 class TrioPoliteScope(TrioGate):
-    __slots__ = ("_asked", "_deadline", "_held", "_is_covered")
+    __slots__ = ("_asked", "_deadline", "_held", "_is_covered", "spares")
 
     # What is open inside when it delivers is made to let it pass.
     is_lost = False
@@ -385,6 +392,7 @@ class TrioPoliteScope(TrioGate):
         super().__init__(loop, grace, _nothing_is_ours)
         self._deadline = math.inf
         self._asked = self._held = self._is_covered = False
+        self.spares: Callable[..., bool] | None = None
 
     def begin(self, deadline: float = math.inf, mark: Mark | None = None) -> None:
         self._deadline = deadline
@@ -411,8 +419,19 @@ class TrioPoliteScope(TrioGate):
             return
         if self._spared is not None and self._spared.is_on_its_way:
             self._spared.start_timer()
-        else:
+        elif self.spares is None or not self.spares():
+            if self.spares is not None:
+                self._stepper.asked = self
             self._scope.cancel(why)
+
+    def spare_handler(self, value: Any) -> None:
+        """Hold the cancellation if the task is about to go on from the thread of a handler, which so returns."""
+        # Not when it has gone on: half-way into trio's checkpoint there must be something to raise.
+        if self.spares is None or self.is_delivered or self._held:
+            self._stepper.asked = None
+        elif isinstance(getattr(value, "value", None), outcome.Outcome) and waits_for_thread_of_handler(self._task):
+            self._stepper.asked = None
+            self.spares(True)
 
     def reaches(self, inner: TrioPoliteScope) -> bool:
         status = inner.status._parent

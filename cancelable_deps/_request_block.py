@@ -9,6 +9,7 @@ from weakref import ref
 from starlette.requests import ClientDisconnect
 
 from ._debugger import is_debugged
+from ._frames import handler_has_returned
 from ._request import PastRequest, RequestState
 from .cancelable import Cancelable, _current
 from .errors import CancelationError, DisconnectCancelation
@@ -18,7 +19,7 @@ from .token import CancelationToken, Cause
 
 if TYPE_CHECKING:
     from ._backend import EventLoop
-    from ._polite import Mark
+    from ._polite import Mark, PoliteScope
     from ._sections import OwnerOfClient
     from .policies import TimeoutPolicy
 
@@ -274,6 +275,25 @@ class DoorBlock(RequestBlock):
         """The result is there: no stop that is under way reaches the task any more, nor does the end of a grace."""
         if self._scope is not None:
             self._scope.release()
+
+    def _stop(self, scope: PoliteScope, cause: Cause) -> None:
+        scope.spares = self._spares_what_has_returned
+        super()._stop(scope, cause)
+
+    def _spares_what_has_returned(self, has_returned: bool = False) -> bool:
+        """Hold a stop that is about to reach a handler that has returned; asked by the scope.
+
+        What it has returned may be a stream, or never be sent: so until the start of the response is out, or for as long
+        as a cleanup may take.
+        """
+        scope = self._scope
+        if scope is None or not (has_returned or handler_has_returned(self._task)):
+            return False
+        scope.spares = None
+        scope.hold()
+        loop = self._request.loop
+        self._late = loop.call_at(loop.time() + self._cleanup_grace, self._resume)
+        return True
 
     def _fire_at_last(self) -> None:
         cause = self._token.cause

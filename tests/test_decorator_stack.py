@@ -25,6 +25,7 @@ on_asyncio = pytest.mark.parametrize("anyio_backend", ["asyncio"])
 
 pytestmark = [
     pytest.mark.anyio,
+    pytest.mark.compat,
     pytest.mark.skipif(
         not hasattr(models, "_unwrapped_call"),
         reason="this FastAPI calls some decorated functions in a thread, whatever they are",

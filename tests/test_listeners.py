@@ -50,19 +50,20 @@ def application(door: str, **options: Any) -> FastAPI:
 
 
 class Ticks:
-    """A stream without end, and what became of it."""
+    """A stream that stands still after its first chunk, and what became of it."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
+        self.waiting = anyio.Event()
         self.stop: Callable[[], object] | None = None
 
     async def __call__(self) -> AsyncGenerator[bytes]:
         try:
-            while True:
-                yield b"tick"
-                if self.stop is not None:
-                    self.stop()
-                await anyio.sleep(0.005)
+            yield b"tick"
+            self.waiting.set()
+            if self.stop is not None:
+                self.stop()
+            await anyio.sleep_forever()
         finally:
             try:
                 for _ in range(3):
@@ -84,10 +85,10 @@ def stopper() -> Callable[[], object]:
     return lambda: block.token.cancel_nowait(CancelationReason.TIMEOUT)
 
 
-async def hang_up_in_stream(app: ASGIApp, **options: Any) -> Call:
-    """A request whose client leaves when it has read a chunk and somebody listens."""
+async def hang_up_in_stream(app: ASGIApp, ticks: Ticks, **options: Any) -> Call:
+    """A request whose client leaves when the stream stands still and somebody listens."""
     async with running(app, **options) as call:
-        await anext(aiter(call.chunks()))
+        await ticks.waiting.wait()
         await call.listened_to()
         await call.hang_up()
     return call
@@ -104,7 +105,7 @@ async def test_the_background_of_a_stream_runs_after_its_cleanup(door: str, disc
         return StreamingResponse(ticks(), background=BackgroundTask(ticks.background))
 
     async with nothing_left():
-        call = await hang_up_in_stream(app, disconnect=disconnect, spec_version=spec_version)
+        call = await hang_up_in_stream(app, ticks, disconnect=disconnect, spec_version=spec_version)
     assert (call.outcome, call.exception) == ("returned", None)
     assert str(call.reason) == "disconnect"
     assert ticks.events == ["cleaned up", "background"]
@@ -119,7 +120,7 @@ async def test_a_server_that_says_so_by_an_error_of_send(door: str) -> None:
         return StreamingResponse(ticks(), background=BackgroundTask(ticks.background))
 
     async with nothing_left():
-        call = await hang_up_in_stream(app, send_raises=True, spec_version="2.4")
+        call = await hang_up_in_stream(app, ticks, send_raises=True, spec_version="2.4")
     assert (call.outcome, call.exception) == ("returned", None)
     assert ticks.events == ["cleaned up", "background"]
 
@@ -133,7 +134,7 @@ async def test_injected_background_tasks_run(door: str) -> None:
         tasks.add_task(ticks.background)
         return StreamingResponse(ticks())
 
-    await hang_up_in_stream(app)
+    await hang_up_in_stream(app, ticks)
     assert ticks.events == ["cleaned up", "background"]
 
 
