@@ -17,6 +17,7 @@ What costs more, or is less exact, than with the hooks:
 * ``anyio.current_effective_deadline()`` does not tell the deadline of a block; `Cancelable.deadline` does.
 * A task of somebody else's that sends a stream gets no gate: anyio repeats its cancellation in the stream's cleanup.
 * `Cancelable.check` has told a task: what others strike waits for the end of its grace, if ours has struck as well.
+* ``anyio.from_thread.check_cancelled()`` is true on asyncio only in the moments of an offer; `Cancelable.check` always.
 * Tasks of plain groups, which have no gate, may be told several times, as ever.
 * An anyio in which a group takes for its own what only passes through it (before 4.16) loses cancellations.
 
