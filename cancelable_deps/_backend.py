@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 
+from ._polite import marker
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
@@ -127,12 +129,9 @@ class AsyncioLoop:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        # The module behind it loads only where asyncio runs.
-        from ._polite_asyncio import make_marker
-
         self.time = loop.time
         self.extras: dict[Any, Any] = {}
-        self.mark = make_marker(loop)
+        self.mark = marker(loop)
         self.newcomers: dict[Newcomer, None] = {}
         self.lines: dict[float, Line] = {}
         self.is_awaiting_step = False

@@ -10,9 +10,9 @@ That a task has been told is a fact of the task, not of one scope: what any scop
 no other one interrupts. So a scope that delivers covers those inside it, and an exception that leaves one, or that
 `Cancelable.check` raises, spares those around it for as long as it is on its way.
 
-anyio has no public way to see the moment of delivery in a block that somebody else's coroutine runs. What we use
+anyio has no direct way to see the moment of delivery in a block that somebody else's coroutine runs. What we use
 instead is private, and stands in `_polite_asyncio.py` and `_polite_trio.py`; `tests/test_polite.py` fails when it
-changes.
+changes. Where `_polite_known.py` finds something else installed, `_polite_public.py` gets there by detours.
 """
 
 from __future__ import annotations
@@ -23,8 +23,13 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import ref
 
+from ._polite_known import asyncio_is_known, trio_is_known
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import asyncio
+    from collections.abc import Awaitable, Callable
+
+    from anyio import CancelScope
 
     from ._backend import EventLoop, Timer
 
@@ -75,6 +80,11 @@ class PoliteScope(Protocol):
 
     def move_deadline(self, deadline: float) -> None: ...
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether a scope inside took our cancellation for its own, so that the work went on in error."""
+        ...
+
 
 class Gate(Protocol):
     """One scope around a task that is cancelled from a scope further out."""
@@ -90,6 +100,47 @@ class Gate(Protocol):
     def is_delivered(self) -> bool:
         """As that of a `PoliteScope`."""
         ...
+
+    @property
+    def is_lost(self) -> bool:
+        """As that of a `PoliteScope`."""
+        ...
+
+    def fire(self) -> None:
+        """What is around it is cancelled, or about to be."""
+
+    @property
+    def is_passed_by(self) -> bool:
+        """Whether what it was told came from further out than the group that it belongs to, and is to go on outwards."""
+        ...
+
+    def pass_on(self) -> None:
+        """After its end: the group raises what is to go on outwards, so that the task has been told."""
+
+    def expect(self, is_cancelled: Callable[[], bool]) -> None:
+        """Let nothing through for two passes of the loop, after which what is around it may be cancelled."""
+
+    def watch(self, coro: Awaitable[Any]) -> Awaitable[Any]:
+        """What to await in place of ``coro``, so that the gate sees a cancellation arrive."""
+        ...
+
+
+class HookedGate:
+    """What a `Gate` that a hook tells of every cancellation does not need."""
+
+    __slots__ = ()
+
+    # What is not the own cancellation of a group or a scope goes on outwards by itself.
+    is_passed_by = is_lost = False
+
+    def fire(self) -> None: ...
+
+    def pass_on(self) -> None: ...
+
+    def expect(self, is_cancelled: Callable[[], bool]) -> None: ...
+
+    def watch(self, coro: Awaitable[Any]) -> Awaitable[Any]:
+        return coro
 
 
 class Spared:
@@ -189,9 +240,29 @@ def tell(loop: EventLoop, error: BaseException) -> None:
     _classes(loop.is_trio)[2](error)
 
 
+def told_scope(loop: EventLoop, scope: CancelScope, gates: dict[Any, Gate]) -> CancelScope:
+    """``scope`` itself, or where no hook tells the ``gates`` inside of it, one in its place that does when cancelled."""
+    if hooks_are_known(loop.is_trio):
+        return scope
+    from ._polite_public import TellingScope
+
+    return TellingScope(loop, scope, gates)
+
+
+def stop_telling(scope: CancelScope) -> None:
+    """The group of ``scope``, from `told_scope`, has ended."""
+    drop_timer = getattr(scope, "drop_timer", None)
+    if drop_timer is not None:
+        drop_timer()
+
+
 @cache
 def _classes(is_trio: bool) -> tuple[Any, Any, Any]:
     # Each loads only where its backend runs.
+    if not hooks_are_known(is_trio):
+        from . import _polite_public
+
+        return _polite_public.PublicScope, _polite_public.PublicGate, _polite_public.tell
     if is_trio:
         from . import _polite_trio
 
@@ -199,6 +270,24 @@ def _classes(is_trio: bool) -> tuple[Any, Any, Any]:
     from . import _polite_asyncio
 
     return _polite_asyncio.AsyncioPoliteScope, _polite_asyncio.AsyncioGate, _polite_asyncio.tell
+
+
+def hooks_are_known(is_trio: bool) -> bool:
+    """Whether the private parts that the hooks need are those that we know; otherwise public API has to do."""
+    return trio_is_known() if is_trio else asyncio_is_known()
+
+
+def marker(loop: asyncio.AbstractEventLoop) -> Callable[[], Mark] | None:
+    """A function that marks the place in which a scope may be put later; ``None`` if scopes are entered at once."""
+    if not hooks_are_known(False):
+        return None
+    from ._polite_asyncio import make_marker
+
+    return make_marker(loop)
+
+
+# At import, so that the warning, if there is one, is the first thing to be read. trio is not to be loaded for that.
+hooks_are_known(is_trio=False)
 
 
 def leave(scope: Any, exc: BaseException | None) -> BaseException | None:

@@ -20,7 +20,7 @@ from weakref import ref
 from anyio._backends import _asyncio as anyio_asyncio
 from anyio._backends._asyncio import CancelScope
 
-from ._polite import Spared, leave
+from ._polite import HookedGate, Spared, leave
 
 if TYPE_CHECKING:
     import asyncio
@@ -29,37 +29,14 @@ if TYPE_CHECKING:
     from ._backend import EventLoop
     from ._polite import IsOurs, Mark
 
-_states: Any = getattr(anyio_asyncio, "_task_states", None)
-_make_state: Any = getattr(anyio_asyncio, "TaskState", None)
-
-# What placing a scope knows of anyio's. If there is more to it one day, scopes are entered at once, by anyio.
-_KNOWN_SLOTS = {
-    "_active",
-    "_cancel_called",
-    "_cancel_handle",
-    "_cancel_reason",
-    "_cancelled_caught",
-    "_cancelling_at_enter",
-    "_child_scopes",
-    "_deadline",
-    "_host_task",
-    "_parent_scope",
-    "_pending_uncancellations",
-    "_shield",
-    "_tasks",
-    "_timeout_handle",
-}
-_may_place_later = (
-    set(CancelScope.__slots__) == _KNOWN_SLOTS
-    and hasattr(_states, "data")
-    and set(getattr(_make_state, "__slots__", ())) == {"__weakref__", "cancel_scope", "parent_id"}
-)
+_states: Any = anyio_asyncio._task_states
+_make_state: Any = anyio_asyncio.TaskState
 
 _serials = count()
 
 
-def make_marker(loop: asyncio.AbstractEventLoop) -> Callable[[], Mark] | None:
-    """A function that marks the place in which a scope may be put later; ``None`` if we do not know anyio well enough."""
+def make_marker(loop: asyncio.AbstractEventLoop) -> Callable[[], Mark]:
+    """A function that marks the place in which a scope may be put later."""
     # Its parts looked up once: a request calls it. The dictionary inside of anyio's weak one, for the same reason.
     serials = _serials.__next__
 
@@ -70,8 +47,6 @@ def make_marker(loop: asyncio.AbstractEventLoop) -> Callable[[], Mark] | None:
         state = find(ref(task))
         return task, None if state is None else state.cancel_scope, serials(), task.cancelling()
 
-    if not _may_place_later:
-        return None
     find = _states.data.get
     return mark
 
@@ -163,7 +138,7 @@ class _OurScope(CancelScope):
         if host.cancelling() <= self._cancelling_at_enter:
             # What was handed on is that of a child's task.
             return False
-        state = None if _states is None else _states.get(self._host_task)
+        state = _states.get(self._host_task)
         scope = self if state is None else state.cancel_scope
         while scope is not None and scope is not self:
             is_told = isinstance(scope, _OurScope) and scope.is_delivered
@@ -298,6 +273,9 @@ class AsyncioPoliteScope(_OurScope):
     """A scope that is cancelled, and from the delivery on shielded and not cancelled; `end` shows anyio the whole truth."""
 
     __slots__ = ("_asked", "_children", "_held", "_is_covered", "_serial", "spares")
+
+    # What is open inside when it delivers is made to let it pass.
+    is_lost = False
 
     def __new__(cls, *args: object) -> Any:
         return object.__new__(cls)
@@ -525,7 +503,7 @@ class AsyncioPoliteScope(_OurScope):
             self._deadline = deadline
 
 
-class AsyncioGate(_OurScope):
+class AsyncioGate(HookedGate, _OurScope):
     """A scope inside of others, entered by anyio, that is shielded when a cancellation of ours has come through."""
 
     __slots__ = ("_is_ours",)
@@ -581,7 +559,7 @@ class AsyncioTaskGate(AsyncioGate):
         """
         task: Any = current_task()
         # A task that is not anyio's is cancelled once, and needs no gate.
-        is_in_place = _states is not None and task in _states
+        is_in_place = task in _states
         if is_in_place:
             self._put_around(task, _states[task])
 
@@ -640,7 +618,7 @@ def _ours_in(task: Any) -> Iterator[_OurScope]:
 
 
 def _scopes_in(task: Any) -> Iterator[CancelScope]:
-    state = None if _states is None or task is None else _states.get(task)
+    state = None if task is None else _states.get(task)
     scope = None if state is None else state.cancel_scope
     while scope is not None and scope._host_task is task:
         yield scope
@@ -691,5 +669,5 @@ def _cancellations(scope: Any) -> int:
 
 def _runs_for_thread(task: Any) -> bool:
     """Whether anyio has started ``task`` for ``from_thread.run()``: beside the scope's own, the only ones of no group."""
-    state = None if _states is None else _states.get(task)
+    state = _states.get(task)
     return state is not None and state.parent_id is None

@@ -22,7 +22,7 @@ import trio
 from trio._core._run import CancelStatus
 
 from ._frames import waits_for_thread_of_handler
-from ._polite import Spared, leave
+from ._polite import HookedGate, Spared, leave
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -161,7 +161,7 @@ def _has_cancelled(exc: BaseException | None) -> bool:
     return isinstance(exc, trio.Cancelled)
 
 
-class TrioGate:
+class TrioGate(HookedGate):
     """A scope around a task that is shielded once a cancellation of ours has been delivered, until the grace is over.
 
     It is asked by trio in place of its ``trio.CancelScope``.
@@ -384,6 +384,9 @@ class TrioTaskGate(TrioGate):
 
 class TrioPoliteScope(TrioGate):
     __slots__ = ("_asked", "_deadline", "_held", "_is_covered", "spares")
+
+    # What is open inside when it delivers is made to let it pass.
+    is_lost = False
 
     def __init__(self, loop: EventLoop, grace: float) -> None:
         super().__init__(loop, grace, _nothing_is_ours)

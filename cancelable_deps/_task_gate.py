@@ -9,6 +9,8 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from . import _polite
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -20,7 +22,7 @@ def guard_running_task(loop: EventLoop, grace: float, is_ours: IsOurs, ended: Ca
     """Put a gate around all that is left of the calling task.
 
     ``ended(was_cancelled)`` is called when the task has ended. On trio it is never told of a cancellation: there one
-    comes only from the scopes around it.
+    comes only from the scopes around it. Where no hook is known there is no gate, and the task is told its end alone.
     """
     _gate(loop.is_trio)(loop, grace, is_ours).put_around(ended)
 
@@ -28,6 +30,10 @@ def guard_running_task(loop: EventLoop, grace: float, is_ours: IsOurs, ended: Ca
 @cache
 def _gate(is_trio: bool) -> Any:
     # Each loads only where its backend runs.
+    if not _polite.hooks_are_known(is_trio):
+        from ._polite_public import NoTaskGate
+
+        return NoTaskGate
     if is_trio:
         from ._polite_trio import TrioTaskGate
 

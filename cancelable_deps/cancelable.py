@@ -765,7 +765,7 @@ class Cancelable:
     def _end(self, scope: PoliteScope, exc: BaseException | None) -> BaseException | None:
         self._stop_timers()
         remaining = scope.end(exc)
-        return None if exc is None else self._outcome(exc, remaining)
+        return None if exc is None and not scope.is_lost else self._outcome(exc, remaining)
 
     def _outcome(self, exc: BaseException | None, remaining: BaseException | None) -> BaseException:
         if remaining is None:

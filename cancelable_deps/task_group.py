@@ -12,7 +12,7 @@ import anyio.lowlevel
 from ._backend import current_loop
 from ._exceptions import raise_as_it_is
 from ._foreign import ThisTask, as_failure, is_anothers
-from ._polite import Gate, polite_gate, tell
+from ._polite import Gate, polite_gate, stop_telling, tell, told_scope
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,13 +38,15 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
     """
 
     _is_open = False
+    _goes_on: BaseException | None = None
+    """A cancellation from further out, which the body or a child has seen, and the group is not to keep."""
 
     def __init__(self, block: Cancelable) -> None:
         self._block = block
 
     @property
     def cancel_scope(self) -> CancelScope:  # type: ignore[override]
-        return self._group.cancel_scope
+        return self._scope
 
     @property
     def cancelable(self) -> Cancelable:
@@ -64,25 +66,38 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         self._gate.begin()
         self._is_open = True
         self._block._has_task_group = True
-        self._block._group_scope = self._group.cancel_scope
         self._block._group_gates = self._gates = {self._block._task: self._gate}
+        self._scope = told_scope(self._loop, self._group.cancel_scope, self._gates)
+        self._block._group_scope = getattr(self._scope, "late", self._scope)
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         # A child that has ended makes the group cancel its body, and so its cleanup, once more: hence a gate here too.
-        raised = exc = self._gate.end(exc) or exc
-        is_told = self._gate.is_delivered
+        gate = self._gate
+        raised = exc = gate.end(exc) or exc
+        is_told = gate.is_delivered
+        self._note_what_goes_on(gate, exc)
         del self._gate, self._gates[self._block._task]  # It knows us: a cycle.
         # The group cancels itself when its body fails, and takes whatever anyio has worded for that.
         is_failure = exc is not None and is_anothers(exc, self._loop)
+        if exc is not None:
+            # The group is about to cancel its children.
+            for other in self._gates.values():
+                other.fire()
         try:
             if await self._group.__aexit__(exc_type, exc, traceback) and not is_failure:
                 raised = None
         except BaseException as group_exc:
             raised = group_exc
+        if raised is None and self._goes_on is not None:
+            # The group believes that it was cancelled by itself alone.
+            raised = self._goes_on
+            gate.pass_on()
+        self._goes_on = None
         self._is_open = False
+        stop_telling(self._scope)
         self._block._group_scope = self._block._group_gates = None
         outcome = self._block._leave(raised)
         if is_told and outcome is not None:
@@ -134,8 +149,12 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         gate.begin()
         this_task = ThisTask()
         try:
-            result = await coro
+            result: T = await gate.watch(coro)
         except BaseException as exc:
+            # The group may be about to cancel its body and the other children.
+            for other in self._gates.values():
+                other.expect(self._is_cancelled)
+            self._note_what_goes_on(gate, exc)
             if this_task.is_anothers(exc) and not self._is_ours(None):
                 # The group would take the child for one that was cancelled, and its end for no failure.
                 exc = as_failure(exc, f"the task {getattr(coro, '__qualname__', coro)}")
@@ -144,10 +163,19 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         finally:
             del self._gates[task]
         gate.end(None)
+        if gate.is_lost:
+            await anyio.lowlevel.checkpoint()
         return result
+
+    def _note_what_goes_on(self, gate: Gate, exc: BaseException | None) -> None:
+        if gate.is_passed_by and isinstance(exc, anyio.get_cancelled_exc_class()):
+            self._goes_on = exc
 
     def _make_gate(self) -> Gate:
         return polite_gate(self._loop, self._block._cleanup_grace, self._is_ours)
 
     def _is_ours(self, origin: object) -> bool:
-        return self._block.is_cancelled or self._group.cancel_scope.cancel_called
+        return self._block.is_cancelled or self._is_cancelled()
+
+    def _is_cancelled(self) -> bool:
+        return self._group.cancel_scope.cancel_called

@@ -158,7 +158,7 @@ class _Marker:
 class _ThreadScope:
     """Stands for the scopes of a block that no scope can reach: it is stopped by `Cancelable.check` alone."""
 
-    is_delivered = False
+    is_delivered = is_lost = False
     spares: Callable[..., bool] | None = None
 
     def __init__(self, task: int) -> None:

@@ -1,15 +1,94 @@
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from cancelable_deps import configure
 
+from . import HIDDEN, hide_hooks
+
 # A shell that starts the tests in the background ignores it for them, and every server would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What `--public-api` runs: the kernel, the doors, and the drivers for whose sake a cleanup is not to be disturbed.
+ON_PUBLIC_API = {
+    "test_cancelable.py",
+    "test_deadlines.py",
+    "test_decorator.py",
+    "test_decorator_stack.py",
+    "test_dependencies.py",
+    "test_foreign.py",
+    "test_middleware.py",
+    "test_nests.py",
+    "test_polite.py",
+    "test_polite_public.py",
+    "test_postgres.py",
+    "test_request_block.py",
+    "test_route.py",
+    "test_task_group.py",
+    "test_token.py",
+}
+
+_NO_DEADLINE = "a deadline of anyio's strikes, also what we let finish: none is told"
+_CHECKPOINT = "trio's checkpoint() needs one more step, after which the first await of a cleanup may be disturbed"
+_SHIELDED = "a cancellation that has begun cannot be taken back, only be shielded, and the shield holds for all"
+
+NOT_ON_PUBLIC_API = {
+    "test_after_the_block_the_task_has_its_own_coroutine_back": "it is about the hook itself",
+    "test_after_our_own_cancellation_the_task_counts_none": "asyncio counts two during the cleanup, and none after it",
+    "test_anyio_knows_the_deadline": _NO_DEADLINE,
+    "test_the_effective_deadline_is_that_of_the_block": _NO_DEADLINE,
+    "test_work_that_is_told_cleans_up_undisturbed[trio": _CHECKPOINT,
+    "test_a_scope_or_block_that_is_opened_in_the_cleanup_has_its_own_deadline[scope-trio": _CHECKPOINT,
+    "test_a_scope_or_block_that_is_opened_in_the_cleanup_has_its_own_deadline[block-trio": _CHECKPOINT,
+    "test_a_scope_of_the_users_that_strikes_in_the_cleanup_does_not_let_the_work_go_on[trio": (
+        "a scope of trio's with our shield above it takes what passes for its own"
+    ),
+    "test_a_scope_that_lets_its_cancellation_pass_for_ours": "whose cancellation passes a scope is not to be seen",
+    "test_deadline_of_a_block_in_a_child_leaves_a_cleanup_alone_that_the_group_has_begun[False": (
+        "a plain group repeats its cancellation in its tasks"
+    ),
+    "test_a_scope_that_is_held_or_released_lets_the_cancellations_of_others_through[asyncio-cancel_and": _SHIELDED,
+    "test_a_scope_that_is_held_or_released_lets_the_cancellations_of_others_through[trio-cancel_and": _SHIELDED,
+    "test_a_scope_that_is_released_in_its_cleanup_lets_the_cancellations_of_others_through": _SHIELDED,
+    "test_the_callback_of_the_decorator_does_not_cost_the_response[asyncio-thread": (
+        "check_cancelled() of anyio in a thread is true only in the moments in which a cancellation is offered"
+    ),
+    "test_nests_of_all_kinds": "it finds every combination of these",
+    "test_the_benchmark_says_which_nests": "as the nests themselves",
+}
+"""By the beginning of their names, with the reason. What is not exact without the hooks is said in `_polite_public.py`."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--public-api", action="store_true", help="hide the hooks into anyio and trio, and run what depends on them"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--public-api"):
+        os.environ[HIDDEN] = "1"
+        hide_hooks()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if config.getoption("--public-api") and collection_path.name.startswith("test_"):
+        return collection_path.name not in ON_PUBLIC_API
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--public-api"):
+        for item in items:
+            for name, reason in NOT_ON_PUBLIC_API.items():
+                if item.name.startswith(name):
+                    item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(params=["asyncio", "trio"])

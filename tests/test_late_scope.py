@@ -17,7 +17,6 @@ from starlette.types import Message
 from cancelable_deps import (
     Cancelable,
     CancelationToken,
-    DisconnectCancelation,
     ManualCancelation,
     RequestCancelationMiddleware,
     TimeoutCancelation,
@@ -61,11 +60,6 @@ def chain() -> list[Any]:
         scopes.append(scope)
         scope = scope._parent_scope
     return scopes
-
-
-@on_asyncio
-async def test_we_know_anyios_scopes() -> None:
-    assert polite._may_place_later
 
 
 @on_asyncio
@@ -314,20 +308,6 @@ async def test_one_that_cannot_begin_does_not_keep_the_others_from_it(
         tasks.start_soon(work, whole)
     assert begun == [False, True]
     assert [record.message for record in caplog.records] == ["a request could not be made cancelable"]
-
-
-@on_asyncio
-async def test_without_knowledge_of_anyio_scopes_are_entered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    loop = current_loop()
-    monkeypatch.setattr(polite, "_may_place_later", False)
-    assert polite.make_marker(asyncio.get_running_loop()) is None
-    monkeypatch.setattr(loop, "mark", None)
-    async with nothing_left():
-        with pytest.raises(DisconnectCancelation):  # noqa: PT012
-            async with request_block() as block:
-                assert innermost() is block._scope
-                block._request.client_left()
-                await anyio.sleep_forever()
 
 
 async def test_an_application_that_answers_in_one_step_is_never_listened_to() -> None:
