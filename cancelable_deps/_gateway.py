@@ -48,7 +48,7 @@ def put_gateways(app: Any) -> None:
 
 
 def _put_inside(outer: Any) -> None:
-    if not isinstance(outer.app, Gateway):
+    if not isinstance(outer, Gateway) and not isinstance(outer.app, Gateway):
         outer.app = Gateway(outer.app)
 
 
@@ -108,7 +108,7 @@ class Gateway:
         block = DoorBlock(state, cleanup_grace=state.cleanup_grace)
         block.takes_groups_apart = False
         watch = ResponseWatch(send, state, is_outermost=False)
-        outcome: BaseException | None
+        outcome: BaseException | None = None
         try:
             try:
                 block._enter(state.loop)

@@ -141,10 +141,12 @@ def status_whose_parent_stays(patch: Patch) -> None:
 
 
 def status_that_keeps_its_class(patch: Patch) -> None:
+    status: Any = trio_run.CancelStatus
+
     class Status(trio_run.CancelStatus):
         """It has a dictionary."""
 
-        __slots__ = trio_run.CancelStatus.__slots__[:-1] + ("__dict__",)  # noqa: RUF005
+        __slots__ = (*status.__slots__[:-1], "__dict__")
 
     patch.setattr(trio_run, "CancelStatus", Status)
 

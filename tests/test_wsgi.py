@@ -1,0 +1,87 @@
+"""A WSGI application that is mounted is a worker thread: it is waited for, and its result counts.
+
+With a2wsgi and real frameworks: `tests/compat/test_wsgi.py`.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import anyio
+import pytest
+from fastapi import FastAPI
+
+from cancelable_deps import RequestCancelationMiddleware
+from cancelable_deps._wsgi import is_wsgi_bridge
+from tests.calls import running
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from starlette.middleware.wsgi import WSGIMiddleware
+
+pytestmark = pytest.mark.anyio
+
+
+class View:
+    """A WSGI application that works until it may go on."""
+
+    def __init__(self) -> None:
+        self.has_started = threading.Event()
+        self.may_go_on = threading.Event()
+        self.events: list[str] = []
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        self.has_started.set()
+        self.may_go_on.wait(10)
+        self.events.append("done")
+        start_response("200 OK", [("content-length", "6")])
+        return [b"result"]
+
+
+def application(view: View, **options: Any) -> FastAPI:
+    app = FastAPI()
+    app.mount("/", WSGIMiddleware(view))
+    app.add_middleware(RequestCancelationMiddleware, **options)
+    return app
+
+
+async def started(view: View) -> None:
+    assert await anyio.to_thread.run_sync(view.has_started.wait, 10)
+
+
+async def test_it_is_waited_for_when_its_client_leaves() -> None:
+    view = View()
+    async with running(application(view)) as call:
+        await started(view)
+        await call.listened_to()
+        await call.hang_up()
+        view.may_go_on.set()
+    assert (view.events, call.status, call.exception) == (["done"], 499, None)
+
+
+async def test_a_timeout_is_answered_when_the_thread_is_done() -> None:
+    view = View()
+    async with running(application(view, default_timeout=0.05)) as call:
+        await started(view)
+        await anyio.sleep(0.2)  # the time that is to be up meanwhile
+        assert call.sent == []
+        view.may_go_on.set()
+    assert (view.events, call.status, call.exception) == (["done"], 504, None)
+
+
+async def test_a_result_in_time_is_the_response() -> None:
+    view = View()
+    view.may_go_on.set()
+    async with running(application(view, default_timeout=30)) as call:
+        pass
+    assert (call.status, call.body) == (200, b"result")
+
+
+async def test_bridges_are_known_by_their_classes() -> None:
+    class Derived(WSGIMiddleware): ...
+
+    assert is_wsgi_bridge(Derived(View()))
+    assert not is_wsgi_bridge(FastAPI())
