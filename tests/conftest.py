@@ -36,6 +36,7 @@ ON_PUBLIC_API = {
 
 _NO_DEADLINE = "a deadline of anyio's strikes, also what we let finish: none is told"
 _CHECKPOINT = "trio's checkpoint() needs one more step, after which the first await of a cleanup may be disturbed"
+_OFFERED = "check_cancelled() of anyio in a thread is true only in the moments in which a cancellation is offered"
 _SHIELDED = "a cancellation that has begun cannot be taken back, only be shielded, and the shield holds for all"
 
 NOT_ON_PUBLIC_API = {
@@ -56,9 +57,8 @@ NOT_ON_PUBLIC_API = {
     "test_a_scope_that_is_held_or_released_lets_the_cancellations_of_others_through[asyncio-cancel_and": _SHIELDED,
     "test_a_scope_that_is_held_or_released_lets_the_cancellations_of_others_through[trio-cancel_and": _SHIELDED,
     "test_a_scope_that_is_released_in_its_cleanup_lets_the_cancellations_of_others_through": _SHIELDED,
-    "test_the_callback_of_the_decorator_does_not_cost_the_response[asyncio-thread": (
-        "check_cancelled() of anyio in a thread is true only in the moments in which a cancellation is offered"
-    ),
+    "test_the_callback_of_the_decorator_does_not_cost_the_response[asyncio-thread": _OFFERED,
+    "test_a_thread_that_asks_whether_it_is_cancelled_has_not_failed[asyncio": _OFFERED,
     "test_nests_of_all_kinds": "it finds every combination of these",
     "test_the_benchmark_says_which_nests": "as the nests themselves",
 }

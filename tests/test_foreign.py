@@ -417,6 +417,8 @@ async def test_a_plain_condition_that_fails_stops_the_block(fail: Callable[[], N
 
 def stream(kind: str, fail: Callable[[], Any], fail_plain: Callable[[], NoReturn]) -> FastAPI:
     """An application whose ``GET /`` streams one chunk, and then fails."""
+    if "generator" in kind:
+        pytest.importorskip("fastapi.sse", reason="generator endpoints came with FastAPI 0.135")
 
     async def chunks() -> AsyncIterator[str]:
         yield "one"
@@ -500,6 +502,9 @@ async def test_a_stream_whose_generator_raises_what_is_no_exception_fails(kind: 
 
 @pytest.mark.parametrize("kind", ["response", "generator"])
 async def test_a_plain_generator_that_raises_the_end_of_another_kind_fails(kind: str) -> None:
+    if kind != "response":
+        pytest.importorskip("fastapi.sse", reason="generator endpoints came with FastAPI 0.135")
+
     class Items:
         def __iter__(self) -> Items:
             return self
