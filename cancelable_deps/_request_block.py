@@ -167,8 +167,9 @@ class RequestBlock(Cancelable):
             if isinstance(mistaken, OSError) and not self._request.has_left:
                 # Starlette believes, under ASGI 2.4, that any OSError out of a stream was that of the server's send().
                 return mistaken
-            # What Starlette raises to whoever was reading the body when the client left.
-            outcome = DisconnectCancelation()
+            # What Starlette raises to the reader of a body when the client left, or we have said so to end it.
+            cause = None if self._request.has_left else self._token.cause
+            outcome = DisconnectCancelation() if cause is None else cause.error()
             outcome.__cause__ = exc
         if isinstance(outcome, CancelationError) and self._token.cause is not None:
             # Also one that `check()` has raised.

@@ -267,6 +267,25 @@ async def test_an_answer_to_a_client_that_is_still_there_is_ours() -> None:
     assert (call.status, call.json()) == (504, {"detail": "Timed out after 0.05 seconds"})
 
 
+async def test_an_upload_that_a_child_task_reads_is_out_of_time() -> None:
+    """It hears of a disconnect, for its own sake; the client that is there hears of the timeout."""
+    app = application("middleware", default_timeout=0.05)
+
+    @app.post("/")
+    async def upload(request: Request) -> Response:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(request.body)
+        return Response(b"all of it")
+
+    async def half() -> AsyncIterator[bytes]:
+        yield b"half of it"
+        await anyio.sleep_forever()
+
+    async with running(app, method="POST", content=half()) as call:
+        await call.response_started()
+    assert call.status == 504
+
+
 async def test_a_handler_for_which_nobody_listens_is_cancelled_at_once() -> None:
     """Not after the time that a listener has."""
     app = application("middleware", cleanup_grace=60)
