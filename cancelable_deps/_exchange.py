@@ -205,26 +205,39 @@ class ResponseWatch:
         self._is_outermost = is_outermost
 
     async def send(self, message: Message) -> None:
+        # In one piece: a response pays for each coroutine between the application and its server, twice.
         kind = message["type"]
+        state = self._state
+        is_start_of_work = False
         if kind == "http.response.start":
-            if not self._state.drops_response:
-                await self._start(message)
+            if state.drops_response:
+                return
+            is_start_of_work = self._starts_work(message)
+        elif state.drops_response and not self.started:
             return
-        if not self.started and self._state.drops_response:
-            return
-        if kind == "http.response.body":
+        elif kind == "http.response.body":
             if message.get("more_body", False) or self._trailers:
                 self.last = message.get("body") or self.last
-                self._state.body_has_begun = True
-            elif self._state.is_cut:
+                state.body_has_begun = True
+            elif state.is_cut:
                 return
             else:
                 self._complete()
         elif _is_last(kind, message):
             self._complete()
-        await self._pass_on(message)
+        try:
+            await self._send(message)
+        except OSError:
+            if not await self._is_silent_end():
+                raise
+        except CancelledError as exc:
+            raise_as_it_is(told(exc, state.loop, SENDING))
+        finally:
+            if is_start_of_work and self._is_outermost:
+                state.start_is_out()
 
-    async def _start(self, message: Message) -> None:
+    def _starts_work(self, message: Message) -> bool:
+        """Note the start of a response; return whether its work is still to come."""
         state = self._state
         self.started = True
         self._trailers = message.get("trailers", False)
@@ -234,33 +247,23 @@ class ResponseWatch:
                 state.response_is_out = True
             if not state.is_finished:
                 state.finish()
-            await self._pass_on(message)
-            return
+            return False
         self.stream_headers = message.get("headers", ())
         if not state.response_has_started:
             state.note_sender()
         state.start_response()
-        try:
-            await self._pass_on(message)
-        finally:
-            if self._is_outermost:
-                state.start_is_out()
+        return True
 
-    async def _pass_on(self, message: Message) -> None:
-        try:
-            await self._send(message)
-        except OSError:
-            # Since ASGI 2.4 this is how a server says that the client left.
-            state = self._state
-            state.client_left()
-            if state.ends_by_itself:
-                # What listens has been told, and ends as it does where servers drop what they cannot send.
-                for _ in range(_PASSES):
-                    await anyio.lowlevel.checkpoint()
-            elif not state.is_deferring:
-                raise
-        except CancelledError as exc:
-            raise_as_it_is(told(exc, self._state.loop, SENDING))
+    async def _is_silent_end(self) -> bool:
+        """Take an error of the server's ``send()`` for what it is since ASGI 2.4; return whether it goes no further."""
+        state = self._state
+        state.client_left()
+        if state.ends_by_itself:
+            # What listens has been told, and ends as it does where servers drop what they cannot send.
+            for _ in range(_PASSES):
+                await anyio.lowlevel.checkpoint()
+            return True
+        return state.is_deferring
 
     def _complete(self) -> None:
         # Before the server has the last bytes: if the client leaves while they are on their way, the work is done.
