@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import anyio
+import anyio.from_thread
 import anyio.lowlevel
 import anyio.to_thread
 import pytest
@@ -19,8 +20,9 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cancelable_deps import CancelableRoute, RequestCancelationMiddleware
+from cancelable_deps import CancelableRoute, CancelationReason, RequestCancelationMiddleware, current_cancelable
 from cancelable_deps import _frames as frames
+from cancelable_deps._backend import current_loop
 from tests.calls import get
 from tests.leftovers import nothing_left
 
@@ -37,7 +39,7 @@ class Result(BaseModel):
 def application(door: str) -> FastAPI:
     app = FastAPI()
     if door in {"route", "both"}:
-        app.router.route_class = CancelableRoute.with_timeout(LIMIT)
+        app.router.route_class = CancelableRoute
     for _ in range({"middleware around a BaseHTTPMiddleware": 1, "middleware around two": 2}.get(door, 0)):
 
         @app.middleware("http")
@@ -45,13 +47,23 @@ def application(door: str) -> FastAPI:
             return await call_next(request)
 
     if door != "route":
-        app.add_middleware(RequestCancelationMiddleware, default_timeout=LIMIT)
+        app.add_middleware(RequestCancelationMiddleware)
     return app
 
 
 def outlive_the_limit() -> None:
     """As the last step of a handler: the time is up when the loop looks again."""
-    time.sleep(2 * LIMIT)
+    block = current_cancelable()
+    assert block is not None
+    token = block.token
+
+    def strike() -> None:
+        token.cancel_nowait(CancelationReason.TIMEOUT)
+
+    try:
+        current_loop().call_from_thread(strike)
+    except RuntimeError:
+        anyio.from_thread.run_sync(strike)
 
 
 @pytest.mark.parametrize("kind", ["async", "def", "def, validated", "its own response", "a file"])
@@ -143,7 +155,7 @@ async def test_in_an_application_of_starlettes() -> None:
         outlive_the_limit()
         return FileResponse(__file__)
 
-    app = RequestCancelationMiddleware(Starlette(routes=[Route("/", order)]), default_timeout=LIMIT)
+    app = RequestCancelationMiddleware(Starlette(routes=[Route("/", order)]))
     assert (await get(app)).status == 200
 
 
@@ -192,7 +204,8 @@ async def test_a_response_that_is_never_sent_is_stopped_after_a_grace() -> None:
 
 
 async def test_a_thread_that_asks_is_told() -> None:
-    app = application("middleware")
+    app = FastAPI()
+    app.add_middleware(RequestCancelationMiddleware, default_timeout=LIMIT)
     events: list[str] = []
 
     @app.get("/")
