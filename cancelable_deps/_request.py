@@ -117,7 +117,7 @@ class RequestState:
     _kept_for: ref[object] | None = None
     reason: CancelationReason | None = None
     """Why it was stopped, as far as there is a line about it in the log."""
-    _leaving: anyio.Event | None = None
+    _leaving: dict[anyio.Event, None] | None = None
     _postponed: Postponed | None = None
     _guard: Postponed | None = None
     ends_by_itself = False
@@ -254,7 +254,11 @@ class RequestState:
         with telling_everybody():
             self.token.cancel_nowait(CancelationReason.DISCONNECT)
             if self._leaving is not None:
-                self._call_in_loop(self._leaving.set)
+                self._call_in_loop(self._tell_those_who_wait)
+
+    def _tell_those_who_wait(self) -> None:
+        for event in self._leaving or ():
+            event.set()
 
     def _call_in_loop(self, callback: Callable[[], object]) -> None:
         if self.loop.is_running_here():
@@ -264,10 +268,17 @@ class RequestState:
 
     async def wait_disconnected(self) -> None:
         """Wait until the client has left."""
-        if not self.has_left:
-            if self._leaving is None:
-                self._leaving = anyio.Event()
-            await self._leaving.wait()
+        if self.has_left:
+            return
+        # An event for each: asyncio's own looks through all who wait for it when one of them is cancelled.
+        event = anyio.Event()
+        if self._leaving is None:
+            self._leaving = {}
+        self._leaving[event] = None
+        try:
+            await event.wait()
+        finally:
+            del self._leaving[event]
 
     def is_parsing_body(self, task: object) -> bool:
         return is_parsing_body(task)
