@@ -45,6 +45,8 @@ _HANDLER_STACK_KEY = "fastapi_function_astack"
 # The one around the response and its background tasks; only for what must not be left behind by an error.
 _REQUEST_STACK_KEY = "fastapi_inner_astack"
 
+_WAITERS = 32
+
 _NO_ASGI: Final[dict[str, Any]] = {"version": "3.0"}
 
 
@@ -117,7 +119,7 @@ class RequestState:
     _kept_for: ref[object] | None = None
     reason: CancelationReason | None = None
     """Why it was stopped, as far as there is a line about it in the log."""
-    _leaving: dict[anyio.Event, None] | None = None
+    _leaving: dict[anyio.Event, int] | None = None
     _postponed: Postponed | None = None
     _guard: Postponed | None = None
     ends_by_itself = False
@@ -270,15 +272,18 @@ class RequestState:
         """Wait until the client has left."""
         if self.has_left:
             return
-        # An event for each: asyncio's own looks through all who wait for it when one of them is cancelled.
-        event = anyio.Event()
-        if self._leaving is None:
-            self._leaving = {}
-        self._leaving[event] = None
+        waiting = self._leaving = {} if self._leaving is None else self._leaving
+        # One event for some: asyncio's own looks through all who wait for it when one of them is cancelled.
+        event = next(reversed(waiting), None)
+        if event is None or waiting[event] >= _WAITERS:
+            event = anyio.Event()
+        waiting[event] = waiting.get(event, 0) + 1
         try:
             await event.wait()
         finally:
-            del self._leaving[event]
+            waiting[event] -= 1
+            if not waiting[event]:
+                del waiting[event]
 
     def is_parsing_body(self, task: object) -> bool:
         return is_parsing_body(task)
