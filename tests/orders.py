@@ -564,14 +564,15 @@ def run_together(apps: dict[str, ASGIApp], keys: list[str], backend: str) -> dic
     )
     # Private: trio else lets chance decide which of two tasks goes first, and a seed would not be the same every time.
     scheduler: Any = trio._core._run
-    scheduler._ALLOW_DETERMINISTIC_SCHEDULING = True
-    scheduler._r.seed(keys[0])
+    by_chance = scheduler._r, scheduler._ALLOW_DETERMINISTIC_SCHEDULING
+    scheduler._r, scheduler._ALLOW_DETERMINISTIC_SCHEDULING = Random(keys[0]), True
     try:
         anyio.run(main, backend=backend, backend_options=options)
     except Exception as exc:
         running = ", ".join(exchange.plan.key for exchange in exchanges if exchange.ended >= HANG)
         return {running or ", ".join(keys): [f"the loop ended with {exc!r}"]}
     finally:
+        scheduler._r, scheduler._ALLOW_DETERMINISTIC_SCHEDULING = by_chance
         for key in keys:
             del plans[key]
     found = {exchange.plan.key: faults(exchange) for exchange in exchanges}
