@@ -33,9 +33,9 @@ import trio
 import trio.testing
 
 from cancelable_deps import Cancelable, CancelationError
-from cancelable_deps._backend import current_loop
-from cancelable_deps._testing_clock import _clock
-from cancelable_deps.task_group import CancelableTaskGroup
+from cancelable_deps.kernel.loops.current import current_loop
+from cancelable_deps.kernel.task_group import CancelableTaskGroup
+from cancelable_deps.testing.clock import _clock
 
 LEAVES = ["wait", "thread", "ask", "two threads"]
 INNER = ["block", "block", "group", "our group", "scope", "timeout", "shield", "catch", "cleanup", "cleanup"]

@@ -7,9 +7,9 @@ HIDDEN = "CANCELABLE_DEPS_TESTS_PUBLIC_API"
 
 
 def hide_hooks() -> None:
-    from cancelable_deps import _polite
+    from cancelable_deps.kernel.loops import known
 
-    _polite.hooks_are_known = lambda is_trio: False
+    known.hooks_are_known = lambda is_trio: False
 
 
 if HIDDEN in os.environ:

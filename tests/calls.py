@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio.testing
 
-from cancelable_deps._request import SCOPE_KEY
+from cancelable_deps.request.state import SCOPE_KEY
 from cancelable_deps.testing import Call, CancelableClient, SocketCall
 from tests.leftovers import nothing_left
 

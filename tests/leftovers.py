@@ -12,9 +12,9 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 
-from cancelable_deps._backend import current_loop
-from cancelable_deps._deadlines import Line
-from cancelable_deps._sweep import Sweep
+from cancelable_deps.kernel.loops.current import current_loop
+from cancelable_deps.kernel.sweep import Sweep
+from cancelable_deps.kernel.timeouts import Line
 
 _OURS = ("cancelable_deps", "anyio")
 _ITERATIONS = 3

@@ -38,7 +38,7 @@ from cancelable_deps import (
     cancelable_with_timeout,
     with_cancelation,
 )
-from cancelable_deps._request import SCOPE_KEY
+from cancelable_deps.request.state import SCOPE_KEY
 from tests.leftovers import nothing_left
 
 LIMIT = 0.5

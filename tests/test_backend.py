@@ -17,7 +17,10 @@ import pytest
 import trio
 import uvloop
 
-from cancelable_deps._backend import AsyncioLoop, EventLoop, TrioLoop, current_loop
+from cancelable_deps.kernel.loops.asyncio_loop import AsyncioLoop
+from cancelable_deps.kernel.loops.base import EventLoop
+from cancelable_deps.kernel.loops.current import current_loop
+from cancelable_deps.kernel.loops.trio_loop import TrioLoop
 
 from .leftovers import nothing_left
 

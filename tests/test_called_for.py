@@ -18,9 +18,9 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from cancelable_deps import RequestCancelationMiddleware, current_cancelable, with_cancelation
-from cancelable_deps._called_for import KEYWORD, TARGET_ATTRIBUTE, Target, _calling, _is_asked, is_told
-from cancelable_deps._request import SCOPE_KEY
-from cancelable_deps._socket import SocketDoorBlock
+from cancelable_deps.hosts.route_handlers import KEYWORD, TARGET_ATTRIBUTE, Target, _calling, _is_asked, is_told
+from cancelable_deps.request.state import SCOPE_KEY
+from cancelable_deps.request.websocket import SocketDoorBlock
 from tests import asgi
 from tests.calls import checked_socket, get, hang_up, running
 from tests.leftovers import nothing_left
@@ -245,7 +245,7 @@ async def test_with_a_fastapi_that_does_not_ask_the_request_is_a_parameter(
     caplog.set_level(logging.WARNING)
     for maker in ("get_request_handler", "get_websocket_app"):
         monkeypatch.setattr(fastapi.routing, maker, getattr(fastapi.routing, maker).__wrapped__)
-    monkeypatch.setattr("cancelable_deps._called_for._MAKERS", ())
+    monkeypatch.setattr("cancelable_deps.hosts.route_handlers._MAKERS", ())
     is_told.cache_clear()
     try:
         app, plain = FastAPI(), FastAPI()
@@ -262,7 +262,7 @@ async def test_with_a_fastapi_that_does_not_ask_the_request_is_a_parameter(
 async def test_with_a_fastapi_that_describes_a_function_otherwise_it_is_told_all_the_same(
     between: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cancelable_deps._called_for._PARAMETER_OF_FASTAPI", "no_such_name")
+    monkeypatch.setattr("cancelable_deps.hosts.route_handlers._PARAMETER_OF_FASTAPI", "no_such_name")
     app = FastAPI()
     app.get("/{n}")(between(with_cancelation(forever)))
     assert (await hang_up(app, "/3")).status == 499

@@ -29,8 +29,8 @@ from cancelable_deps import (
     timeout_policy,
     with_cancelation,
 )
-from cancelable_deps._backend import current_loop
-from cancelable_deps._deadlines import Line, new_line, wait_belatedly
+from cancelable_deps.kernel.loops.current import current_loop
+from cancelable_deps.kernel.timeouts import Line, new_line, wait_belatedly
 from cancelable_deps.testing import advance
 
 from .asgi import Call, get

@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.websockets import WebSocketDisconnect
 
 from cancelable_deps import Cancelable, ManualCancelation
-from cancelable_deps._exceptions import collapse, raise_as_it_is
+from cancelable_deps.kernel.unwrap import collapse, raise_as_it_is
 
 from .leftovers import nothing_left
 

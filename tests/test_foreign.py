@@ -36,12 +36,12 @@ from cancelable_deps import (
     progress_response,
     with_cancelation,
 )
-from cancelable_deps._drain import Drain, Limits
-from cancelable_deps._foreign import ThisTask
-from cancelable_deps._request import SCOPE_KEY
-from cancelable_deps.task_group import CancelableTaskGroup
+from cancelable_deps.kernel.foreign import ThisTask
+from cancelable_deps.kernel.task_group import CancelableTaskGroup
+from cancelable_deps.kernel.token import Cause
+from cancelable_deps.request.drain import Drain, Limits
+from cancelable_deps.request.state import SCOPE_KEY
 from cancelable_deps.testing import Call
-from cancelable_deps.token import Cause
 from tests.calls import CEILING, checked_socket, connected, get, running
 from tests.leftovers import nothing_left
 

@@ -21,8 +21,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cancelable_deps import CancelableRoute, CancelationReason, RequestCancelationMiddleware, current_cancelable
-from cancelable_deps import _frames as frames
-from cancelable_deps._backend import current_loop
+from cancelable_deps.hosts import frames
+from cancelable_deps.kernel.loops.current import current_loop
 from tests.calls import get
 from tests.leftovers import nothing_left
 
@@ -184,7 +184,8 @@ async def test_a_stream_that_a_late_handler_returns_is_stopped() -> None:
         return StreamingResponse(chunks())
 
     call = await get(app)
-    assert (call.status, call.is_complete) == (200, False)
+    # trio decides by chance whether the stream's task or that which listens goes first: nothing may be sent by then.
+    assert (call.status, call.is_complete) in {(200, False), (504, True)}
 
 
 class NeverSent(Response):

@@ -17,7 +17,7 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cancelable_deps import RequestCancelationMiddleware, TimeoutPolicy, begin_shutdown, cancelation_lifespan
-from cancelable_deps._gateway import Gateway
+from cancelable_deps.doors.gateway import Gateway
 from tests.calls import get, hang_up, running
 from tests.leftovers import nothing_left
 

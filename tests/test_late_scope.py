@@ -23,10 +23,11 @@ from cancelable_deps import (
     current_cancelable,
     with_cancelation,
 )
-from cancelable_deps import _polite_asyncio as polite
-from cancelable_deps._backend import AsyncioLoop, current_loop
-from cancelable_deps._request import RequestState
-from cancelable_deps._request_block import RequestBlock
+from cancelable_deps.kernel.loops import asyncio_scopes as polite
+from cancelable_deps.kernel.loops.asyncio_loop import AsyncioLoop
+from cancelable_deps.kernel.loops.current import current_loop
+from cancelable_deps.request.blocks import RequestBlock
+from cancelable_deps.request.state import RequestState
 
 from .calls import get, hang_up
 from .leftovers import nothing_left

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from cancelable_deps._members import Members, with_one_more, without
+from cancelable_deps.kernel.members import Members, with_one_more, without
 
 
 def filled(count: int) -> tuple[Members[object], list[object]]:

@@ -23,11 +23,11 @@ from trio._core._run import CancelStatus
 from benchmarks import nests
 from benchmarks.nests import Nest, run_nest
 from cancelable_deps import Cancelable, CancelationError, RequestCancelationMiddleware, TimeoutCancelation
-from cancelable_deps._backend import current_loop
-from cancelable_deps._polite import PoliteScope, polite_scope
-from cancelable_deps._testing_clock import _clock
-from cancelable_deps.task_group import CancelableTaskGroup
+from cancelable_deps.kernel.loops.base import PoliteScope
+from cancelable_deps.kernel.loops.current import current_loop
+from cancelable_deps.kernel.task_group import CancelableTaskGroup
 from cancelable_deps.testing import advance
+from cancelable_deps.testing.clock import _clock
 
 from .calls import movable_clock
 from .leftovers import nothing_left
@@ -474,7 +474,8 @@ async def test_a_scope_that_lets_its_cancellation_pass_for_ours_has_delivered_it
 
 @asynccontextmanager
 async def scope_of_ours() -> AsyncGenerator[PoliteScope]:
-    scope = polite_scope(current_loop(), LONG)
+    loop = current_loop()
+    scope = loop.scopes.polite_scope(loop, LONG)
     scope.begin(math.inf, None)
     try:
         yield scope

@@ -35,8 +35,8 @@ from cancelable_deps import (
     timeout_policy,
     with_cancelation,
 )
-from cancelable_deps._debugger import is_debugged
-from cancelable_deps.settings import settings
+from cancelable_deps.hosts.debugger import is_debugged
+from cancelable_deps.kernel.settings import settings
 from cancelable_deps.testing import CancelableClient, SocketClosed, advance, assert_cancelled
 from tests.calls import movable_clock
 

@@ -22,8 +22,8 @@ import pytest
 import trio
 
 from cancelable_deps import Cancelable, CancelationError, CancelationToken, ManualCancelation, TimeoutCancelation
-from cancelable_deps._polite_trio import _Stepper
-from cancelable_deps.task_group import CancelableTaskGroup
+from cancelable_deps.kernel.loops.trio_scopes import _Stepper
+from cancelable_deps.kernel.task_group import CancelableTaskGroup
 
 from .leftovers import nothing_left
 
@@ -445,7 +445,7 @@ async def test_a_grace_of_zero_repeats_at_once() -> None:
 
 
 async def test_the_default_grace_is_that_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cancelable_deps.settings.settings.cleanup_grace", 0.0)
+    monkeypatch.setattr("cancelable_deps.kernel.settings.settings.cleanup_grace", 0.0)
     journal: list[str] = []
     with pytest.raises(ManualCancelation):
         async with Cancelable() as block:

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -28,13 +28,12 @@ from cancelable_deps import (
     Cancelable,
     ManualCancelation,
     RequestCancelationMiddleware,
-    _polite,
-    _polite_known,
-    _task_gate,
 )
-from cancelable_deps._backend import current_loop
-from cancelable_deps._polite_public import AsyncioWatch, PublicGate, PublicScope
-from cancelable_deps.task_group import CancelableTaskGroup
+from cancelable_deps.kernel.loops import known
+from cancelable_deps.kernel.loops.current import current_loop
+from cancelable_deps.kernel.loops.public_asyncio import AsyncioWatch
+from cancelable_deps.kernel.loops.public_scopes import PublicGate, PublicScope
+from cancelable_deps.kernel.task_group import CancelableTaskGroup
 
 from . import HIDDEN
 from .calls import hang_up
@@ -195,23 +194,23 @@ def test_a_hook_that_has_changed_is_noticed_and_said_once(
     backend: str, change: Callable[[Patch], None], monkeypatch: Patch, caplog: pytest.LogCaptureFixture
 ) -> None:
     package = "anyio" if backend == "asyncio" else "trio"
-    _polite_known._report.cache_clear()
+    known._report.cache_clear()
     try:
         with monkeypatch.context() as patch:
             change(patch)
-            is_known = _polite_known.asyncio_is_known if backend == "asyncio" else _polite_known.trio_is_known
+            is_known = known.asyncio_is_known if backend == "asyncio" else known.trio_is_known
             assert [is_known(), is_known()] == [False, False]
     finally:
-        _polite_known._report.cache_clear()
+        known._report.cache_clear()
     (record,) = caplog.records
     assert (record.name, record.levelno) == ("cancelable_deps", logging.WARNING)
     assert record.message.startswith(f"{package} {version(package)} is not as we know it (")
-    assert record.message.endswith(f"Known: {package} {_polite_known.KNOWN_VERSIONS[package]}.")
+    assert record.message.endswith(f"Known: {package} {known.KNOWN_VERSIONS[package]}.")
 
 
 def test_the_versions_that_are_installed_are_known() -> None:
-    assert _polite_known.what_is_strange("asyncio") is None
-    assert _polite_known.what_is_strange("trio") is None
+    assert known.what_is_strange("asyncio") is None
+    assert known.what_is_strange("trio") is None
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
@@ -245,12 +244,12 @@ else:
     from anyio._backends import _asyncio as module
     scope = module.CancelScope
 {change}
-import cancelable_deps._polite as polite
+import cancelable_deps.kernel.loops.known as known
 from cancelable_deps import Cancelable, ManualCancelation
-from cancelable_deps.task_group import CancelableTaskGroup
+from cancelable_deps.kernel.task_group import CancelableTaskGroup
 if use_hooks:
     # As before there was a look: whatever is installed is taken for what we know.
-    polite.hooks_are_known = lambda is_trio: True
+    known.hooks_are_known = lambda is_trio: True
 
 async def child():
     try:
@@ -307,14 +306,9 @@ def test_a_cleanup_is_disturbed_where_the_hook_is_never_called_and_not_on_the_pu
 
 
 @pytest.fixture
-def hooks_hidden(monkeypatch: pytest.MonkeyPatch, anyio_backend: str) -> Iterator[None]:
+def hooks_hidden(monkeypatch: pytest.MonkeyPatch, anyio_backend: str) -> None:
     """As with an anyio and a trio that we do not know."""
-    monkeypatch.setattr(_polite, "hooks_are_known", lambda is_trio: False)
-    for chosen in (_polite._classes, _task_gate._gate):
-        chosen.cache_clear()
-    yield
-    for chosen in (_polite._classes, _task_gate._gate):
-        chosen.cache_clear()
+    monkeypatch.setattr(known, "hooks_are_known", lambda is_trio: False)
 
 
 @pytest.fixture
@@ -343,8 +337,8 @@ async def test_nothing_is_watched_before_something_is_cancelled(watches: list[st
 
     async with nothing_left(), CancelableTaskGroup(Cancelable()) as group:
         await group.start(wait)
-        assert {type(gate) for gate in group._gates.values()} == {PublicGate}
-        assert type(group.cancelable._scope) is PublicScope
+        assert all(isinstance(gate, PublicGate) for gate in group._gates.values())
+        assert isinstance(group.cancelable._scope, PublicScope)
         await anyio.wait_all_tasks_blocked()
         handles = [handle for handle in (*loop._ready, *loop._scheduled) if not handle.cancelled()]
         ours = [handle for handle in handles if "cancelable_deps" in repr(handle)]

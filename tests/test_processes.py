@@ -33,7 +33,7 @@ from cancelable_deps import (
     cancelation_lifespan,
     with_cancelation,
 )
-from cancelable_deps import _processes as processes
+from cancelable_deps.kernel.processes import pool as processes
 from cancelable_deps.testing import CancelableClient
 
 from . import jobs

@@ -18,7 +18,7 @@ from cancelable_deps import (
     RequestTaskGroup,
     with_cancelation,
 )
-from cancelable_deps._receive import READ_AHEAD_BYTES
+from cancelable_deps.request.http_reader import READ_AHEAD_BYTES
 from tests.asgi import Call, get, running
 
 pytestmark = pytest.mark.anyio

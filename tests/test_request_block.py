@@ -32,7 +32,7 @@ from cancelable_deps import (
     current_cancelable,
     with_cancelation,
 )
-from cancelable_deps._request import RequestState
+from cancelable_deps.request.state import RequestState
 
 from .asgi import Call
 from .calls import CEILING, checked_socket
@@ -239,7 +239,7 @@ async def test_a_task_that_the_handler_leaves_behind_keeps_nothing_of_its_reques
 
     def copy_and_leave_a_task() -> None:
         copy()
-        from cancelable_deps._backend import current_loop
+        from cancelable_deps.kernel.loops.current import current_loop
 
         if len(kept.contexts) == 1:
             current_loop().spawn(outlive, kept.contexts[0])

@@ -14,8 +14,8 @@ import trio
 from starlette.types import Message, Receive, Scope
 
 from cancelable_deps import CancelableStreamingResponse, CancelationError, RequestCancelationMiddleware
-from cancelable_deps import _server as servers
-from cancelable_deps._server import can_refuse_socket_with, server_of
+from cancelable_deps.hosts import servers
+from cancelable_deps.hosts.servers import can_refuse_socket_with, server_of
 
 pytestmark = pytest.mark.anyio
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cancelable_deps import Cancelable, configure
-from cancelable_deps.settings import seconds, settings
+from cancelable_deps.kernel.settings import seconds, settings
 
 GOOD = [
     (0, 0.0),

@@ -39,8 +39,8 @@ from cancelable_deps import (
     shutdown_token,
     with_cancelation,
 )
-from cancelable_deps._backend import current_loop
-from cancelable_deps._drain import Drain, running_drain
+from cancelable_deps.kernel.loops.current import current_loop
+from cancelable_deps.request.drain import Drain, running_drain
 from cancelable_deps.testing import CancelableClient
 from tests.calls import CEILING, get, running
 from tests.leftovers import nothing_left

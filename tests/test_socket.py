@@ -39,8 +39,8 @@ from cancelable_deps import (
     wait_for_disconnect,
     with_cancelation,
 )
-from cancelable_deps._request import SCOPE_KEY
-from cancelable_deps._socket import CLOSE_TEXT_BYTES, close_text
+from cancelable_deps.request.state import SCOPE_KEY
+from cancelable_deps.request.websocket import CLOSE_TEXT_BYTES, close_text
 from tests.calls import checked_socket as checked
 from tests.calls import closed, connected, say
 from tests.leftovers import nothing_left

@@ -6,8 +6,8 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from cancelable_deps._backend import current_loop
-from cancelable_deps._sweep import Sweep, Sweepable, sweep_of
+from cancelable_deps.kernel.loops.current import current_loop
+from cancelable_deps.kernel.sweep import Sweep, Sweepable, sweep_of
 
 from .leftovers import nothing_left
 

@@ -28,7 +28,7 @@ from cancelable_deps import (
     TimeoutCancelation,
     current_cancelable,
 )
-from cancelable_deps.task_group import CancelableTaskGroup
+from cancelable_deps.kernel.task_group import CancelableTaskGroup
 from cancelable_deps.testing import advance
 
 from .calls import movable_clock

@@ -25,7 +25,7 @@ from cancelable_deps import (
     ManualCancelation,
     SignalCancelation,
 )
-from cancelable_deps.token import Callback
+from cancelable_deps.kernel.token import Callback
 
 from .calls import CEILING
 from .leftovers import nothing_left

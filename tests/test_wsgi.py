@@ -15,7 +15,7 @@ import pytest
 from fastapi import FastAPI
 
 from cancelable_deps import RequestCancelationMiddleware
-from cancelable_deps._wsgi import is_wsgi_bridge
+from cancelable_deps.doors.wsgi import is_wsgi_bridge
 from tests.calls import running
 
 with warnings.catch_warnings():

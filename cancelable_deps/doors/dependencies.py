@@ -1,0 +1,148 @@
+"""Handles: what a route receives by ``Annotated`` dependency, and the same for use without ``Depends``."""
+
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from datetime import timedelta
+from functools import partial
+from typing import Annotated, final
+
+import anyio
+from anyio.abc import TaskGroup
+from fastapi import Depends
+from starlette.requests import HTTPConnection
+
+from ..kernel.cancelable import Cancelable
+from ..kernel.options import not_a_dependency
+from ..kernel.reasons import CancelationReason
+from ..kernel.settings import seconds
+from ..kernel.task_group import CancelableTaskGroup
+from ..request.state import RequestState
+from ..request.websocket import handler_state
+
+
+@final
+class RequestCancellationEvent:
+    """Whether, and why, the request should stop, for a handler that chooses its own stopping point.
+
+    It is set by the client's leaving and by whatever stops the whole request (the timeout of the decorator, route class
+    or middleware), never by a response that simply ended. Nothing is cancelled through it.
+    """
+
+    def __init__(self, state: RequestState) -> None:
+        self._state = state
+
+    def is_set(self) -> bool:
+        """Ask as often as you like: it reads one attribute. The event loop must have had a turn to notice anything."""
+        return self._state.token.is_cancelled
+
+    async def wait(self) -> CancelationReason:
+        """Wait until it is set, and return the reason. When the handler returns, listening ends."""
+        return await self._state.token.wait()
+
+    @property
+    def reason(self) -> CancelationReason | None:
+        """Why; ``None`` while it is not set."""
+        return self._state.token.reason
+
+    @property
+    def message(self) -> str | None:
+        """What was given to ``cancel()``, or says which limit was passed."""
+        return self._state.token.message
+
+
+async def cancelable_dependency(request: HTTPConnection) -> Cancelable:
+    """A `Cancelable` that the client's leaving stops. Enter it: ``async with cancel:``; leaving a stopped block raises.
+
+    Each use in a signature gets its own through `RequestCancelable`; all stop with the same request.
+    """
+    state = handler_state(request)
+    return state.block_class(state)
+
+
+@not_a_dependency(
+    "Depends(cancelable_with_timeout) would let the client choose the timeout. Call it, with the seconds: "
+    "Annotated[Cancelable, Depends(cancelable_with_timeout(30))]."
+)
+def cancelable_with_timeout(
+    timeout: float | timedelta, *, cleanup_grace: float | None = None
+) -> Callable[[HTTPConnection], Awaitable[Cancelable]]:
+    """A dependency for ``Annotated[Cancelable, Depends(cancelable_with_timeout(30))]``: as `cancelable_dependency`,
+    stopped ``timeout`` seconds after it is entered as well. It replaces the default timeout of the middleware.
+
+    :raises ValueError: for a timeout that is negative or NaN, :exc:`TypeError` for one that is no number.
+    """
+    limit = seconds(timeout, "timeout")
+    grace = None if cleanup_grace is None else seconds(cleanup_grace, "cleanup_grace")
+
+    async def cancelable_with_timeout_dependency(request: HTTPConnection) -> Cancelable:
+        state = handler_state(request)
+        state.lift_default()
+        return state.block_class(state, timeout=limit, cleanup_grace=grace)
+
+    return cancelable_with_timeout_dependency
+
+
+async def request_task_group(request: HTTPConnection) -> Callable[[], AbstractAsyncContextManager[TaskGroup]]:
+    """A function that makes a task group of this request: ``async with get_task_group() as tg:``."""
+    return partial(_task_group, handler_state(request))
+
+
+async def cancellation(request: HTTPConnection) -> RequestCancellationEvent:
+    """An event that is set when the request should stop. Listening starts now and ends when the handler returns.
+
+    It stops nothing itself; a decorator, route class or middleware around the handler does all the same.
+    """
+    state = handler_state(request)
+    event = RequestCancellationEvent(state)
+    state.watch(event)
+    return event
+
+
+RequestCancelable = Annotated[Cancelable, Depends(cancelable_dependency, use_cache=False)]
+"""``async with cancel:`` in the handler: a block that the client's leaving stops."""
+
+RequestTaskGroup = Annotated[
+    Callable[[], AbstractAsyncContextManager[TaskGroup]], Depends(request_task_group, use_cache=False)
+]
+"""``async with get_task_group() as tg:`` in the handler: an anyio task group that is cancelled with the request."""
+
+CancellationEvent = Annotated[RequestCancellationEvent, Depends(cancellation)]
+"""``event.is_set()`` and ``await event.wait()`` in the handler, which stops where it likes."""
+
+
+def create_request_task_group(request: HTTPConnection) -> AbstractAsyncContextManager[TaskGroup]:
+    """A task group whose tasks are cancelled when the client leaves; for use without ``Depends``, Starlette included.
+
+    Listening ends with the group. The children are cancelled politely, each with its own grace for its cleanup. A
+    child's ``HTTPException`` arrives as itself; leaving a group that we cancelled raises the `CancelationError`.
+    """
+    return _task_group(handler_state(request))
+
+
+async def wait_for_disconnect(request: HTTPConnection) -> None:
+    """Return when the client has left; for use without ``Depends``, Starlette included.
+
+    Listening starts at once, and ends when this returns or is cancelled. What is read meanwhile is replayed to
+    ``request.body()``. Call it while the handler runs: a server also reports a client as gone when it has its response.
+
+    :raises RuntimeError: after the handler has returned.
+    """
+    state = handler_state(request)
+    if state.is_closed:
+        raise RuntimeError(
+            "wait_for_disconnect() was called after the handler had returned: by now the server reports every client "
+            "as gone. Call it inside the handler."
+        )
+    waiting = RequestCancellationEvent(state)
+    state.watch(waiting)
+    state.arm_now()
+    try:
+        await state.wait_disconnected()
+    finally:
+        state.unwatch(waiting)
+        with anyio.CancelScope(shield=True):
+            await state.settle()
+
+
+def _task_group(state: RequestState) -> AbstractAsyncContextManager[TaskGroup]:
+    return CancelableTaskGroup(state.block_class(state))

@@ -1,0 +1,156 @@
+"""Places inside of a middleware at which a request is stopped, so that all that is further out sees the answer.
+
+A metrics, tracing or header middleware may stand inside of ours. It would see a cancellation pass by, and no response.
+So a cancelled request is answered as far in as the cancellation strikes: at the application's router, or at the inner
+side of a ``BaseHTTPMiddleware``, which runs what is inside it in a task of its own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from starlette.applications import Starlette
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.routing import Mount, Router
+
+from ..kernel.cancelable import current_cancelable
+from ..kernel.errors import CancelationError
+from ..kernel.foreign import told
+from ..kernel.unwrap import raise_as_it_is
+from ..request.blocks import DoorBlock
+from ..request.policies import answer
+from ..request.run import ResponseWatch, error_of, run_through
+from ..request.state import SCOPE_KEY, RequestState
+from .wsgi import Bridge, is_wsgi_bridge
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+
+def put_gateways(app: Any) -> None:
+    """Put a `Gateway` at each such place of the stack below us, and see to what is mounted."""
+    seen: set[int] = set()
+    outer: Any = None
+    # A router has an `app` as well, which is a method.
+    while hasattr(app, "app") and not isinstance(app, Router) and id(app) not in seen:
+        seen.add(id(app))
+        if isinstance(app, BaseHTTPMiddleware):
+            _put_inside(app)
+        outer, app = app, app.app
+    if isinstance(app, Starlette):
+        _put_into_application(app)
+    elif isinstance(app, Router):
+        if outer is not None:
+            _put_inside(outer)
+        _look_through_mounts(app.routes)
+
+
+def _put_inside(outer: Any) -> None:
+    if not isinstance(outer, Gateway) and not isinstance(outer.app, Gateway):
+        outer.app = Gateway(outer.app)
+
+
+def _put_into_application(app: Starlette) -> None:
+    """The same for an application whose own stack is built when it is called first."""
+    if app.middleware_stack is not None:
+        put_gateways(app.middleware_stack)
+        return
+    build = app.build_middleware_stack
+
+    def build_with_gateways() -> ASGIApp:
+        stack = build()
+        put_gateways(stack)
+        return stack
+
+    app.build_middleware_stack = build_with_gateways  # type: ignore[method-assign]
+
+
+def _look_through_mounts(routes: Iterable[Any]) -> None:
+    for route in routes:
+        if isinstance(route, Mount):
+            if is_wsgi_bridge(route.app):
+                route.app = Bridge(route.app)
+            else:
+                put_gateways(route.app)
+
+
+class Gateway:
+    """Runs ``app``, and answers the request if it is stopped in there."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state: RequestState | None = scope.get(SCOPE_KEY)
+        if state is None or scope["type"] != "http" or state.is_closed:
+            await self.app(scope, receive, send)
+            return
+        block = current_cancelable()
+        if not isinstance(block, DoorBlock) or block._request is not state or not block.move_in():
+            await self._run_in_task(state, scope, receive, send)
+            return
+        # The block of the middleware has not begun yet: nothing has been awaited on the way in.
+        watch = ResponseWatch(send, state, is_outermost=False)
+        outcome = await run_through(block, self.app(scope, receive, watch.send))
+        try:
+            if outcome is not None or state.token.cause is not None or state.stream_was_cancelled:
+                await _settle(outcome, watch, state, scope, receive, send)
+        finally:
+            del outcome  # Its traceback knows this frame: a cycle, as long as this frame knows it.
+            block.move_out(state)
+
+    async def _run_in_task(self, state: RequestState, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application in a block of its own, in a task that need not be that of the middleware."""
+        task = state.loop.current_task()
+        state.main_tasks += (task,)
+        block = DoorBlock(state, cleanup_grace=state.cleanup_grace)
+        block.takes_groups_apart = False
+        watch = ResponseWatch(send, state, is_outermost=False)
+        outcome: BaseException | None = None
+        try:
+            try:
+                block._enter(state.loop)
+            except CancelationError as exc:
+                outcome = exc
+            else:
+                outcome = await run_through(block, self.app(scope, receive, watch.send))
+                if outcome is not None and not state.token.is_cancelled:
+                    # Else the task group around us would take it for the end of a task that was cancelled.
+                    outcome = told(outcome, state.loop, "the application")
+            if outcome is not None or state.token.cause is not None or state.stream_was_cancelled:
+                await _settle(outcome, watch, state, scope, receive, send)
+        finally:
+            del outcome  # Its traceback knows this frame: a cycle, as long as this frame knows it.
+            # The task knows its context, which knows our block, and so us: a cycle.
+            state.main_tasks = tuple(other for other in state.main_tasks if other is not task)
+
+
+async def _settle(
+    outcome: BaseException | None,
+    watch: ResponseWatch,
+    state: RequestState,
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+) -> None:
+    """Answer the request, leave a response that has started to be cut, or raise what is not ours."""
+    state.note_disconnect()
+    if outcome is None and not watch.is_complete and state.stream_was_cancelled:
+        # By something that it awaited, and its task group keeps that for itself. It is an error as any other.
+        outcome = RuntimeError("the task that sent the response was cancelled before its end")
+    error = error_of(outcome, state)
+    try:
+        if error is None:
+            if outcome is not None:
+                raise_as_it_is(outcome)
+        elif not watch.started:
+            state.drops_response = False
+            await answer(error, scope, receive, send)
+        elif not watch.is_complete:
+            # A ``BaseHTTPMiddleware`` would send a last chunk, as if the response were whole.
+            state.is_cut = True
+            state.cut_by = error
+    finally:
+        del outcome, error  # Their tracebacks know this frame: cycles, as long as this frame knows them.

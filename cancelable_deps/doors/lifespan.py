@@ -1,0 +1,170 @@
+"""Tell the application at once that its server shuts down, and bring its requests to an end in time."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from contextlib import asynccontextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+from ..hosts.signals import heard
+from ..kernel.errors import RETRY_AFTER_SECONDS
+from ..kernel.loops.current import current_loop
+from ..kernel.reasons import CancelationReason
+from ..kernel.settings import seconds
+from ..request.drain import Drain, Limits, running_drain
+
+if TYPE_CHECKING:
+    import signal
+    from collections.abc import AsyncIterator, Callable
+    from contextlib import AbstractAsyncContextManager
+    from datetime import timedelta
+
+    from ..kernel.token import CancelationToken
+
+App = TypeVar("App")
+State = TypeVar("State")
+
+
+@overload
+def cancelation_lifespan(
+    lifespan: None = None,
+    /,
+    *,
+    grace: float | timedelta = 10,
+    background_grace: float | timedelta = 10,
+    retry_after: float | timedelta = RETRY_AFTER_SECONDS,
+    refuse_new: bool = False,
+) -> Callable[[Any], AbstractAsyncContextManager[None]]: ...
+
+
+@overload
+def cancelation_lifespan(
+    lifespan: Callable[[App], AbstractAsyncContextManager[State]],
+    /,
+    *,
+    grace: float | timedelta = 10,
+    background_grace: float | timedelta = 10,
+    retry_after: float | timedelta = RETRY_AFTER_SECONDS,
+    refuse_new: bool = False,
+) -> Callable[[App], AbstractAsyncContextManager[State]]: ...
+
+
+def cancelation_lifespan(
+    lifespan: Any = None,
+    /,
+    *,
+    grace: float | timedelta = 10,
+    background_grace: float | timedelta = 10,
+    retry_after: float | timedelta = RETRY_AFTER_SECONDS,
+    refuse_new: bool = False,
+) -> Any:
+    """A lifespan that ends the requests of an application in time when its server is told to shut down.
+
+    ``FastAPI(lifespan=cancelation_lifespan(grace=10))``, or around a lifespan of your own, whose state is passed on:
+    ``FastAPI(lifespan=cancelation_lifespan(my_lifespan, grace=10))``.
+
+    When SIGTERM or SIGINT arrives, `shutdown_token` is cancelled at once. Requests in flight go on for ``grace`` seconds;
+    those that still run then are cancelled: 503 with ``Retry-After``, streams are cut, WebSockets closed with 1012. Work
+    behind a complete response (background tasks; under the middleware or the route class) has another
+    ``background_grace`` seconds, and is then cancelled too. Every cleanup has its own grace, as always. Give the server
+    more time than all of these together: one that loses its patience earlier cuts the connections.
+
+    Signals still reach whoever handled them before. A signal that nobody handles, and any in a thread that cannot take
+    signals (a test client), is left alone; `begin_shutdown` works everywhere. When the lifespan ends, it waits for the
+    requests that the server has left behind, within the same limits; your own lifespan is left after that. Applications
+    that share an event loop end together, by the longest limits among them.
+
+    :param grace: seconds for requests in flight; 0 cancels them at once, ``math.inf`` never.
+    :param background_grace: seconds for background tasks, counted from the end of ``grace``.
+    :param retry_after: seconds after which a client may come back, for the response header; rounded up.
+    :param refuse_new: answer requests that arrive after the signal with 503 at once; otherwise they are served until the
+        grace is over.
+    :raises ValueError: for limits that are negative or NaN, :exc:`TypeError` for what is no number or no lifespan.
+    """
+    limits = Limits(
+        seconds(grace, "grace"),
+        seconds(background_grace, "background_grace"),
+        _whole_seconds(retry_after),
+        refuse_new,
+    )
+    _refuse_what_is_no_lifespan(lifespan)
+
+    def lifespan_with_shutdown(app: Any) -> AbstractAsyncContextManager[Any]:
+        if inspect.isroutine(app):
+            raise TypeError(
+                "cancelation_lifespan takes your own lifespan as its first argument: "
+                "cancelation_lifespan(my_lifespan, grace=10)"
+            )
+        return _run(app, lifespan, limits)
+
+    return lifespan_with_shutdown
+
+
+def shutdown_token() -> CancelationToken:
+    """The token that is cancelled, for `CancelationReason.SIGNAL`, as soon as the running event loop's server shuts down.
+
+    Await it (``await shutdown_token().wait()``), ask it (in a ``def`` endpoint, too), or give it to a block that should
+    stop at once: ``Cancelable(token=shutdown_token())``. Without a `cancelation_lifespan` in this event loop nothing
+    cancels it.
+
+    :raises RuntimeError: in a thread that neither runs an event loop nor works for one.
+    """
+    return running_drain().token
+
+
+def begin_shutdown(message: str | None = None) -> bool:
+    """Do what a signal does, without one: for tests, servers inside other programs, and orders that come by HTTP.
+
+    The server itself is told nothing, and goes on. ``message`` is for the log.
+
+    :return: whether this call did it; ``False`` if the shutdown had begun before.
+    :raises RuntimeError: if no `cancelation_lifespan` runs in this event loop.
+    """
+    drain = running_drain()
+    if not drain.is_joined:
+        raise RuntimeError(
+            "no cancelation_lifespan runs in this event loop. Give one to the application, "
+            "FastAPI(lifespan=cancelation_lifespan(grace=10)), and see that your server or test client runs lifespans."
+        )
+    return drain.token.cancel_nowait(CancelationReason.SIGNAL, message)
+
+
+def _teller(drain: Drain) -> Callable[[signal.Signals], object]:
+    def tell(number: signal.Signals) -> None:
+        # Into the loop, as a handler runs in the middle of anything, the cancelling of this very token included.
+        drain.begin_from_thread(number.name)
+
+    return tell
+
+
+def _whole_seconds(retry_after: float | timedelta) -> int:
+    value = seconds(retry_after, "retry_after")
+    if value == math.inf:
+        raise ValueError("retry_after must be a finite number of seconds")
+    return math.ceil(value)
+
+
+def _refuse_what_is_no_lifespan(lifespan: Any) -> None:
+    if lifespan is None:
+        return
+    if inspect.isasyncgenfunction(lifespan) or inspect.isgeneratorfunction(lifespan):
+        raise TypeError(f"{lifespan.__qualname__}() is a bare generator: put @asynccontextmanager above it")
+    if not callable(lifespan):
+        raise TypeError(
+            "a lifespan is a function of the application that gives an async context manager, as @asynccontextmanager "
+            f"makes them, not {lifespan!r}"
+        )
+
+
+@asynccontextmanager
+async def _run(app: Any, lifespan: Any, limits: Limits) -> AsyncIterator[Any]:
+    drain = Drain.joined(limits)
+    try:
+        with heard(_teller(drain), current_loop()):
+            async with nullcontext() if lifespan is None else lifespan(app) as state:
+                # Not in a `finally`: whoever cancels a lifespan has no time to wait.
+                yield state
+                await drain.finish()
+    finally:
+        drain.leave(limits)

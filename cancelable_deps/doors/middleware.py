@@ -1,0 +1,109 @@
+"""The door around a whole application, Starlette's and bare ASGI included."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import translate
+from typing import TYPE_CHECKING, Any, cast
+
+from ..request.policies import TimeoutPolicy, answer, check_names_at_start
+from ..request.run import Limits, run_request
+from ..request.websocket import run_socket
+from .gateway import put_gateways
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+Exclude = str | re.Pattern[str] | Callable[["Scope"], bool]
+
+
+class RequestCancelationMiddleware:
+    """Stops every request of an application when its client leaves or its time is up; the handlers stay as they are.
+
+    ``app.add_middleware(RequestCancelationMiddleware, default_timeout=30)``. A cancelled request whose response has not
+    started is answered with the status of the reason, which middleware further out sees as well, even if the client is
+    gone. One whose response has started is cut: nothing more is sent. What runs after a complete response (background
+    tasks) is spared.
+
+    A WebSocket is stopped when its client drops while the handler is busy, and closed for the reason; ``default_timeout``
+    does not apply to it, for it may live long.
+
+    Place it outside of (add it after) middleware that may take long. Other doors below find its request state: one
+    reader, one reason.
+
+    :param default_timeout: seconds from the request's arrival; ``None`` for none. A route's own timeout
+        (``with_cancelation(timeout=...)``, `cancelable_with_timeout`) replaces it, longer or shorter.
+    :param exclude: paths that are left alone: a path or a pattern (``"/health"``, ``"/static/*"``), a compiled regular
+        expression that must match the whole path, or a function of the ASGI scope.
+    :param cleanup_grace: seconds that cleanup may await undisturbed; the default is that of `configure`.
+    :param policies: `TimeoutPolicy` objects by name, which routes choose from. A name that a route has chosen and that
+        is not here is reported when the application starts.
+    :param default_policy: one of them, or another one, in place of ``default_timeout``.
+    :raises ValueError: for limits that are negative or NaN, :exc:`TypeError` for what is no number or no pattern.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        default_timeout: float | timedelta | None = None,
+        exclude: Exclude | Iterable[Exclude] | None = None,
+        cleanup_grace: float | None = None,
+        policies: Mapping[str, TimeoutPolicy] | None = None,
+        default_policy: str | TimeoutPolicy | None = None,
+    ) -> None:
+        self.app = app
+        self._limits = Limits(default_timeout, cleanup_grace, policies, default_policy)
+        self._excluded = _matchers(exclude)
+        put_gateways(app)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or (self._excluded and self._excludes(scope)):
+            if scope["type"] == "websocket" and not self._excludes(scope):
+                await run_socket(self.app, scope, receive, send, self._limits)
+            else:
+                if scope["type"] == "lifespan":
+                    await check_names_at_start(self.app, scope, receive, send, self._limits.policies or {})
+                await self.app(scope, receive, send)
+            return
+        error = await run_request(self.app, scope, receive, send, self._limits)
+        if error is not None:
+            try:
+                await answer(error, scope, receive, send)
+            finally:
+                del error  # Its traceback knows this frame, too, as the caller of those that it has left: a cycle.
+
+    def _excludes(self, scope: Scope) -> bool:
+        return any(matches(scope) for matches in self._excluded)
+
+
+def _matchers(exclude: Any) -> list[Callable[[Scope], bool]]:
+    if exclude is None:
+        return []
+    if isinstance(exclude, str | bytes | re.Pattern) or not isinstance(exclude, Iterable):
+        exclude = [exclude]
+    return [_matcher(pattern) for pattern in exclude]
+
+
+def _matcher(pattern: Any) -> Callable[[Scope], bool]:
+    if isinstance(pattern, str):
+        if not pattern.startswith(("/", "*")):
+            raise ValueError(
+                f"exclude takes paths that begin with '/', such as '/health' or '/static/*', not {pattern!r}"
+            )
+        pattern = re.compile(translate(pattern))
+    if isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str):
+        fullmatch = pattern.fullmatch
+        return lambda scope: fullmatch(_route_path(scope)) is not None
+    if callable(pattern):
+        return cast("Callable[[Scope], bool]", pattern)
+    raise TypeError(f"exclude takes paths, compiled patterns or functions of the scope, not {pattern!r}")
+
+
+def _route_path(scope: Scope) -> str:
+    """The path as the application's routes see it, without the prefix that it is mounted under."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(root + "/") else path

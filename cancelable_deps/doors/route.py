@@ -1,0 +1,71 @@
+"""``APIRouter(route_class=CancelableRoute)``: for every route of a router what the middleware does for the app."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fastapi.routing import APIRoute
+
+from ..request.policies import TimeoutPolicy, answer
+from ..request.run import Limits, run_request
+from .decorator import cover_generator
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import timedelta
+
+    from starlette.types import Receive, Scope, Send
+
+
+class CancelableRoute(APIRoute):
+    """A route whose request is stopped when its client leaves; the handler stays as it is.
+
+    A cancelled request raises its `CancelationError` into the application, whose exception handlers answer it. If the
+    response has started, it is cut: nothing more is sent. For a timeout, make a class with `with_timeout`, or set the
+    class attributes in a subclass of your own. The router's WebSocket routes are not covered, for FastAPI makes them of
+    another class: use the decorator, a handle or the middleware.
+    """
+
+    default_timeout: ClassVar[float | timedelta | None] = None
+    """Seconds from the request's arrival at the route; a route's own timeout replaces it."""
+
+    cleanup_grace: ClassVar[float | None] = None
+    """Seconds that cleanup may await undisturbed; the default is that of `configure`."""
+
+    default_policy: ClassVar[TimeoutPolicy | None] = None
+    """In place of `default_timeout`."""
+
+    _limits: ClassVar[Limits] = Limits(None, None)
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        super().__init__(path, cover_generator(endpoint), **options)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._limits = Limits(cls.default_timeout, cls.cleanup_grace, None, cls.default_policy)
+
+    @classmethod
+    def with_timeout(
+        cls, default_timeout: float | timedelta | None, *, cleanup_grace: float | None = None
+    ) -> type[CancelableRoute]:
+        """``APIRouter(route_class=CancelableRoute.with_timeout(30))``.
+
+        :raises ValueError: for limits that are negative or NaN, :exc:`TypeError` for what is no number.
+        """
+        limits = {"default_timeout": default_timeout, "cleanup_grace": cleanup_grace, "__module__": cls.__module__}
+        return type(cls.__name__, (cls,), limits)
+
+    @classmethod
+    def with_policy(cls, policy: TimeoutPolicy) -> type[CancelableRoute]:
+        """``APIRouter(route_class=CancelableRoute.with_policy(TimeoutPolicy(30, status_code=503)))``."""
+        return type(cls.__name__, (cls,), {"default_policy": policy, "__module__": cls.__module__})
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        error = await run_request(super().handle, scope, receive, send, self._limits)
+        if error is not None:
+            try:
+                if getattr(error, "policy", None) is None:
+                    raise error
+                await answer(error, scope, receive, send)
+            finally:
+                del error  # Its traceback knows this frame: a cycle, as long as this frame knows it.

@@ -1,0 +1,311 @@
+"""A streaming response whose body is stopped with its request."""
+
+from __future__ import annotations
+
+from asyncio import CancelledError
+from collections.abc import AsyncIterable, Iterable, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.lowlevel
+from starlette.responses import StreamingResponse
+
+from ..kernel.cancelable import Cancelable
+from ..kernel.errors import CancelationError
+from ..kernel.foreign import SENDING, told, with_own_failures
+from ..kernel.reasons import CancelationReason
+from ..kernel.settings import seconds
+from ..kernel.unwrap import raise_as_it_is
+from ..request.blocks import RequestBlock
+from ..request.cut import cut
+from ..request.state import SCOPE_KEY, RequestState
+from .generators import ThreadedGenerator, close, feed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import timedelta
+
+    from starlette.background import BackgroundTask
+    from starlette.types import Receive, Scope, Send
+
+    from ..kernel.loops.base import EventLoop, Timer
+
+    Chunk = str | bytes | memoryview
+    Content = AsyncIterable[Chunk] | Iterable[Chunk]
+
+
+class CancelableStreamingResponse(StreamingResponse):
+    """A `StreamingResponse` whose iterator is stopped by whatever stops the request, or by ``cancel``.
+
+    The iterator runs in one task from its first step to its last, and so does its cleanup, which has ``cleanup_grace``
+    seconds in which its own awaits run undisturbed. A generator that stands at its ``yield`` gets the cancellation
+    there, so it may hold ``async with``, cancel scopes and task groups across it. A plain iterator runs in a thread;
+    it is stopped between two chunks.
+
+    A client that left gets nothing more. For every other reason the stream is visibly cut: its connection closes
+    without the last chunk, or, as ``text/event-stream``, it ends with ``event: cancelled`` whose data is
+    ``{"reason": ..., "message": ...}``. Where the server cannot be told to close, the `CancelationError` is raised into
+    it, which it logs. Background tasks run when the stream has ended, also where it was stopped or cut; not after an
+    error of the iterator's own.
+
+    :param cancel: another `Cancelable` that stops the stream. One that has not been entered is entered by the
+        response, around the iterator: its timeout counts from there. The iterator may enter it as well, once.
+    :param timeout: seconds for the whole stream, from its start.
+    :param gap_timeout: seconds that the iterator may take for one chunk.
+    :param send_timeout: seconds that the client may take to make room for one chunk. A client that stops reading is
+        cut with ``CancelationReason.TIMEOUT``; it has not left. granian buffers every chunk at once, and hypercorn on trio
+        shields its sending: there it does not act.
+    :raises ValueError: for limits that are negative or NaN, :exc:`TypeError` for what is no number or no `Cancelable`.
+    """
+
+    def __init__(
+        self,
+        content: Content,
+        status_code: int = 200,
+        headers: Mapping[str, str] | None = None,
+        media_type: str | None = None,
+        background: BackgroundTask | None = None,
+        *,
+        cancel: Cancelable | None = None,
+        timeout: float | timedelta | None = None,
+        gap_timeout: float | timedelta | None = None,
+        send_timeout: float | timedelta | None = None,
+        cleanup_grace: float | None = None,
+    ) -> None:
+        if cancel is not None and not isinstance(cancel, Cancelable):
+            raise TypeError(f"cancel must be a Cancelable, not {cancel!r}")
+        limits = {
+            "timeout": timeout,
+            "gap_timeout": gap_timeout,
+            "send_timeout": send_timeout,
+            "cleanup_grace": cleanup_grace,
+        }
+        checked = {name: None if value is None else seconds(value, name) for name, value in limits.items()}
+        self._timeout, self._gap_timeout, self._send_timeout, self._grace = checked.values()
+        chunks = content if isinstance(content, AsyncIterable) else ThreadedGenerator(content)
+        super().__init__(chunks, status_code, headers, media_type, background)
+        self._cancel = cancel
+        self._stalled = False
+        self._last: bytes | memoryview = b""
+        request = cancel.known_request if isinstance(cancel, RequestBlock) else None
+        if request is not None:
+            keep_for_stream(request, self)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await super().__call__(scope, receive, send)
+            return
+        state: RequestState | None = scope.get(SCOPE_KEY)
+        # One that was kept for us is ours to close; any other is that of a middleware or route class.
+        ours = state is None or state._kept
+        if state is None:
+            state = RequestState(scope, receive, held=True)
+        try:
+            error = await self._run(state, send, ours)
+            if error is not None and await self._is_cut(error, state, send):
+                error = None
+            elif error is not None and not ours:
+                # The door around us raises it into the server. From here it would meet those that answer errors.
+                state.cut_by, error = error, None
+                state.cannot_be_cut = True
+        finally:
+            if ours:
+                with anyio.CancelScope(shield=True):
+                    await state.aclose()
+        if self.background is not None:
+            if not ours and state.token.cause is not None:
+                state.spare_background()
+            await with_own_failures("the background of a response", self.background)
+        if error is not None:
+            raise error
+
+    async def _run(self, state: RequestState, send: Send, ours: bool) -> CancelationError | None:
+        """Send the stream, and say why it was cut, if it was."""
+        block = RequestBlock(state, timeout=self._timeout, cleanup_grace=self._grace)
+        stream = _Stream(self, block, state, send)
+        try:
+            async with block:
+                await self._run_inside(stream, block)
+        except CancelationError as exc:
+            if not stream.started:
+                raise
+            state.log(exc.reason, exc.message or exc.detail)
+            # A `cancel` of another request may bring the disconnect of that one's client.
+            return None if exc.reason is CancelationReason.DISCONNECT and state.has_left else exc
+        if ours:
+            # Before the server has the last bytes: every server reports a disconnect after them.
+            state.close()
+        # Since ASGI 2.4 it raises if the client has left. It may have, now that it has everything.
+        with suppress(OSError):
+            await with_own_failures(SENDING, send, {"type": "http.response.body", "body": b"", "more_body": False})
+        return None
+
+    async def _run_inside(self, stream: _Stream, block: RequestBlock) -> None:
+        cancel = self._cancel
+        if cancel is None:
+            await stream.run()
+        elif cancel._loop is None:
+            async with cancel:
+                # Its generator may be written to enter it, too.
+                cancel._lends_itself = True
+                await stream.run()
+        else:
+            # It runs elsewhere, and stops us as well.
+            cancel.token.listen(block)
+            try:
+                await stream.run()
+            finally:
+                cancel.token.unlisten(block)
+
+    async def _is_cut(self, error: CancelationError, state: RequestState, send: Send) -> bool:
+        """Cut the stream; return whether that was possible, or nobody is there to be told."""
+        is_cut = await cut(self.raw_headers, self._last, error, send, state, stalled=self._stalled)
+        # A client may have left while the iterator cleaned up.
+        return is_cut or state.has_left
+
+
+class _Stream:
+    """The iterator's whole life, in the task that runs the response."""
+
+    started = False
+
+    def __init__(
+        self, response: CancelableStreamingResponse, block: RequestBlock, state: RequestState, send: Send
+    ) -> None:
+        self._response = response
+        self._block = block
+        self._state = state
+        self._send = send
+        self._chunks = _Limit(state.loop, response._gap_timeout, self._no_chunk)
+        self._sends = _Limit(state.loop, response._send_timeout, self._no_room)
+
+    async def run(self) -> None:
+        iterator: Any = aiter(self._response.body_iterator)
+        try:
+            # A stop that has come already is answered with its status.
+            self._block.check()
+            cancel = self._response._cancel
+            blocks = (self._block,) if cancel is None else (self._block, cancel)
+            await self._start(blocks)
+            await feed(iterator, self._send_chunk, blocks, self._within_limit)
+        finally:
+            self._chunks.end()
+            self._sends.end()
+            del self._chunks, self._sends  # They know us: cycles.
+            await close(iterator)
+
+    async def _start(self, blocks: tuple[Cancelable, ...]) -> None:
+        response = self._response
+        self.started = True
+        message = {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
+        # Nobody could tell whether the start of a stream that is stopped now has got out. But where it does not get out
+        # at all, a stop has to wait no longer than for a cleanup.
+        let_through = _Limit(self._state.loop, self._block._cleanup_grace, lambda _: _resume(blocks))
+        for block in blocks:
+            block._hold()
+        let_through.begin()
+        try:
+            await self._send_on(message)
+        finally:
+            let_through.end()
+            _resume(blocks)
+
+    async def _send_chunk(self, chunk: Chunk) -> None:
+        body = chunk.encode(self._response.charset) if isinstance(chunk, str) else chunk
+        self._response._last = body or self._response._last
+        await self._send_on({"type": "http.response.body", "body": body, "more_body": True})
+        # A generator that never waits, to a client that always has room, would never let us see that it has left.
+        await anyio.lowlevel.checkpoint()
+
+    async def _within_limit(self, step: Any) -> Any:
+        self._chunks.begin()
+        try:
+            return await step
+        finally:
+            self._chunks.end()
+
+    async def _send_on(self, message: dict[str, Any]) -> None:
+        self._sends.begin()
+        try:
+            await self._send(message)
+        except OSError:
+            # Since ASGI 2.4 this is how a server says that the client left.
+            self._state.client_left()
+            if self._state.is_deferring:
+                return
+            await anyio.lowlevel.checkpoint()
+            raise
+        except CancelledError as exc:
+            raise_as_it_is(told(exc, self._state.loop, SENDING))
+        finally:
+            self._sends.end()
+
+    def _no_chunk(self, limit: float) -> None:
+        self._block.cancel_nowait(CancelationReason.TIMEOUT, f"No chunk for {limit:g} seconds")
+
+    def _no_room(self, limit: float) -> None:
+        self._response._stalled = True
+        self._block.cancel_nowait(CancelationReason.TIMEOUT, f"The client took nothing for {limit:g} seconds")
+
+
+def _resume(blocks: tuple[Cancelable, ...]) -> None:
+    for block in blocks:
+        block._resume()
+
+
+class _Limit:
+    """A deadline that begins anew with each chunk."""
+
+    def __init__(self, loop: EventLoop, seconds: float | None, passed: Callable[[float], None]) -> None:
+        self._loop = loop
+        self._seconds = seconds
+        self._passed = passed
+        self._timer: Timer | None = None
+
+    def begin(self) -> None:
+        if self._seconds is not None:
+            self._timer = self._loop.call_at(self._loop.time() + self._seconds, self._pass)
+
+    def end(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _pass(self) -> None:
+        assert self._seconds is not None
+        self._passed(self._seconds)
+
+
+def keep_for_stream(state: RequestState, response: CancelableStreamingResponse, *, made: bool = False) -> None:
+    """Let ``state`` live until the stream has ended, if the handler's return would close it."""
+    if (made and not state.is_kept and not state.is_closed) or state.ends_with_handler:
+        state.keep_through_response(response)
+
+
+def cancelable_streaming_response(
+    iterator: Content,
+    cancel: Cancelable | None = None,
+    media_type: str | None = None,
+    *,
+    status_code: int = 200,
+    headers: Mapping[str, str] | None = None,
+    background: BackgroundTask | None = None,
+    timeout: float | timedelta | None = None,
+    gap_timeout: float | timedelta | None = None,
+    send_timeout: float | timedelta | None = None,
+    cleanup_grace: float | None = None,
+) -> CancelableStreamingResponse:
+    """A `CancelableStreamingResponse`, which says what happens to it on cancellation."""
+    return CancelableStreamingResponse(
+        iterator,
+        status_code,
+        headers,
+        media_type,
+        background,
+        cancel=cancel,
+        timeout=timeout,
+        gap_timeout=gap_timeout,
+        send_timeout=send_timeout,
+        cleanup_grace=cleanup_grace,
+    )

@@ -1,0 +1,65 @@
+"""A predicate that stops a block when it comes true."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable
+from contextvars import copy_context
+from typing import TYPE_CHECKING
+
+import anyio
+
+from .foreign import EXITS, ThisTask
+from .reasons import CancelationReason
+from .settings import seconds
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+    from .loops.base import EventLoop, Worker
+
+Cancel = Callable[[CancelationReason, str], object]
+
+
+class Condition:
+    """Asks a predicate again and again while a block is open."""
+
+    def __init__(self, predicate: Callable[[], bool | Awaitable[bool]], interval: float | timedelta) -> None:
+        if not callable(predicate):
+            raise TypeError(f"a condition must be a function without arguments that returns a bool, not {predicate!r}")
+        self._predicate = predicate
+        self._interval = seconds(interval, "interval")
+        self._worker: Worker | None = None
+
+    def start(self, cancel: Cancel, loop: EventLoop) -> None:
+        async def ask() -> None:
+            await self._ask(cancel)
+
+        self._worker = loop.spawn(ask, copy_context())
+
+    def stop(self) -> None:
+        if self._worker is not None:
+            self._worker.cancel()
+
+    async def join(self) -> None:
+        if self._worker is not None:
+            with anyio.CancelScope(shield=True):
+                await self._worker.join()
+
+    async def _ask(self, cancel: Cancel) -> None:
+        this_task = ThisTask()
+        try:
+            while not await self._is_true():  # noqa: ASYNC110 - nobody could set an event for a predicate
+                await anyio.sleep(self._interval)
+        except BaseException as exc:
+            is_stopped = this_task.is_ended_by(exc)
+            if not is_stopped or isinstance(exc, EXITS):
+                cancel(CancelationReason.ERROR, f"The condition failed: {exc!r}")
+            if is_stopped:
+                raise
+        else:
+            cancel(CancelationReason.CONDITION, "The condition came true")
+
+    async def _is_true(self) -> bool:
+        answer = self._predicate()
+        return bool(await answer) if inspect.isawaitable(answer) else bool(answer)

@@ -1,0 +1,68 @@
+"""The event loop that runs in this thread."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from asyncio import get_running_loop
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from .asyncio_loop import AsyncioLoop
+
+if TYPE_CHECKING:
+    import trio
+
+    from .base import EventLoop
+    from .trio_loop import TrioLoop
+
+
+class _ThreadLocal(threading.local):
+    # The last loop seen in this thread: a server asks for the same one millions of times.
+    asyncio: AsyncioLoop | None = None
+    trio: TrioLoop | None = None
+
+
+_seen = _ThreadLocal()
+
+
+def _running_trio_token() -> trio.lowlevel.TrioToken | None:
+    # trio first: in its guest mode an asyncio loop runs in the same thread.
+    loaded: Any = sys.modules.get("trio")
+    if loaded is None or not loaded.lowlevel.in_trio_run():
+        return None
+    token: trio.lowlevel.TrioToken = loaded.lowlevel.current_trio_token()
+    return token
+
+
+def current_loop() -> EventLoop:
+    """The loop that runs in this thread.
+
+    :raises RuntimeError: if none does.
+    """
+    if "trio" in sys.modules and (token := _running_trio_token()) is not None:
+        seen_trio = _seen.trio
+        if seen_trio is None or seen_trio.token is not token:
+            seen_trio = _seen.trio = _of_trio(token)
+        return seen_trio
+    loop = get_running_loop()
+    seen = _seen.asyncio
+    if seen is None or seen.loop is not loop:
+        seen = _seen.asyncio = _of_asyncio(loop)
+    return seen
+
+
+def _of_asyncio(loop: Any) -> AsyncioLoop:
+    # Kept by the loop itself: several may take turns in one thread, as those of fixtures and tests in pytest-asyncio do.
+    known: AsyncioLoop | None = getattr(loop, "_cancelable_deps_loop", None)
+    if known is None:
+        known = AsyncioLoop(loop)
+        with suppress(AttributeError):
+            loop._cancelable_deps_loop = known
+    return known
+
+
+def _of_trio(token: trio.lowlevel.TrioToken) -> TrioLoop:
+    from .trio_loop import TrioLoop  # loads late: trio is imported only by those who run on it
+
+    return TrioLoop(token)

@@ -1,0 +1,291 @@
+"""The part of `public_scopes.py` that trio needs: a watch that is an instrument.
+
+An instrument is told when a task is scheduled, and before and after each of its steps. trio delivers a cancellation by
+scheduling the task: within the call that cancels, or directly after the step in which the task has begun to wait. At
+these two moments nothing else can have scheduled it.
+
+`trio.lowlevel.checkpoint` delivers in a scope of its own, and has to see the cancellation until it has left that. So a
+task that is cancelled in it is exposed for one step: its cleanup is disturbed if the first thing that it awaits is
+neither a checkpoint nor done already. A gate, which steps its coroutine, is not exposed.
+
+Installed only while a cancellation waits to be delivered, as it costs each step of each task. An operation of the system
+that cannot be withdrawn, and ends later with the cancellation (on Windows), is told twice.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import outcome
+import trio
+
+from .public_scopes import PublicGate, PublicScope, Stepped, TellingScope
+from .public_scopes import tell as tell  # noqa: PLC0414 - a part of the family
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from anyio import CancelScope
+
+    from .base import EventLoop, Gate, IsOurs, PoliteScope, TaskGate
+    from .public_scopes import _Pair
+
+
+class TrioWatch:
+    """Offers a cancellation while the task runs, and at the moments when trio delivers."""
+
+    __slots__ = ("_instrument", "_is_guarding", "_is_in_checkpoint", "_is_scheduled", "_is_struck", "_pair", "task")
+
+    def __init__(self, pair: _Pair, task: Any) -> None:
+        self._pair = pair
+        self.task = task
+        self._is_struck = self._is_in_checkpoint = self._is_scheduled = self._is_guarding = False
+        self._instrument = _Instrument.of(pair.loop.extras)
+
+    def start(self) -> None:
+        self._instrument.add(self)
+        if _current_task() is self.task:
+            # It hears of it where it begins to wait.
+            self._pair.open()
+        else:
+            self._offer()
+
+    def stop(self) -> None:
+        self._instrument.remove(self)
+
+    def guard(self) -> None:
+        self._is_guarding = True
+
+    def _offer(self) -> None:
+        # Left open while the task waits where it cannot be reached: at the end of a nursery, say, whose children can.
+        self._is_scheduled = False
+        self._pair.open()
+        if self._is_scheduled:
+            self._was_reached()
+
+    def _was_reached(self) -> None:
+        self._is_struck = True
+        self._is_in_checkpoint = is_in_checkpoint(self.task)
+        if not self._is_in_checkpoint:
+            self._pair.close()
+
+    def is_scheduled(self) -> None:
+        self._is_scheduled = True
+
+    def before_step(self) -> None:
+        self._is_scheduled = False
+        if self._is_guarding:
+            return
+        if not self._is_struck:
+            # It asks only where it has yielded. A nursery that it leaves would hand on the cancellation of its children.
+            self._pair.nurseries.note()
+            if _innermost(self.task) is _PASSING and _end_of_nursery() not in _codes_of(self.task):
+                self._pair.open()
+            else:
+                self._pair.close()
+        elif self._is_in_checkpoint:
+            self._pair.open()
+        elif is_anothers(self._pair):
+            # Closed until it has been seen by the scope that it was meant for.
+            self._is_struck = False
+        else:
+            self._pair.was_delivered()
+
+    def after_step(self) -> None:
+        if self._is_guarding:
+            if self._pair.nurseries.have_swallowed:
+                self._is_guarding = self._is_struck = False
+                self._pair.was_lost()
+                self._offer()
+        elif self._is_struck:
+            self._pair.was_delivered()
+        elif _innermost(self.task) is _PASSING:
+            pass
+        elif self._is_scheduled:
+            self._was_reached()
+        else:
+            self._offer()
+
+
+class _Instrument(trio.abc.Instrument):
+    """The one of a run, for all its watches."""
+
+    def __init__(self) -> None:
+        self._watches: dict[Any, tuple[TrioWatch, ...]] = {}
+
+    @classmethod
+    def of(cls, extras: dict[Any, Any]) -> _Instrument:
+        instrument: _Instrument | None = extras.get(cls)
+        if instrument is None:
+            instrument = extras[cls] = cls()
+        return instrument
+
+    def add(self, watch: TrioWatch) -> None:
+        if not self._watches:
+            trio.lowlevel.add_instrument(self)
+        self._watches[watch.task] = (*self._watches.get(watch.task, ()), watch)
+
+    def remove(self, watch: TrioWatch) -> None:
+        left = tuple(other for other in self._watches.pop(watch.task, ()) if other is not watch)
+        if left:
+            self._watches[watch.task] = left
+        if not self._watches:
+            trio.lowlevel.remove_instrument(self)
+
+    def task_scheduled(self, task: trio.lowlevel.Task) -> None:
+        for watch in self._watches.get(task, ()):
+            watch.is_scheduled()
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        for watch in self._watches.get(task, ()):
+            watch.before_step()
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        for watch in self._watches.get(task, ()):
+            watch.after_step()
+
+
+class _Exits(trio.abc.Instrument):
+    """Tells of tasks that end. It hears of nothing else, and costs no step."""
+
+    def __init__(self) -> None:
+        self.ended: dict[trio.lowlevel.Task, Callable[[bool], object]] = {}
+
+    def task_exited(self, task: trio.lowlevel.Task) -> None:
+        ended = self.ended.pop(task, None)
+        if not self.ended:
+            trio.lowlevel.remove_instrument(self)
+        if ended is not None:
+            ended(False)
+
+
+def tell_at_exit(extras: dict[Any, Any], task: trio.lowlevel.Task, ended: Callable[[bool], object]) -> None:
+    """Call ``ended(False)`` when ``task`` has ended."""
+    exits = extras.setdefault(_Exits, _Exits())
+    if not exits.ended:
+        trio.lowlevel.add_instrument(exits)
+    exits.ended[task] = ended
+
+
+class TrioStepped(Stepped):
+    """Awaits a coroutine, and tells its gate of a cancellation before that is sent in."""
+
+    __slots__ = ("_gate",)
+
+    def __init__(self, coro: Any, gate: PublicGate) -> None:
+        super().__init__(coro)
+        self._gate = gate
+
+    def send(self, value: Any) -> Any:
+        gate = self._gate
+        is_cancelled = isinstance(value, outcome.Error) and isinstance(value.error, trio.Cancelled)
+        if not is_cancelled or not gate.is_open_to_us:
+            return super().send(value)
+        if is_in_checkpoint(gate.task):
+            message = super().send(value)
+            # Before trio hears what the task waits for next.
+            if gate.is_open_to_us:
+                gate.was_delivered()
+        elif is_anothers(gate):
+            message = super().send(value)
+            gate.reopen()
+        else:
+            gate.was_delivered()
+            message = super().send(value)
+        return message
+
+
+def _current_task() -> trio.lowlevel.Task | None:
+    try:
+        return trio.lowlevel.current_task()
+    except RuntimeError:
+        # Between two steps: in a signal handler, say.
+        return None
+
+
+def is_anothers(pair: _Pair) -> bool:
+    """Close ``pair``, in the current task, and return whether a scope further in is cancelled as well.
+
+    That one takes the cancellation for its own; ours comes after it.
+    """
+    pair.close()
+    return trio.current_effective_deadline() == -math.inf
+
+
+def is_in_checkpoint(task: Any) -> bool:
+    """Return whether ``task`` is being cancelled in a scope of ``trio.lowlevel.checkpoint``'s own."""
+    return _IN_CHECKPOINT in pairwise(_codes_of(task))
+
+
+def _codes_of(task: Any) -> list[Any]:
+    return [frame.f_code for frame, _ in task.iter_await_frames()]
+
+
+def _innermost(task: Any) -> Any:
+    codes = _codes_of(task)
+    # Below the functions of trio that anybody calls is a generator that yields.
+    return next((code for code in reversed(codes) if code in (_PASSING, _WAITING)), None)
+
+
+@cache
+def _end_of_nursery() -> Any:
+    """Return the code that runs at the end of a nursery. Only where trio runs, as making one needs that."""
+    return type(trio.open_nursery()).__aexit__.__code__
+
+
+_PASSING, _WAITING, _CHECKPOINT = (
+    getattr(function, "__code__", None)
+    for function in (
+        trio.lowlevel.cancel_shielded_checkpoint,
+        trio.lowlevel.wait_task_rescheduled,
+        trio.lowlevel.checkpoint,
+    )
+)
+_IN_CHECKPOINT = (_CHECKPOINT, _WAITING)
+
+
+class TrioPublicScope(PublicScope):
+    __slots__ = ()
+
+    _new_watch = TrioWatch
+
+
+class TrioPublicGate(PublicGate):
+    __slots__ = ()
+
+    _new_watch = TrioWatch
+    _step = TrioStepped
+
+
+class _TrioTaskEnd:
+    def __init__(self, loop: EventLoop) -> None:
+        self._loop = loop
+
+    def put_around(self, ended: Callable[[bool], object]) -> None:
+        task: Any = self._loop.current_task()
+        tell_at_exit(self._loop.extras, task, ended)
+
+
+def polite_scope(loop: EventLoop, grace: float) -> PoliteScope:
+    return TrioPublicScope(loop, grace)
+
+
+def polite_gate(loop: EventLoop, grace: float, is_ours: IsOurs) -> Gate:
+    return TrioPublicGate(loop, grace, is_ours)
+
+
+def task_gate(loop: EventLoop, grace: float, is_ours: IsOurs) -> TaskGate:
+    """A gate that public API cannot put there: it tells the end of the task alone."""
+    return _TrioTaskEnd(loop)
+
+
+def told_scope(loop: EventLoop, scope: CancelScope, gates: dict[Any, Gate]) -> CancelScope:
+    """A scope in place of ``scope`` that tells the ``gates`` when it is cancelled, which no hook does."""
+    return TellingScope(loop, scope, gates)
+
+
+def marker(loop: Any) -> None:
+    """No function that marks a place: scopes are entered at once."""

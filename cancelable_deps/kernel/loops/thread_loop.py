@@ -1,0 +1,96 @@
+"""What stands for an event loop where none runs: in a worker thread."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from . import public_asyncio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from contextvars import Context
+
+    from .base import EventLoop, Mark, Newcomer, ScopeFamily, Timer, Worker
+
+
+class ThreadScope:
+    """Stands for the scopes of a block that no scope can reach: it is stopped by `Cancelable.check` alone."""
+
+    is_delivered = is_lost = False
+    spares: Callable[..., bool] | None = None
+
+    def __init__(self, task: int) -> None:
+        self.task = task
+
+    def begin(self, deadline: float, mark: Mark | None) -> None: ...
+
+    def end(self, exc: BaseException | None) -> BaseException | None:
+        return exc
+
+    def cancel_politely(self, why: str) -> None: ...
+
+    def reaches(self, inner: object) -> bool:
+        return True
+
+    def take_for_delivered(self) -> None: ...
+
+    def hold(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+    def release(self) -> None: ...
+
+    def move_deadline(self, deadline: float) -> None: ...
+
+
+class _NoTimer:
+    def cancel(self) -> None: ...
+
+
+class ThreadLoop:
+    """What a block in a thread has for an event loop: the clock, and by messages the timers, of the one at ``home``."""
+
+    is_trio = False
+    is_thread = True
+    mark: Callable[[], Mark] | None = None
+    drain: Any = None
+    is_awaiting_step = False
+
+    def __init__(self, home: EventLoop | None) -> None:
+        self.home = home
+        self.time = time.monotonic if home is None else home.time
+        self.extras: dict[Any, Any] = {}
+        self.newcomers: dict[Newcomer, None] = {}
+        self.scopes: ScopeFamily = public_asyncio
+        self.lines: dict[float, Any] = {}
+
+    def await_step(self) -> None:
+        raise NotImplementedError
+
+    def is_running_here(self) -> bool:
+        # Whichever thread cancels, there is nobody to be woken in another one.
+        return True
+
+    def current_task(self) -> object:
+        return None
+
+    def times_asked(self, task: object) -> int:
+        return 0
+
+    def is_cancelled_by(self, exc: BaseException, asked: int) -> bool:
+        return False
+
+    def wake(self) -> None: ...
+
+    def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
+        if self.home is None or not self.home.is_running_here():
+            return _NoTimer()
+        return self.home.call_at(when, callback)
+
+    def call_from_thread(self, callback: Callable[..., object], *args: object) -> None:
+        if self.home is not None:
+            self.home.call_from_thread(callback, *args)
+
+    def spawn(self, work: Callable[[], Coroutine[Any, Any, None]], context: Context) -> Worker:
+        raise RuntimeError("no event loop runs in this thread")

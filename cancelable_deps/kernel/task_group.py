@@ -1,0 +1,182 @@
+"""An anyio task group that lives as long as a block, and whose children are cancelled politely."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import anyio
+import anyio.abc
+import anyio.lowlevel
+
+from .foreign import ThisTask, as_failure, is_anothers
+from .loops.current import current_loop
+from .loops.public_scopes import stop_telling
+from .unwrap import raise_as_it_is
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextvars import Context
+    from types import TracebackType
+
+    from anyio import CancelScope, TaskHandle
+
+    from .cancelable import Cancelable
+    from .loops.base import Gate
+
+T = TypeVar("T")
+
+
+class CancelableTaskGroup(anyio.abc.TaskGroup):
+    """The task group inside ``block``. Entering it enters the block; leaving it waits for all children.
+
+    A child that fails cancels the others, as in any task group, but its exception arrives as itself where it is the
+    only one or an ``HTTPException``. Each child has its own grace for its cleanup, whether the block, the group or a
+    sibling's failure cancelled it; also if that was one group further out.
+
+    The members of a plain anyio group inside have none, unless they open a block of their own: anyio repeats their
+    cancellation at every ``await``.
+    """
+
+    _is_open = False
+    _goes_on: BaseException | None = None
+    """A cancellation from further out, which the body or a child has seen, and the group is not to keep."""
+
+    def __init__(self, block: Cancelable) -> None:
+        self._block = block
+
+    @property
+    def cancel_scope(self) -> CancelScope:  # type: ignore[override]
+        return self._scope
+
+    @property
+    def cancelable(self) -> Cancelable:
+        """The block, for its ``reason``, ``remaining()`` and ``shield()``."""
+        return self._block
+
+    async def __aenter__(self) -> Self:
+        self._group = anyio.create_task_group()
+        self._loop = current_loop()
+        self._block._enter(self._loop)
+        try:
+            await self._group.__aenter__()
+        except BaseException as exc:
+            self._block._leave(exc)
+            raise
+        self._gate = self._make_gate()
+        self._gate.begin()
+        self._is_open = True
+        self._block._has_task_group = True
+        self._block._group_gates = self._gates = {self._block._task: self._gate}
+        self._scope = self._loop.scopes.told_scope(self._loop, self._group.cancel_scope, self._gates)
+        self._block._group_scope = getattr(self._scope, "late", self._scope)
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        # A child that has ended makes the group cancel its body, and so its cleanup, once more: hence a gate here too.
+        gate = self._gate
+        raised = exc = gate.end(exc) or exc
+        is_told = gate.is_delivered
+        self._note_what_goes_on(gate, exc)
+        del self._gate, self._gates[self._block._task]  # It knows us: a cycle.
+        # The group cancels itself when its body fails, and takes whatever anyio has worded for that.
+        is_failure = exc is not None and is_anothers(exc, self._loop)
+        if exc is not None:
+            # The group is about to cancel its children.
+            for other in self._gates.values():
+                other.fire()
+        try:
+            if await self._group.__aexit__(exc_type, exc, traceback) and not is_failure:
+                raised = None
+        except BaseException as group_exc:
+            raised = group_exc
+        if raised is None and self._goes_on is not None:
+            # The group believes that it was cancelled by itself alone.
+            raised = self._goes_on
+            gate.pass_on()
+        self._goes_on = None
+        self._is_open = False
+        stop_telling(self._scope)
+        self._block._group_scope = self._block._group_gates = None
+        outcome = self._block._leave(raised)
+        if is_told and outcome is not None:
+            self._loop.scopes.tell(self._loop, outcome)
+        if self._block._is_unsettled:
+            await self._block._settle()
+        try:
+            if outcome is not None and outcome is not exc:
+                raise_as_it_is(outcome)
+            return outcome is None
+        finally:
+            del outcome, raised, exc  # Their tracebacks know this frame: cycles, as long as this frame knows them.
+
+    def create_task(
+        self, coro: Coroutine[Any, Any, T], *, name: object = None, context: Context | None = None
+    ) -> TaskHandle[T]:
+        if not isinstance(coro, Coroutine):
+            raise TypeError(f"a task is made of a coroutine, not of {coro!r}")
+        if not self._is_open:
+            coro.close()
+            raise RuntimeError("this task group is not open: start tasks inside its `async with` block")
+        name = name or getattr(coro, "__qualname__", None)
+        return self._group.create_task(self._run(coro), name=name, context=context)
+
+    async def start(
+        self,
+        func: Callable[..., Coroutine[Any, Any, T]],
+        *args: object,
+        name: object = None,
+        return_handle: Any = False,
+    ) -> Any:
+        if not self._is_open:
+            raise RuntimeError("this task group is not open: start tasks inside its `async with` block")
+
+        async def run(*, task_status: Any) -> T:
+            return await self._run(func(*args, task_status=task_status))
+
+        name = name or getattr(func, "__qualname__", repr(func))
+        try:
+            return await self._group.start(run, name=name, return_handle=return_handle)
+        except RuntimeError:
+            # trio says so of a child that was cancelled before it had started. If we are cancelled too, that goes first.
+            await anyio.lowlevel.checkpoint()
+            raise
+
+    async def _run(self, coro: Coroutine[Any, Any, T]) -> T:
+        task = self._loop.current_task()
+        gate = self._gates[task] = self._make_gate()
+        gate.begin()
+        this_task = ThisTask()
+        try:
+            result: T = await gate.watch(coro)
+        except BaseException as exc:
+            # The group may be about to cancel its body and the other children.
+            for other in self._gates.values():
+                other.expect(self._is_cancelled)
+            self._note_what_goes_on(gate, exc)
+            if this_task.is_anothers(exc) and not self._is_ours(None):
+                # The group would take the child for one that was cancelled, and its end for no failure.
+                exc = as_failure(exc, f"the task {getattr(coro, '__qualname__', coro)}")
+            # The gate takes the cancellation that ends a grace for its own; to the group the child was cancelled.
+            raise gate.end(exc) or exc  # noqa: B904
+        finally:
+            del self._gates[task]
+        gate.end(None)
+        if gate.is_lost:
+            await anyio.lowlevel.checkpoint()
+        return result
+
+    def _note_what_goes_on(self, gate: Gate, exc: BaseException | None) -> None:
+        if gate.is_passed_by and isinstance(exc, anyio.get_cancelled_exc_class()):
+            self._goes_on = exc
+
+    def _make_gate(self) -> Gate:
+        return self._loop.scopes.polite_gate(self._loop, self._block._cleanup_grace, self._is_ours)
+
+    def _is_ours(self, origin: object) -> bool:
+        return self._block.is_cancelled or self._is_cancelled()
+
+    def _is_cancelled(self) -> bool:
+        return self._group.cancel_scope.cancel_called

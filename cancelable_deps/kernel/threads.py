@@ -1,0 +1,287 @@
+"""Blocks in worker threads, and functions that a block runs in a thread or in a process of their own."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from asyncio import CancelledError
+from concurrent.futures import CancelledError as CallCancelled
+from contextlib import suppress
+from contextvars import copy_context
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+import anyio.to_thread
+
+from . import foreign as _foreign
+from .cancelable import Cancelable, _current
+from .errors import CancelationError
+from .foreign import as_failure, told, with_own_failures
+from .log import logger
+from .loops.current import current_loop
+from .loops.thread_loop import ThreadLoop, ThreadScope
+from .members import with_one_more, without
+from .processes.pool import pool_of
+from .token import close_unawaited
+from .unwrap import raise_as_it_is
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from anyio import CapacityLimiter
+
+    from .loops.base import EventLoop
+    from .token import CancelationToken, Cause
+
+
+def enter(block: Cancelable) -> None:
+    """``with block:`` in a thread in which no event loop runs."""
+    if block._loop is not None:
+        raise block._entered_before()
+    _refuse_a_running_loop(block)
+    parent = _current.get()
+    home = block._home() or _home_of(parent)
+    if block._condition is not None and home is None:
+        raise TypeError(
+            "a condition is asked in an event loop, and no request or enclosing block tells this thread of one. Ask it "
+            "yourself, beside `cancel.check()`."
+        )
+    loop = block._loop = ThreadLoop(home)
+    block._started = loop.time()
+    if block._timeout is not None:
+        block._deadline = block._started + block._timeout
+    _listen(block)
+    block._scope = ThreadScope(threading.get_ident())
+    _link(block, parent)
+    block._outside = _current.set(block)
+    if home is not None:
+        home.call_from_thread(_watch, block, home)
+
+
+def leave(block: Cancelable, exc: BaseException | None) -> BaseException | None:
+    """Close a block that was entered by `enter`; the exception that should leave it."""
+    loop = block._loop
+    assert loop is not None
+    block._scope = None
+    block._ended = loop.time()
+    block._unlisten()
+    _unlink(block)
+    with suppress(ValueError):
+        # A generator dependency is entered in one thread of FastAPI's and left in another, each with its own context.
+        _current.reset(block._outside)
+    del block._outside
+    _close_what_cannot_be_awaited(block)
+    outcome = exc if exc is None else block._outcome(exc, exc)
+    if _home_of(block) is None:
+        block._let_go()
+    # After the call that was made on entering, and before the end of this thread's work is known there: calls from
+    # threads are made in their order.
+    loop.call_from_thread(_stop, block)
+    return outcome
+
+
+def _watch(block: Cancelable, home: EventLoop) -> None:
+    block._rearm()
+    block._watch(home)
+
+
+def _stop(block: Cancelable) -> None:
+    block._stop_timers()
+    block._unwatch()
+    block._let_go()
+
+
+def _refuse_a_running_loop(block: Cancelable) -> None:
+    try:
+        current_loop()
+    except RuntimeError:
+        return
+    raise TypeError(
+        f"an event loop runs in this thread, so {block!r} is entered by `async with`. A plain `with` is for worker "
+        "threads: a `def` endpoint, or a function given to `run_in_thread()`."
+    )
+
+
+def _listen(block: Cancelable) -> None:
+    block._token.listen(block)
+    if block._upstream is not None:
+        block._upstream.listen(block)
+    if block._timeout == 0:
+        block._expire()
+    if block._token.cause is not None:
+        block._refuse(None, block._token.cause)
+
+
+def _home_of(parent: Cancelable | None) -> EventLoop | None:
+    if parent is None or parent._loop is None:
+        return None
+    return parent._loop.home
+
+
+def _link(block: Cancelable, parent: Cancelable | None) -> None:
+    if parent is None or not parent.is_active:
+        return
+    block._parent = parent
+    if parent._task == block._task:
+        parent._children = with_one_more(parent._children, block)
+    elif block._upstream is not parent._token:
+        # Not one of its children: for those a block in the loop waits, and is told in the loop when they are left.
+        block._told_by_parent = _Marker(block)
+        parent._token.listen(block._told_by_parent)
+
+
+def _unlink(block: Cancelable) -> None:
+    parent = block._parent
+    if parent is not None and parent._children and parent._task == block._task:
+        parent._children = without(parent._children, block)
+    if parent is not None and block._told_by_parent is not None:
+        parent._token.unlisten(block._told_by_parent)
+
+
+def _close_what_cannot_be_awaited(block: Cancelable) -> None:
+    for awaitable in block._to_await or ():
+        logger.warning("an async on_cancel callback of %r was not awaited: a `with` block takes plain ones", block)
+        close_unawaited(awaitable)
+
+
+class _Marker:
+    """Tells a block in a thread that the block around the thread was cancelled."""
+
+    def __init__(self, block: Cancelable) -> None:
+        self._block = block
+
+    def token_cancelled(self, token: CancelationToken, cause: Cause) -> None:
+        self._block._mark(f"The enclosing {self._block._parent!r}")
+
+
+async def run_in_thread(
+    block: Cancelable,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    abandon_on_cancel: bool,
+    limiter: CapacityLimiter | None,
+) -> Any:
+    _refuse_outside(block, "run_in_thread")
+    if inspect.iscoroutinefunction(func):
+        raise TypeError(f"run_in_thread() takes a plain function, and {func!r} is `async def`: await it here")
+    try:
+        return await call_in_thread(partial(func, *args), abandon_on_cancel, limiter)
+    except CancelationError as error:
+        _tell_enclosing_blocks(error)
+        raise
+
+
+async def run_in_process(
+    block: Cancelable, func: Callable[..., Any], args: tuple[Any, ...], limiter: CapacityLimiter | None
+) -> Any:
+    _refuse_outside(block, "run_in_process")
+    # What is pickled here, and what comes back, may run code of the user's as well.
+    return await with_own_failures("the job of a process", pool_of(current_loop()).run, func, args, limiter)
+
+
+async def call_in_thread(
+    call: Callable[[], Any], abandon_on_cancel: bool = False, limiter: CapacityLimiter | None = None
+) -> Any:
+    """Run ``call`` in a worker thread, whose place in the limiter stays taken until it has really ended."""
+    call = partial(_foreign.call_in_thread, _JOB, call)
+    if abandon_on_cancel:
+        return await _Abandonable(call, limiter).run()
+    try:
+        return await anyio.to_thread.run_sync(call, limiter=limiter)
+    except CancelledError as exc:
+        if _is_being_stopped():
+            raise
+        raise_as_it_is(told(exc, current_loop(), _JOB))
+
+
+def _refuse_outside(block: Cancelable, method: str) -> None:
+    if not block.is_active or (block._loop is not None and block._loop.is_thread):
+        raise RuntimeError(
+            f"{method}() of {block!r} was called outside of its block, where nothing can stop it: call it inside "
+            "`async with cancel:`."
+        )
+
+
+def _is_being_stopped() -> bool:
+    """Whether a block around the caller is: a thread may have asked for that, and raised what anyio raises then."""
+    block = _current.get()
+    while block is not None and block._token.cause is None:
+        block = block._parent
+    return block is not None
+
+
+def _tell_enclosing_blocks(error: CancelationError) -> None:
+    # The error came by way of the thread: what this task now cleans up is not to be hit by the cancellation as well.
+    block = _current.get()
+    while block is not None:
+        if block._token.cause is not None:
+            block._is_told(block._token.cause, error)
+        block = block._parent
+
+
+_JOB: Final = "the function in a worker thread"
+
+
+class _Abandonable:
+    """A thread that its caller may leave alone.
+
+    A task of ours waits for the thread, and not the caller's: anyio's own ``abandon_on_cancel`` gives the limiter's
+    token back while the thread still runs, and so lets new work pile onto a busy pool.
+    """
+
+    def __init__(self, call: Callable[[], Any], limiter: CapacityLimiter | None) -> None:
+        self._call = call
+        self._limiter = limiter
+        self._scope = anyio.CancelScope()
+        self._ended = anyio.Event()
+        self._abandoned = False
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+    async def run(self) -> Any:
+        current_loop().spawn(self._wait, copy_context())
+        try:
+            await self._ended.wait()
+        except BaseException:
+            self._abandon()
+            raise
+        if self._error is not None:
+            try:
+                raise self._error
+            finally:
+                self._error = None
+        return self._result
+
+    def _abandon(self) -> None:
+        if self._ended.is_set():
+            self._log_error()
+        self._abandoned = True
+        # Ends the waiting for a thread, if there is none yet, and is what `anyio.from_thread.check_cancelled()` asks.
+        self._scope.cancel()
+
+    async def _wait(self) -> None:
+        self._error = RuntimeError("the event loop was closed before the thread had ended")
+        try:
+            with self._scope:
+                await anyio.to_thread.run_sync(self._run, limiter=self._limiter)
+        finally:
+            if self._abandoned:
+                self._log_error()
+            elif isinstance(self._error, CancelledError):
+                # Nobody has cancelled anything of ours by now, so it can be none of those that are not logged.
+                self._error = as_failure(self._error, _JOB)
+            self._ended.set()
+
+    def _run(self) -> None:
+        self._error = None
+        try:
+            self._result = self._call()
+        except BaseException as exc:
+            self._error = exc
+
+    def _log_error(self) -> None:
+        error = self._error
+        quiet = (CancelationError, CallCancelled, anyio.get_cancelled_exc_class())
+        if error is not None and error.__traceback__ is not None and not isinstance(error, quiet):
+            logger.error("a thread failed after its caller had been cancelled: %r", error, exc_info=error)

@@ -1,0 +1,213 @@
+"""The end of all requests of one event loop."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import anyio
+import anyio.from_thread
+
+from ..kernel.log import logger
+from ..kernel.loops.current import current_loop
+from ..kernel.reasons import CancelationReason
+from ..kernel.settings import settings
+from ..kernel.sweep import Sweep
+from ..kernel.token import CancelationToken, Cause, telling_everybody
+
+if TYPE_CHECKING:
+    from ..kernel.errors import CancelationError
+    from ..kernel.loops.base import EventLoop, Timer
+
+# What a request may take beyond all graces to end, and its response to leave the process.
+_MARGIN = 1.0
+_SETTLING = 0.1
+
+
+class InFlight(Protocol):
+    """A request, as far as its end is concerned."""
+
+    pen: Any
+    is_closed: bool
+
+    def stop(self, cause: Cause) -> None:
+        """Cancel it, unless its result is there."""
+
+    def stop_all(self, cause: Cause) -> None:
+        """Cancel it; if its result is there, what sends it and what runs after that."""
+
+
+class Limits(NamedTuple):
+    grace: float
+    background_grace: float
+    retry_after: int
+    refuse_new: bool
+
+
+class Drain:
+    """Knows the requests in flight that are older than some milliseconds, and ends them when the token is cancelled.
+
+    The applications that share an event loop share one; of their limits the longest count.
+    """
+
+    refuses = False
+    _began = math.inf
+    _is_cut = False
+    _is_background_cut = False
+    _timer: Timer | None = None
+
+    def __init__(self, loop: EventLoop) -> None:
+        self.token = CancelationToken()
+        self.requests = _Requests()
+        self._loop = loop
+        self._limits: list[Limits] = []
+        self.token.listen(self)
+
+    @classmethod
+    def joined(cls, limits: Limits) -> Drain:
+        """The running loop's, with the limits of one more application."""
+        drain = running_drain()
+        if drain.token.is_cancelled and not drain.is_joined:
+            # Somebody has used the token without a lifespan.
+            drain = drain._loop.drain = cls(drain._loop)
+        drain._limits.append(limits)
+        return drain
+
+    def leave(self, limits: Limits) -> None:
+        self._limits.remove(limits)
+        if not self._limits:
+            self._stop_timer()
+            if self._loop.drain is self:
+                self._loop.drain = None
+
+    @property
+    def is_joined(self) -> bool:
+        return bool(self._limits)
+
+    def begin_from_thread(self, message: str) -> None:
+        """From any thread, or a signal handler."""
+        self._loop.call_from_thread(self.token.cancel_nowait, CancelationReason.SIGNAL, message)
+
+    def add(self, request: InFlight) -> None:
+        """A request that has run for a while; it takes itself out of its pen."""
+        self.requests[request] = None
+        request.pen = self.requests
+        if self._is_background_cut:
+            request.stop_all(self.cause())
+        elif self._is_cut and not request.is_closed:
+            request.stop(self.cause())
+
+    def cause(self) -> Cause:
+        return _SignalCause(max(limits.retry_after for limits in self._limits))
+
+    def token_cancelled(self, token: CancelationToken, cause: Cause) -> None:
+        """Our token tells us that the shutdown begins."""
+        if self._loop.is_running_here():
+            self._begin()
+        else:
+            self._loop.call_from_thread(self._begin)
+
+    async def finish(self) -> None:
+        """A lifespan ends: wait for the requests that the server has left behind, as long as their limits allow."""
+        if not self.token.is_cancelled and (len(self._limits) > 1 or not self.requests):
+            return
+        self.token.cancel_nowait(CancelationReason.SIGNAL)
+        self._begin()  # Unless it is on its way from a thread.
+        await self._know_the_youngest()
+        if self.requests:
+            left = self._began + self._grace + self._background_grace + settings.cleanup_grace + _MARGIN
+            with anyio.move_on_after(left - self._loop.time()):
+                await self.requests.wait_empty()
+                await anyio.sleep(_SETTLING)
+
+    async def _know_the_youngest(self) -> None:
+        """Wait until a request that came just before is known to us."""
+        await anyio.sleep(max(0.0, self._began + 2 * settings.listen_after - self._loop.time()))
+        with anyio.move_on_after(_MARGIN):
+            # Timers are late where much is to do.
+            sweeps = [extra for extra in self._loop.extras.values() if isinstance(extra, Sweep)]
+            while any(sweep.is_wound for sweep in sweeps):  # noqa: ASYNC110
+                await anyio.sleep(settings.listen_after)
+
+    @property
+    def _grace(self) -> float:
+        return max(limits.grace for limits in self._limits)
+
+    @property
+    def _background_grace(self) -> float:
+        return max(limits.background_grace for limits in self._limits)
+
+    def _begin(self) -> None:
+        if self._began < math.inf or not self.is_joined:
+            return
+        self._began = self._loop.time()
+        self.refuses = any(limits.refuse_new for limits in self._limits)
+        logger.info("shutdown begins (%s): requests have %g s to finish", self.token.cause, self._grace)
+        self._wait(self._grace, self._cut)
+
+    def _cut(self) -> None:
+        self._is_cut = self.refuses = True
+        with telling_everybody():
+            for request in [request for request in self.requests if not request.is_closed]:
+                request.stop(self.cause())
+        self._wait(self._background_grace, self._cut_background)
+
+    def _cut_background(self) -> None:
+        self._is_background_cut = True
+        with telling_everybody():
+            for request in list(self.requests):
+                request.stop_all(self.cause())
+
+    def _wait(self, seconds: float, then: Any) -> None:
+        self._timer = None
+        if seconds < math.inf:
+            self._timer = self._loop.call_at(self._loop.time() + seconds, then)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+class _Requests(dict[InFlight, None]):
+    """A pen that can be waited for."""
+
+    _empty: anyio.Event | None = None
+
+    def pop(self, key: InFlight, default: None = None) -> None:  # type: ignore[override]
+        super().pop(key, default)
+        if self._empty is not None:
+            self._empty.set()
+
+    async def wait_empty(self) -> None:
+        while self:
+            # Each application of the loop may wait here.
+            if self._empty is None or self._empty.is_set():
+                self._empty = anyio.Event()
+            await self._empty.wait()
+
+
+class _SignalCause(Cause):
+    """The cause that knows when a client may come back."""
+
+    __slots__ = ("_retry_after",)
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(CancelationReason.SIGNAL, None)
+        self._retry_after = retry_after
+
+    def error(self) -> CancelationError:
+        error = super().error()
+        error.headers = {"retry-after": str(self._retry_after)}
+        return error
+
+
+def running_drain() -> Drain:
+    """The running loop's own; in a worker thread, that of the loop which has started it."""
+    try:
+        loop = current_loop()
+    except RuntimeError:
+        return anyio.from_thread.run_sync(running_drain)
+    drain: Drain | None = loop.drain
+    if drain is None:
+        drain = loop.drain = Drain(loop)
+    return drain

@@ -1,0 +1,373 @@
+"""One WebSocket: its request state, its blocks, and how a stopped one is closed."""
+
+from __future__ import annotations
+
+from asyncio import CancelledError
+from contextlib import suppress
+from contextvars import copy_context
+from functools import cache
+from typing import TYPE_CHECKING, Any
+from weakref import WeakMethod, ref
+
+import anyio
+import anyio.lowlevel
+from starlette.exceptions import WebSocketException
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import JSONResponse
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from ..hosts.servers import can_refuse_socket_with
+from ..kernel.cancelable import current_cancelable
+from ..kernel.errors import CancelationError, DisconnectCancelation
+from ..kernel.foreign import SENDING, told
+from ..kernel.reasons import CancelationReason
+from ..kernel.unwrap import raise_as_it_is
+from . import state as _request
+from .blocks import DoorBlock, RequestBlock
+from .state import SCOPE_KEY, RequestState, request_state
+from .websocket_reader import SocketReader
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from ..kernel.loops.base import EventLoop
+    from .run import Limits
+
+# A close frame has room for 125 bytes, two of which are the code.
+CLOSE_TEXT_BYTES = 123
+_CLOSE_SECONDS = 5
+_GONE = 1006
+
+
+class SocketState(RequestState):
+    """What all doors on one WebSocket share.
+
+    It is over when the application has closed or refused it: what the server reports then is no disconnect.
+    """
+
+    _reader: SocketReader  # type: ignore[assignment]  # pyright: ignore[reportIncompatibleVariableOverride]
+    is_accepted = False
+    is_over = False
+    close_code = _GONE
+    """What the client's close frame said, as far as the server tells."""
+
+    _quiet = False
+    _send_failed = False
+    _error: ref[CancelationError] | None = None
+
+    def __init__(self, scope: Scope, receive: Receive, *, held: bool = False, is_connected: bool = False) -> None:
+        super().__init__(scope, receive, held=held)
+        self._reader = SocketReader(  # pyright: ignore[reportIncompatibleVariableOverride]
+            receive, self, copy_context(), is_connected=is_connected
+        )
+
+    @property
+    def reader(self) -> SocketReader:  # type: ignore[override]
+        return self._reader
+
+    def socket_left(self, message: Message, *, by_receiving: bool) -> None:
+        """The reader tells us."""
+        if self.is_over:
+            return
+        self.close_code = message.get("code") or _GONE
+        # A handler that was waiting for a message has its answer, and ends as it likes.
+        self._quiet = by_receiving
+        self.client_left()
+        self._quiet = False
+        block = current_cancelable()
+        if by_receiving and block is not None and self.token.cause is not None:
+            # The message tells the task, which may take as long for what it does then as for a cleanup.
+            block._is_told(self.token.cause, None)
+
+    @property
+    def has_listeners(self) -> bool:
+        """Always false: a handler that waits for a message is told by that message, before it is stopped."""
+        return False
+
+    @property
+    def has_watchers(self) -> bool:
+        return False
+
+    def _disconnect(self) -> None:
+        super()._disconnect()
+        assert self.token.cause is not None
+        self.log(self.token.cause.reason, self.token.cause)
+
+    def note_disconnect(self) -> None:
+        """Log nothing: that was done when the disconnect was heard, or is left to what handles it."""
+
+    def log(self, reason: CancelationReason, cause: object) -> None:
+        if not self._quiet:
+            super().log(reason, cause)
+
+    def translate(self, outcome: BaseException | None) -> BaseException | None:
+        """What leaves a block of ours, as something that Starlette answers with the right close."""
+        if isinstance(outcome, WebSocketDisconnect) and self._is_ours(outcome):
+            # A failed send tells it before the reader can.
+            self.socket_left({"type": "websocket.disconnect", "code": outcome.code}, by_receiving=False)
+            self.log(CancelationReason.DISCONNECT, CancelationReason.DISCONNECT)
+            error = DisconnectCancelation()
+            error.__cause__ = outcome
+            outcome = error
+        return self.error(outcome) if isinstance(outcome, CancelationError) else outcome
+
+    def _is_ours(self, outcome: WebSocketDisconnect) -> bool:
+        # A handler that talks to other WebSockets may have the disconnect of one of those.
+        left = self.has_left or self._send_failed
+        return left and not self.is_over and not isinstance(outcome, CancelationError)
+
+    def error(self, error: CancelationError) -> Any:
+        """`error` as its twin for WebSockets."""
+        twin: Any = error if isinstance(error, WebSocketException) else _twin_of(error, self.close_code)
+        if self.is_accepted:
+            # There is no HTTP status any more, and a handler that the application has for one would answer in vain.
+            twin.status_code = twin.code
+        self._error = ref(twin)
+        return twin
+
+    async def answer(self, error: CancelationError, send: Send) -> None:
+        """Close for the reason of ``error``, unless it is closed already."""
+        twin = self.error(error)
+        await self.send(send, {"type": "websocket.close", "code": twin.code, "reason": twin.reason})
+
+    async def send(self, send: Send, message: Message) -> None:
+        """Pass on what the application, or Starlette for it, sends."""
+        try:
+            await self._send(send, message)
+        except CancelledError as exc:
+            raise_as_it_is(told(exc, self.loop, SENDING))
+
+    async def _send(self, send: Send, message: Message) -> None:
+        kind = message["type"]
+        if kind == "websocket.close":
+            await self._close(send, message)
+            return
+        if kind == "websocket.accept":
+            self.is_accepted = True
+        elif kind.startswith("websocket.http.response"):
+            self.is_over = True
+        try:
+            await send(message)
+        except (OSError, WebSocketDisconnect):
+            self._send_failed = True
+            raise
+        if kind == "websocket.send":
+            # Some servers never wait, and a handler that only sends would stop for nothing, nor let anybody else run.
+            await anyio.lowlevel.checkpoint()
+
+    async def _close(self, send: Send, message: Message) -> None:
+        ours = isinstance(message.get("reason"), CancelationReason)
+        if self.has_left and not self.is_over:
+            if not self.is_accepted:
+                # The server may still wait for an answer to the handshake.
+                with suppress(OSError, WebSocketDisconnect):
+                    await send({**message, "reason": ""})
+        elif not ours:
+            await self._close_for_the_application(send, message)
+        elif not self.is_over:
+            self.is_over = True
+            # A client that reads nothing must not keep us.
+            with anyio.move_on_after(_CLOSE_SECONDS), suppress(OSError, WebSocketDisconnect):
+                await self._close_for_our_reason(send, message)
+
+    async def _close_for_the_application(self, send: Send, message: Message) -> None:
+        # Before: the server reports a disconnect at once, which means nothing.
+        self.is_over = True
+        try:
+            await send(message)
+        except (OSError, WebSocketDisconnect):
+            self.is_over, self._send_failed = False, True
+            raise
+
+    async def _close_for_our_reason(self, send: Send, message: Message) -> None:
+        error = None if self._error is None else self._error()
+        text = message["reason"].text if error is None else error.detail
+        if error is None or self.is_accepted or not self._can_refuse_with(error.status_code):
+            await send({**message, "reason": close_text(text)})
+            return
+        refusal = JSONResponse({"detail": text}, status_code=error.status_code, headers=error.headers)
+        await refusal(self.scope, self.reader.receive, send)
+        # uvicorn complains if we return before it has seen its own connection end.
+        for _ in range(2):
+            await anyio.lowlevel.checkpoint()
+
+    def _can_refuse_with(self, status_code: int) -> bool:
+        is_announced = "websocket.http.response" in (self.scope.get("extensions") or {})
+        return is_announced and can_refuse_socket_with(self.reader.raw, status_code)
+
+
+class SocketBlock(RequestBlock):
+    """A block whose errors Starlette answers with a close."""
+
+    _request: SocketState
+    if TYPE_CHECKING:
+
+        @property
+        def known_request(self) -> SocketState | None: ...
+
+    def _enter(self, loop: EventLoop | None = None) -> None:
+        try:
+            super()._enter(loop)
+        except CancelationError as exc:
+            raise self._request.error(exc) from None
+
+    def _leave(self, exc: BaseException | None) -> BaseException | None:
+        return self._request.translate(super()._leave(exc))
+
+    def check(self) -> None:
+        try:
+            super().check()
+        except CancelationError as exc:
+            state = self.known_request
+            raise _twin_of(exc, _GONE) if state is None else state.error(exc) from None
+
+
+class SocketDoorBlock(SocketBlock, DoorBlock):
+    """The block around the whole handler of a WebSocket."""
+
+
+SocketState.block_class = SocketBlock
+SocketState.door_class = SocketDoorBlock
+
+
+class _OnSocket(WebSocketException):
+    """What makes a `CancelationError` a ``WebSocketException`` too, which Starlette answers with its ``code``.
+
+    An HTTP response would be its answer else, which no server sends on an open WebSocket.
+    """
+
+
+@cache
+def _twin_class(cls: Any) -> Any:
+    bases: list[type] = [_OnSocket, cls]
+    if issubclass(cls, DisconnectCancelation):
+        # Who waits for one has been told by `except WebSocketDisconnect` so far.
+        bases.append(WebSocketDisconnect)
+    return type(cls.__name__, tuple(bases), {"__module__": cls.__module__})
+
+
+def _twin_of(error: CancelationError, close_code: int) -> CancelationError:
+    kind: Any = type(error)
+    cls = _twin_class(kind)
+    twin = cls.__new__(cls)
+    # `reason` stays the CancelationReason that it is, in place of the text that Starlette expects: a string as well.
+    vars(twin).update(vars(error), code=error.reason.close_code or close_code)
+    twin.args, twin.__cause__ = error.args, error.__cause__
+    result: CancelationError = twin
+    return result
+
+
+def close_text(text: str) -> str:
+    """As much of ``text`` as a close frame has room for."""
+    return text.encode()[:CLOSE_TEXT_BYTES].decode(errors="ignore")
+
+
+class _Outlet:
+    """Stands for a WebSocket's own ``send``, which it does not keep alive."""
+
+    def __init__(self, websocket: WebSocket, state: SocketState) -> None:
+        self._send = WeakMethod(websocket.send)
+        self._state = state
+
+    async def __call__(self, message: Message) -> None:
+        send = self._send()
+        assert send is not None
+        await self._state.send(send, message)
+
+
+async def run_socket(app: ASGIApp, scope: Scope, receive: Receive, send: Send, limits: Limits) -> None:
+    """Run ``app`` for one WebSocket, stop it when the client drops, and close for the reason if it leaves that to us."""
+    state: SocketState | None = scope.get(SCOPE_KEY)
+    made = state is None
+    if state is None:
+        state = SocketState(scope, receive, held=True)
+        state.cleanup_grace = limits.cleanup_grace
+    if limits.policies:
+        state.add_policies(limits.policies)
+    try:
+        error = await _run_in_block(app, scope, state.reader.receive if made else receive, send, state)
+        if error is not None:
+            await state.answer(error, send)
+    finally:
+        if made:
+            await state.aclose()
+
+
+async def _run_in_block(
+    app: ASGIApp, scope: Scope, receive: Receive, send: Send, state: SocketState
+) -> CancelationError | None:
+    async def send_through(message: Message) -> None:
+        await state.send(send, message)
+
+    block = SocketDoorBlock(state, cleanup_grace=state.cleanup_grace)
+    try:
+        async with block:
+            await app(scope, receive, send_through)
+    except CancelationError as exc:
+        return exc
+    # A middleware inside took our cancellation for its own, and sent nothing.
+    return None if state.token.cause is None else state.token.cause.error()
+
+
+def connection_state(connection: HTTPConnection, *, held: bool = False) -> RequestState:
+    """The state of a request or WebSocket, made by the first who asks, who holds it if ``held``."""
+    if isinstance(connection, Request):
+        return request_state(connection, held=held)
+    made = SCOPE_KEY not in connection.scope
+    state = socket_state(connection)
+    if made and held:
+        state.hold()
+    return state
+
+
+def handler_state(connection: HTTPConnection) -> RequestState:
+    """As `connection_state`, called before the handler or in it: closed when the handler has returned."""
+    if isinstance(connection, Request):
+        return _request.handler_state(connection)
+    made = SCOPE_KEY not in connection.scope
+    state = socket_state(connection)
+    if made:
+        state.close_with_handler()
+    return state
+
+
+def socket_state(websocket: HTTPConnection) -> SocketState:
+    """The state of ``websocket``, made by the first who asks."""
+    if not isinstance(websocket, WebSocket):
+        raise TypeError(f"cancelable_deps needs the Request or WebSocket that the framework made, not {websocket!r}")
+    state: SocketState | None = websocket.scope.get(SCOPE_KEY)
+    # Private: the only place where what we have read can be given back to whoever calls `websocket.receive()`.
+    raw = websocket._receive
+    if state is None:
+        state = _earlier_state(websocket) or SocketState(
+            websocket.scope, raw, is_connected=websocket.client_state is not WebSocketState.CONNECTING
+        )
+    if raw is state.reader.raw:
+        websocket._receive = state.reader.receive
+    if "send" not in vars(websocket):
+        state.is_accepted = state.is_accepted or websocket.application_state is WebSocketState.CONNECTED
+        state.is_over = state.is_over or websocket.application_state is WebSocketState.DISCONNECTED
+        websocket.send = _Outlet(websocket, state)  # type: ignore[method-assign]
+    return state
+
+
+def _earlier_state(websocket: WebSocket) -> SocketState | None:
+    reader = getattr(websocket._receive, "__self__", None)
+    if not isinstance(reader, SocketReader):
+        return None
+    state = reader.owner
+    if not isinstance(state, SocketState):
+        state = _take_over(websocket, reader)
+    websocket.scope[SCOPE_KEY] = state
+    return state
+
+
+def _take_over(websocket: WebSocket, reader: SocketReader) -> SocketState:
+    """The earlier state is closed, its handler has returned, but its reader knows what has been read."""
+    state = SocketState(websocket.scope, reader.raw)
+    state._reader = reader
+    reader.owner = state
+    vars(websocket).pop("send", None)
+    if isinstance(reader.end, dict):
+        state.socket_left(reader.end, by_receiving=False)
+    return state

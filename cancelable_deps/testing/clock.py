@@ -1,0 +1,190 @@
+"""Moving an event loop's clock, so that a test of a long timeout takes milliseconds."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.lowlevel
+
+from ..kernel.loops.asyncio_loop import AsyncioLoop
+from ..kernel.loops.current import current_loop
+from ..kernel.settings import seconds as checked
+from ..kernel.settings import settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+# From one deadline to the next; then, for an application that has one every microsecond, in one go.
+_MOST_STEPS = 100_000
+# Passes of the loop without anything to do for others; and how many may go by until then.
+_QUIET, _MOST_PASSES = 10, 1000
+# Timers are compared with the clock in floating point. Only at the end: a deadline that follows from another one's
+# moment would come that much later.
+_A_LITTLE = 1e-6
+# Real seconds for which one that is always busy is given the chance to wait for something.
+_PATIENCE = 0.5
+
+
+async def advance(seconds: float) -> None:
+    """Let ``seconds`` pass on the event loop's clock, and everything happen that is due then, in no time.
+
+    So a test of a 30-second timeout takes milliseconds. On asyncio the loop's own ``time()`` is replaced from here on; on
+    trio the test must run on a ``trio.testing.MockClock``.
+
+    Only what waits for the loop's clock is moved: not threads, processes, real sockets or ``time.monotonic()``. Whatever
+    else waits in the same loop has its time pass as well. After 100,000 deadlines the rest passes in one go. uvloop's
+    clock cannot be moved.
+
+    :raises RuntimeError: for a clock that cannot be moved, :exc:`ValueError` for a time that is negative, endless or NaN.
+    """
+    left = checked(seconds, "advance")
+    if left == math.inf:
+        raise ValueError("advance must be a finite number of seconds")
+    clock = _clock()
+    passes = _MOST_PASSES
+    for _ in range(_MOST_STEPS):
+        passes = await _settle(clock, passes)
+        step = max(0.0, clock.until_next())
+        if step > left:
+            break
+        clock.move(step)
+        left -= step
+    clock.move(left + _A_LITTLE)
+    await _settle(clock, passes)
+
+
+async def _settle(clock: _TrioClock | _AsyncioClock, passes: int) -> int:
+    """Let happen what is due; how many passes that may take next time, for one that yields in a loop takes them all."""
+    quiet = 0
+    for _ in range(passes):
+        await anyio.lowlevel.checkpoint()
+        quiet = 0 if clock.is_acting() else quiet + 1
+        if quiet == _QUIET:
+            return passes
+    return _QUIET
+
+
+async def all_stand_still(at_most: float = math.inf) -> bool:
+    """Wait for that; one that yields in a loop and waits for nothing never does, and is not waited for for long."""
+    with real_seconds(min(_PATIENCE, at_most)) as scope:
+        await anyio.wait_all_tasks_blocked()
+    return not scope.cancelled_caught
+
+
+@contextmanager
+def real_seconds(limit: float) -> Generator[anyio.CancelScope]:
+    """Cancel what runs inside after ``limit`` seconds of a clock that no test moves."""
+    loop = current_loop()
+    end = time.monotonic() + limit
+    timer: Any = None
+
+    def look() -> None:
+        nonlocal timer
+        left = end - time.monotonic()
+        if left > 0:
+            timer = loop.call_at(loop.time() + left, look)
+        else:
+            scope.cancel()
+
+    with anyio.CancelScope() as scope:
+        if _stands_still():
+            # Nothing in its loop would look.
+            timer = threading.Timer(min(limit, threading.TIMEOUT_MAX), loop.call_from_thread, [scope.cancel])
+            timer.daemon = True
+            timer.start()
+        elif loop.is_trio:
+            scope.deadline = loop.time() + limit
+        else:
+            timer = loop.call_at(loop.time() + limit, look)
+        try:
+            yield scope
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+
+def _stands_still() -> bool:
+    """Whether it is trio's ``MockClock``."""
+    trio: Any = sys.modules.get("trio")
+    return trio is not None and trio.lowlevel.in_trio_run() and hasattr(trio.lowlevel.current_clock(), "jump")
+
+
+async def let_doors_listen(is_needless: Callable[[], bool]) -> None:
+    """They do after some milliseconds, which do not pass by themselves on a clock that stands still."""
+    if not _stands_still():
+        return
+    await all_stand_still()
+    if not is_needless():
+        await advance(2 * settings.listen_after)
+
+
+def _clock() -> _TrioClock | _AsyncioClock:
+    trio: Any = sys.modules.get("trio")
+    if trio is not None and trio.lowlevel.in_trio_run():
+        return _TrioClock(trio)
+    loop = asyncio.get_running_loop()
+    clock: _AsyncioClock | None = getattr(loop, "_cancelable_deps_clock", None)
+    return _AsyncioClock(loop) if clock is None else clock
+
+
+class _TrioClock:
+    def __init__(self, trio: Any) -> None:
+        clock = trio.lowlevel.current_clock()
+        if not hasattr(clock, "jump"):
+            raise RuntimeError(
+                "trio's clock can only be moved if the test runs on a MockClock. With anyio's pytest plugin: "
+                'anyio_backend = ("trio", {"clock": trio.testing.MockClock()})'
+            )
+        self.move = clock.jump
+        self._statistics = trio.lowlevel.current_statistics
+
+    def is_acting(self) -> bool:
+        now = self._statistics()
+        return bool(now.tasks_runnable or now.run_sync_soon_queue_size)
+
+    def until_next(self) -> float:
+        seconds: float = self._statistics().seconds_to_next_deadline
+        return seconds
+
+
+class _AsyncioClock:
+    """Stands for ``loop.time`` from the first time on that it is moved."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        if not isinstance(loop, asyncio.BaseEventLoop):
+            raise RuntimeError(  # noqa: TRY004 - it is no argument
+                f"the clock of {type(loop).__module__}.{type(loop).__name__} cannot be moved: run the test on asyncio's "
+                "own event loop, not on uvloop's"
+            )
+        self._loop = loop
+        self._real = loop.time
+        self._ahead = 0.0
+        loop._cancelable_deps_clock = self  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+        loop.time = self.time  # type: ignore[method-assign]
+        # In debug mode, as `unittest` has it, a step that moves the clock would be reported as a slow one.
+        loop.slow_callback_duration = math.inf
+        ours = current_loop()
+        if isinstance(ours, AsyncioLoop):
+            ours.time = self.time
+
+    def time(self) -> float:
+        return self._real() + self._ahead
+
+    def is_acting(self) -> bool:
+        # Private, as the timers below. One that has become due by itself, as real time passes too, is here.
+        return bool(getattr(self._loop, "_ready", ()))
+
+    def until_next(self) -> float:
+        # Private, and the only way to know of a timer before it is due; without it the clock moves in one go.
+        timers = [timer.when() for timer in getattr(self._loop, "_scheduled", ()) if not timer.cancelled()]
+        return min(timers, default=math.inf) - self.time()
+
+    def move(self, seconds: float) -> None:
+        self._ahead += seconds

@@ -1,0 +1,83 @@
+"""Which tasks live in the running event loop, and where they stand."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import anyio.lowlevel
+
+from ..kernel.processes.pool import Pool
+from ..kernel.sweep import Sweep
+from ..kernel.timeouts import Line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Callbacks that are due may run, and a task that has its cancellation may end.
+_PASSES = 5
+# Ours, of which a loop has one for all requests: the timer that finds old ones, those of equal deadlines, which are there
+# while anybody waits for one, and the keeper of idle processes.
+_SHARED = (Sweep._tick.__qualname__, Line._tick.__qualname__, Pool._keep.__qualname__)
+
+
+@dataclass(frozen=True)
+class Left:
+    """A task that outlives what has started it."""
+
+    name: str
+    line: str
+    """Where it stands, as ``"file.py:12"``; empty if that is not in Python."""
+
+    def __str__(self) -> str:
+        return f"{self.name} at {self.line}" if self.line else self.name
+
+
+def tasks_now() -> set[Any]:
+    """All tasks of the running loop."""
+    if not _on_trio():
+        return set(asyncio.all_tasks())
+    import trio
+
+    root = trio.lowlevel.current_root_task()
+    return set() if root is None else {root, *_below(root)}
+
+
+async def tasks_left(before: set[Any]) -> list[Left]:
+    """Those that are alive now and were not ``before``, without what a loop has of ours for all its requests."""
+    for _ in range(_PASSES):
+        await anyio.lowlevel.checkpoint()
+    return [Left(_name(task), _line(task)) for task in tasks_now() - before if not _is_shared(task)]
+
+
+def _on_trio() -> bool:
+    trio = sys.modules.get("trio")
+    return trio is not None and bool(trio.lowlevel.in_trio_run())
+
+
+def _below(task: Any) -> Iterator[Any]:
+    for nursery in task.child_nurseries:
+        for child in nursery.child_tasks:
+            yield child
+            yield from _below(child)
+
+
+def _name(task: Any) -> str:
+    return str(task.get_name() if isinstance(task, asyncio.Task) else task.name)
+
+
+def _line(task: Any) -> str:
+    coroutine = task.get_coro() if isinstance(task, asyncio.Task) else task.coro
+    line = ""
+    while coroutine is not None:
+        frame = getattr(coroutine, "cr_frame", None)
+        if frame is not None:
+            line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        coroutine = getattr(coroutine, "cr_await", None)
+    return line
+
+
+def _is_shared(task: Any) -> bool:
+    return _name(task) in _SHARED
