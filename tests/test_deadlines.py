@@ -29,6 +29,7 @@ from cancelable_deps import (
     timeout_policy,
     with_cancelation,
 )
+from cancelable_deps.kernel.cancelable import block_of
 from cancelable_deps.kernel.loops.current import current_loop
 from cancelable_deps.kernel.timeouts import Line, new_line, wait_belatedly
 from cancelable_deps.testing import advance
@@ -80,18 +81,18 @@ class Item:
     def __init__(self, told: Callable[[], object] = lambda: None) -> None:
         self.told_at: list[float] = []
         self._told = told
-        self._line: Line | None = None
+        self.line: Line | None = None
 
     def time_is_up(self, now: float) -> None:
         self.told_at.append(now)
         self._told()
 
     def wait(self, loop: Any, limit: float, began: float | None = None) -> Item:
-        self._line = wait_belatedly(loop, limit, self, (loop.now if began is None else began) + limit)
+        self.line = wait_belatedly(loop, limit, self, (loop.now if began is None else began) + limit)
         return self
 
     def leave(self) -> None:
-        line, self._line = self._line, None
+        line, self.line = self.line, None
         assert line is not None
         line.waiting.pop(self, None)
         if line.timer is not None and not line.waiting:
@@ -174,7 +175,7 @@ def test_somebody_looks_no_later_than_the_first_deadline(limit: float) -> None:
     loop = Loop()
     for step in range(200):
         item = Item().wait(loop, limit)
-        assert min(timer.when for timer in loop.timers) <= next(iter(item._line.waiting.values()))  # type: ignore[union-attr]
+        assert min(timer.when for timer in loop.timers) <= next(iter(item.line.waiting.values()))  # type: ignore[union-attr]
         if step % 3:
             item.leave()
         loop.advance(loop.now + 0.0017)
@@ -251,7 +252,7 @@ async def test_a_block_waits_in_the_line_of_its_limit_and_leaves_nothing() -> No
     lines = current_loop().lines
     async with nothing_left():
         async with Cancelable(timeout=100) as one, Cancelable(timeout=100) as other:
-            assert list(lines[100].waiting) == [one, other]
+            assert list(lines[100].waiting) == [block_of(one), block_of(other)]
             await anyio.sleep(0.03)
             assert lines[100].timer is not None
         assert 100 not in lines
@@ -261,7 +262,7 @@ async def test_what_moves_a_deadline_moves_the_block() -> None:
     lines = current_loop().lines
     async with nothing_left(), Cancelable(timeout=100) as cancel:
         cancel.extend(20)
-        assert ([*lines[120].waiting], [*lines[100].waiting]) == ([cancel], [])
+        assert ([*lines[120].waiting], [*lines[100].waiting]) == ([block_of(cancel)], [])
         cancel.disable_timeout()
         assert not any(line.waiting for line in lines.values())
 
@@ -285,7 +286,7 @@ async def test_a_block_that_is_left_is_kept_by_no_line() -> None:
             await anyio.lowlevel.checkpoint()
         # trio knows what runs a step until the next.
         await anyio.lowlevel.checkpoint()
-        known = ref(left)
+        known = ref(block_of(left))
         del left
         gc.collect()
         assert known() is None

@@ -1,9 +1,15 @@
-"""On asyncio a request's block has no scope before its task waits for the first time; what the task does before counts."""
+"""On asyncio a request's block has no scope before the request is listened to, or something strikes.
+
+What its task has entered by then counts.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import anyio
@@ -16,16 +22,18 @@ from starlette.types import Message
 
 from cancelable_deps import (
     Cancelable,
+    CancelableRoute,
     CancelationToken,
     ManualCancelation,
+    RequestCancelable,
     RequestCancelationMiddleware,
     TimeoutCancelation,
     current_cancelable,
     with_cancelation,
 )
+from cancelable_deps.kernel.block import Block
+from cancelable_deps.kernel.cancelable import block_of, cancelable_of
 from cancelable_deps.kernel.loops import asyncio_scopes as polite
-from cancelable_deps.kernel.loops.asyncio_loop import AsyncioLoop
-from cancelable_deps.kernel.loops.current import current_loop
 from cancelable_deps.request.blocks import RequestBlock
 from cancelable_deps.request.state import RequestState
 
@@ -43,8 +51,22 @@ async def never() -> Message:
     raise AssertionError
 
 
-def request_block(timeout: float | None = None) -> RequestBlock:
-    return RequestBlock(RequestState({"type": "http", "headers": []}, never), timeout=timeout)
+def request_block(timeout: float | None = None) -> Cancelable:
+    return cancelable_of(RequestBlock(RequestState({"type": "http", "headers": []}, never), timeout=timeout))
+
+
+def begin(*cancelables: Cancelable) -> None:
+    for cancelable in cancelables:
+        block_of(cancelable).begun_scope()
+
+
+async def begun_later(block: Block) -> None:
+    while block.scope is None:  # noqa: ASYNC110 - nothing tells of it
+        await asyncio.sleep(0.001)
+
+
+def scope_of(cancelable: Cancelable) -> Any:
+    return block_of(cancelable).scope
 
 
 def innermost() -> Any:
@@ -64,51 +86,49 @@ def chain() -> list[Any]:
 
 
 @on_asyncio
-async def test_a_block_that_is_left_at_once_never_had_a_scope() -> None:
+async def test_a_block_that_is_left_soon_never_had_a_scope() -> None:
     async def work() -> None:
         async with request_block() as block:
             assert block.is_active
             assert current_cancelable() is block
+            await anyio.lowlevel.checkpoint()
             assert innermost() is None
         assert not block.is_active
 
     async with nothing_left():
         await asyncio.create_task(work())
-    loop = current_loop()
-    assert isinstance(loop, AsyncioLoop)
-    assert not loop.newcomers
-
-
-async def test_anyio_knows_the_deadline_from_the_first_await_on() -> None:
-    async with request_block(timeout=LONG) as block:
-        await anyio.lowlevel.checkpoint()
-        assert anyio.current_effective_deadline() == pytest.approx(block.deadline, abs=0.1)
 
 
 @on_asyncio
-async def test_it_is_put_between_the_scopes_that_were_entered_before_and_after() -> None:
+async def test_a_block_has_a_scope_when_the_request_is_listened_to() -> None:
     async def work() -> None:
-        with anyio.CancelScope() as before:
-            async with request_block() as outer:
-                with anyio.CancelScope() as between, anyio.CancelScope() as between_too:
-                    async with request_block() as inner:
-                        with anyio.CancelScope() as after:
-                            await anyio.lowlevel.checkpoint()
-                            assert list(reversed(chain())) == [
-                                before,
-                                outer._scope,
-                                between,
-                                between_too,
-                                inner._scope,
-                                after,
-                            ]
-                            for parent, child in zip(chain()[1:], chain(), strict=False):
-                                assert parent._child_scopes == {child}
-                                assert not parent._tasks
-                        assert innermost() is inner._scope
-                    assert innermost() is between_too
-                assert innermost() is outer._scope
-            assert innermost() is before
+        async with request_block(timeout=LONG) as block:
+            await begun_later(block_of(block))
+            assert innermost() is scope_of(block)
+            assert anyio.current_effective_deadline() == pytest.approx(block.deadline, abs=0.1)
+
+    with anyio.fail_after(5):
+        async with nothing_left():
+            await asyncio.create_task(work())
+
+
+@on_asyncio
+async def test_it_is_put_around_the_scopes_that_were_entered_after_it() -> None:
+    async def work() -> None:
+        async with request_block() as outer:
+            with anyio.CancelScope() as between, anyio.CancelScope() as between_too:
+                async with request_block() as inner:
+                    with anyio.CancelScope() as after:
+                        begin(outer)
+                        await anyio.lowlevel.checkpoint()
+                        expected = [scope_of(outer), between, between_too, scope_of(inner), after]
+                        assert list(reversed(chain())) == expected
+                        for parent, child in zip(chain()[1:], chain(), strict=False):
+                            assert parent._child_scopes == {child}
+                            assert not parent._tasks
+                    assert innermost() is scope_of(inner)
+                assert innermost() is between_too
+            assert innermost() is scope_of(outer)
         assert innermost() is None
 
     async with nothing_left():
@@ -116,13 +136,23 @@ async def test_it_is_put_between_the_scopes_that_were_entered_before_and_after()
 
 
 @on_asyncio
+async def test_in_a_scope_it_has_its_own_at_once() -> None:
+    # A thread that is started in there would otherwise ask the scope around, and never hear of ours.
+    with anyio.CancelScope() as before:
+        async with request_block() as block:
+            assert list(reversed(chain()))[-2:] == [before, scope_of(block)]
+
+
+@on_asyncio
 @pytest.mark.parametrize("first", ["outer", "inner"])
-async def test_two_with_nothing_between_stand_in_their_order(first: str) -> None:
+@pytest.mark.parametrize("is_around", [True, False])
+async def test_two_with_nothing_between_stand_in_their_order(first: str, is_around: bool) -> None:
     async def work() -> None:
         async with request_block() as outer, request_block() as inner:
-            (outer if first == "outer" else inner)._begun_scope()
-            await anyio.lowlevel.checkpoint()
-            assert list(reversed(chain())) == [outer._scope, inner._scope]
+            with anyio.CancelScope() if is_around else nullcontext() as after:
+                begin(*((outer, inner) if first == "outer" else (inner, outer)))
+                await anyio.lowlevel.checkpoint()
+                assert list(reversed(chain())) == [scope_of(outer), scope_of(inner), *([after] if is_around else ())]
 
     async with nothing_left():
         await asyncio.create_task(work())
@@ -134,7 +164,8 @@ async def test_a_kernel_block_inside_is_entered_at_once_and_stays_inside() -> No
         async with request_block() as outer, Cancelable(timeout=LONG) as inner:
             assert anyio.current_effective_deadline() == pytest.approx(inner.deadline, abs=0.1)
             await anyio.lowlevel.checkpoint()
-            assert list(reversed(chain())) == [outer._scope, inner._scope]
+            begin(outer)
+            assert list(reversed(chain())) == [scope_of(outer), scope_of(inner)]
 
     async with nothing_left():
         await asyncio.create_task(work())
@@ -201,25 +232,93 @@ async def test_cancelling_before_the_first_await_lets_a_result_stand() -> None:
         assert await work() == "finished"
 
 
-async def test_a_thread_that_is_started_first_thing_can_ask() -> None:
-    asked: list[str] = []
+def ask() -> None:
+    while True:
+        anyio.from_thread.check_cancelled()
+        time.sleep(0.001)
 
-    def ask() -> None:
-        while True:
-            try:
-                anyio.from_thread.check_cancelled()
-            except BaseException:
-                asked.append("cancelled")
-                raise
 
-    @with_cancelation
-    async def endpoint() -> None:
+async def in_a_thread() -> None:
+    await anyio.to_thread.run_sync(ask)
+
+
+async def in_a_thread_in_a_scope() -> None:
+    with anyio.CancelScope():
         await anyio.to_thread.run_sync(ask)
 
+
+async def in_a_thread_of_a_child() -> None:
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(in_a_thread)
+
+
+THREADS = [in_a_thread, in_a_thread_in_a_scope, in_a_thread_of_a_child]
+
+
+@pytest.mark.parametrize("stand", THREADS)
+@pytest.mark.parametrize("kind", ["async", "def"])
+@pytest.mark.parametrize("door", ["decorator", "middleware", "route", "handle", "inside of a scope"])
+async def test_a_thread_that_is_started_first_thing_can_ask(stand: Callable[[], Any], kind: str, door: str) -> None:
     app = FastAPI()
-    app.get("/")(endpoint)
-    assert (await hang_up(app)).status == 499
-    assert asked == ["cancelled"]
+    if door == "route":
+        app.router.route_class = CancelableRoute
+    elif door == "middleware":
+        app.add_middleware(RequestCancelationMiddleware)
+    asked: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            ask()
+        except BaseException as exc:
+            asked.append(exc)
+            raise
+
+    async def endpoint(cancel: RequestCancelable) -> None:
+        if door == "handle":
+            async with cancel:
+                await stand()
+        elif door == "inside of a scope":
+            with anyio.CancelScope():
+                async with cancel:
+                    await stand()
+        else:
+            await stand()
+
+    if kind == "def":
+        if door in {"handle", "inside of a scope"} or stand is not in_a_thread:
+            pytest.skip("FastAPI starts the thread")
+        app.get("/")(with_cancelation(work) if door == "decorator" else work)
+    else:
+        app.get("/")(with_cancelation(endpoint) if door == "decorator" else endpoint)
+    with anyio.fail_after(10):
+        assert (await hang_up(app)).status == 499
+    assert len(asked) == (kind == "def")
+
+
+@on_asyncio
+async def test_a_scope_that_a_thread_asks_is_cancelled_for_nobody_else() -> None:
+    started = threading.Event()
+
+    def work() -> None:
+        started.set()
+        ask()
+
+    async def wait() -> None:
+        async with request_block() as block:
+            blocks.append(block)
+            await anyio.to_thread.run_sync(work)
+
+    blocks: list[Cancelable] = []
+    with anyio.fail_after(5):
+        async with nothing_left():
+            task = asyncio.create_task(wait())
+            await anyio.to_thread.run_sync(started.wait)
+            begin(*blocks)
+            (scope,) = scope_of(blocks[0])._child_scopes
+            blocks[0].cancel_nowait()
+            assert not scope.cancel_called
+            with pytest.raises(ManualCancelation):
+                await task
 
 
 async def test_a_token_that_is_cancelled_in_a_thread_before_the_first_await() -> None:
@@ -227,7 +326,7 @@ async def test_a_token_that_is_cancelled_in_a_thread_before_the_first_await() ->
 
     async def work() -> None:
         async with request_block() as block:
-            token.listen(block)
+            token.listen(block_of(block))
             block.token.cancel_nowait()
             await anyio.sleep_forever()
 
@@ -264,22 +363,13 @@ async def test_a_native_cancellation_in_between_passes_through() -> None:
 
 
 @on_asyncio
-async def test_it_takes_the_task_over_from_the_scope_around_it() -> None:
-    with anyio.CancelScope() as before:
-        async with request_block() as block:
-            await anyio.lowlevel.checkpoint()
-            scope: Any = block._scope
-            assert (before._tasks, scope._tasks) == (set(), {asyncio.current_task()})  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
-
-
-@on_asyncio
 async def test_a_native_cancellation_in_the_tick_of_ours_is_not_taken_for_ours() -> None:
     async def work() -> None:
         async with request_block() as block:
             blocks.append(block)
             await anyio.sleep_forever()
 
-    blocks: list[RequestBlock] = []
+    blocks: list[Cancelable] = []
     async with nothing_left():
         task = asyncio.create_task(work())
         await anyio.wait_all_tasks_blocked()
@@ -297,18 +387,16 @@ async def test_one_that_cannot_begin_does_not_keep_the_others_from_it(
         raise KeyError
 
     async def work(block: RequestBlock) -> None:
-        async with block:
-            await anyio.lowlevel.checkpoint()
-            begun.append(block._scope is not None)
+        async with cancelable_of(block):
+            await begun_later(whole)
 
-    begun: list[bool] = []
-    broken, whole = request_block(), request_block()
-    monkeypatch.setattr(broken, "_begin", fail)
-    async with nothing_left(), anyio.create_task_group() as tasks:
-        tasks.start_soon(work, broken)
-        tasks.start_soon(work, whole)
-    assert begun == [False, True]
-    assert [record.message for record in caplog.records] == ["a request could not be made cancelable"]
+    state = RequestState({"type": "http", "headers": []}, never)
+    broken, whole = RequestBlock(state), RequestBlock(state)
+    monkeypatch.setattr(broken, "begin", fail)
+    with anyio.fail_after(5):
+        async with nothing_left():
+            await asyncio.gather(work(broken), work(whole))
+    assert {record.message for record in caplog.records} == {"a request could not be made cancelable"}
 
 
 async def test_an_application_that_answers_in_one_step_is_never_listened_to() -> None:

@@ -29,6 +29,7 @@ from cancelable_deps import (
     ManualCancelation,
     RequestCancelationMiddleware,
 )
+from cancelable_deps.kernel.cancelable import block_of
 from cancelable_deps.kernel.loops import known
 from cancelable_deps.kernel.loops.current import current_loop
 from cancelable_deps.kernel.loops.public_asyncio import AsyncioWatch
@@ -338,7 +339,7 @@ async def test_nothing_is_watched_before_something_is_cancelled(watches: list[st
     async with nothing_left(), CancelableTaskGroup(Cancelable()) as group:
         await group.start(wait)
         assert all(isinstance(gate, PublicGate) for gate in group._gates.values())
-        assert isinstance(group.cancelable._scope, PublicScope)
+        assert isinstance(block_of(group.cancelable).scope, PublicScope)
         await anyio.wait_all_tasks_blocked()
         handles = [handle for handle in (*loop._ready, *loop._scheduled) if not handle.cancelled()]
         ours = [handle for handle in handles if "cancelable_deps" in repr(handle)]

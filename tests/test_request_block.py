@@ -32,6 +32,7 @@ from cancelable_deps import (
     current_cancelable,
     with_cancelation,
 )
+from cancelable_deps.kernel.cancelable import block_of, cancelable_of
 from cancelable_deps.request.state import RequestState
 
 from .asgi import Call
@@ -318,7 +319,7 @@ async def test_a_left_block_still_says_what_became_of_it() -> None:
     @with_cancelation(timeout=100)
     async def work(cancel: RequestCancelable) -> None:
         async with cancel:
-            blocks.extend([cancel, cancel._parent])  # type: ignore[list-item]
+            blocks.extend([cancel, cancelable_of(block_of(cancel).parent)])
             await anyio.sleep_forever()
 
     call = Call(app)
@@ -329,7 +330,7 @@ async def test_a_left_block_still_says_what_became_of_it() -> None:
     del call
     await settled()
     for block in blocks:
-        assert getattr(block, "known_request") is None  # noqa: B009
+        assert getattr(block_of(block), "known_request") is None  # noqa: B009
         assert (block.is_cancelled, block.is_active, block.client_has_left) == (True, False, True)
         assert block.reason is CancelationReason.DISCONNECT
         assert block.elapsed > 0
@@ -379,7 +380,7 @@ async def test_a_block_that_was_left_before_its_client_left_hears_of_that(is_def
     del call
     await settled()
     (block,) = early
-    assert getattr(block, "known_request") is None  # noqa: B009
+    assert getattr(block_of(block), "known_request") is None  # noqa: B009
     assert block.client_has_left
     assert not block.is_cancelled
 

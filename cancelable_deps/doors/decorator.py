@@ -15,7 +15,7 @@ from starlette.responses import StreamingResponse
 from starlette.websockets import WebSocket
 
 from ..hosts.route_handlers import KEYWORD, TARGET_ATTRIBUTE, Target, is_told, request_for
-from ..kernel.cancelable import Cancelable
+from ..kernel.cancelable import Cancelable, block_of, cancelable_of
 from ..kernel.errors import CancelationError
 from ..kernel.foreign import with_own_failures
 from ..kernel.loops.current import current_loop
@@ -189,10 +189,10 @@ class _Options:
             state.lift_default()
         block = state.door_class(state, timeout=self.timeout, cleanup_grace=self.cleanup_grace)
         if self.on_cancel is not None:
-            block.on_cancel(self.on_cancel)
+            cancelable_of(block).on_cancel(self.on_cancel)
         if self.policy is not None:
             policy = block.policy = found(self.policy, state)
-            block._timeout = policy.enforced_timeout
+            block.timeout = policy.enforced_timeout
         return block
 
     def make_lone_block(self) -> Cancelable:
@@ -250,16 +250,16 @@ def _guard(work: Any, find: _RequestFinder, options: _Options) -> Any:
         try:
             block = options.make_block(state)
             try:
-                block._enter(state.loop)
+                block.enter(state.loop)
             except refusal as exc:
                 raise options.translate(exc) from None
             try:
                 result = await work(*args, **kwargs)
             except anything as exc:
                 raised = exc
-            raised = block._leave(raised)
-            if block._is_unsettled:
-                await block._settle()
+            raised = block.leave(raised)
+            if block.is_unsettled:
+                await block.settle()
             if raised is None and is_a(result, stream):
                 keep(result, state, made)
         finally:
@@ -327,7 +327,7 @@ def _generator_guard(endpoint: Any, find: _RequestFinder, options: _Options) -> 
 
 def _guard_generator(request: HTTPConnection | None, generator: Any, options: _Options) -> GuardedGenerator:
     if request is None:
-        return GuardedGenerator(generator, options.make_lone_block(), current_loop())
+        return GuardedGenerator(generator, block_of(options.make_lone_block()), current_loop())
     made = SCOPE_KEY not in request.scope
     state = connection_state(request, held=True)
     if state.token.cause is not None:

@@ -11,7 +11,7 @@ from anyio.abc import TaskGroup
 from fastapi import Depends
 from starlette.requests import HTTPConnection
 
-from ..kernel.cancelable import Cancelable
+from ..kernel.cancelable import Cancelable, cancelable_of
 from ..kernel.options import not_a_dependency
 from ..kernel.reasons import CancelationReason
 from ..kernel.settings import seconds
@@ -30,6 +30,9 @@ class RequestCancellationEvent:
 
     def __init__(self, state: RequestState) -> None:
         self._state = state
+
+    def listening_begins(self) -> None:
+        """Nothing is to be stopped by it."""
 
     def is_set(self) -> bool:
         """Ask as often as you like: it reads one attribute. The event loop must have had a turn to notice anything."""
@@ -56,7 +59,7 @@ async def cancelable_dependency(request: HTTPConnection) -> Cancelable:
     Each use in a signature gets its own through `RequestCancelable`; all stop with the same request.
     """
     state = handler_state(request)
-    return state.block_class(state)
+    return cancelable_of(state.block_class(state))
 
 
 @not_a_dependency(
@@ -77,7 +80,7 @@ def cancelable_with_timeout(
     async def cancelable_with_timeout_dependency(request: HTTPConnection) -> Cancelable:
         state = handler_state(request)
         state.lift_default()
-        return state.block_class(state, timeout=limit, cleanup_grace=grace)
+        return cancelable_of(state.block_class(state, timeout=limit, cleanup_grace=grace))
 
     return cancelable_with_timeout_dependency
 

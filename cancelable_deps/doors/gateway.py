@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.routing import Mount, Router
 
-from ..kernel.cancelable import current_cancelable
+from ..kernel.block import current
 from ..kernel.errors import CancelationError
 from ..kernel.foreign import told
 from ..kernel.unwrap import raise_as_it_is
@@ -87,8 +87,8 @@ class Gateway:
         if state is None or scope["type"] != "http" or state.is_closed:
             await self.app(scope, receive, send)
             return
-        block = current_cancelable()
-        if not isinstance(block, DoorBlock) or block._request is not state or not block.move_in():
+        block = current.get()
+        if not isinstance(block, DoorBlock) or block.state is not state or not block.move_in():
             await self._run_in_task(state, scope, receive, send)
             return
         # The block of the middleware has not begun yet: nothing has been awaited on the way in.
@@ -111,7 +111,7 @@ class Gateway:
         outcome: BaseException | None = None
         try:
             try:
-                block._enter(state.loop)
+                block.enter(state.loop)
             except CancelationError as exc:
                 outcome = exc
             else:

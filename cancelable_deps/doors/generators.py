@@ -11,6 +11,7 @@ import anyio.lowlevel
 import anyio.to_thread
 from starlette.requests import ClientDisconnect
 
+from ..kernel.cancelable import cancelable_of
 from ..kernel.errors import CancelationError
 from ..kernel.foreign import EXITS, SENDING, ThisTask, as_failure, call_in_thread
 from ..kernel.reasons import CancelationReason
@@ -20,7 +21,7 @@ from ..request.cut import cut_at_once, reason_and_message
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
-    from ..kernel.cancelable import Cancelable
+    from ..kernel.block import Block
     from ..kernel.loops.base import EventLoop, Worker
     from ..request.blocks import DoorBlock
     from ..request.state import RequestState
@@ -33,7 +34,7 @@ _WORK: Final = "the generator of a response"
 async def feed(
     iterator: Any,
     sink: Callable[[Any], Awaitable[object]],
-    blocks: tuple[Cancelable, ...],
+    blocks: tuple[Block, ...],
     step: Callable[[Awaitable[Any]], Awaitable[Any]],
 ) -> None:
     """Give all items of ``iterator`` to ``sink``; what interrupts the sink arrives at the iterator's ``yield``.
@@ -55,7 +56,7 @@ async def feed(
         pass
     except BaseException as exc:
         # One that a thread has raised who asked whether it is cancelled: the block makes its own error of it.
-        is_ours = isinstance(exc, CancelledError) and any(block.is_cancelled for block in blocks)
+        is_ours = isinstance(exc, CancelledError) and any(block.cause is not None for block in blocks)
         raise_as_it_is(exc if is_ours else _told(exc, this_task, _WORK))
 
 
@@ -63,7 +64,7 @@ def _told(exc: BaseException, this_task: ThisTask, what: str) -> BaseException:
     return exc if this_task.is_ended_by(exc) else as_failure(exc, what)
 
 
-async def _throw(iterator: Any, exc: BaseException, blocks: tuple[Cancelable, ...], step: Any) -> Any:
+async def _throw(iterator: Any, exc: BaseException, blocks: tuple[Block, ...], step: Any) -> Any:
     throw = getattr(iterator, "athrow", None)
     if throw is None:
         raise exc
@@ -71,9 +72,9 @@ async def _throw(iterator: Any, exc: BaseException, blocks: tuple[Cancelable, ..
         return await step(throw(exc))
     except StopAsyncIteration:
         for block in blocks:
-            if block.token.cause is not None:
+            if block.cause is not None:
                 # The generator made its peace with it, but a part of the stream is missing.
-                raise block.token.cause.error() from None
+                raise block.cause.error() from None
         raise
 
 
@@ -140,7 +141,7 @@ class GuardedGenerator:
     _error: BaseException | None = None
     _is_over = False
 
-    def __init__(self, iterator: Any, block: Cancelable, loop: EventLoop) -> None:
+    def __init__(self, iterator: Any, block: Block, loop: EventLoop) -> None:
         self._iterator = iterator
         self._block = block
         self._loop = loop
@@ -196,7 +197,7 @@ class GuardedGenerator:
 
     async def _produce(self) -> None:
         try:
-            async with self._block:
+            async with cancelable_of(self._block):
                 try:
                     await feed(self._iterator, self._hand_over, (self._block,), _as_it_is)
                 finally:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from fastapi.encoders import jsonable_encoder
 
-from ..kernel.cancelable import Cancelable
+from ..kernel.cancelable import Cancelable, block_of
 from ..kernel.errors import CancelationError
 from ..kernel.foreign import ThisTask
 from ..kernel.log import logger
@@ -84,7 +84,7 @@ async def _events(work: Callable[[Cancelable], Awaitable[object]], cancel: Cance
 
     with sender, receiver:
         # A response runs its generator in one task, from the first step to the last: a group may stay open.
-        inside = Cancelable(token=cancel.token, cleanup_grace=cancel._grace)
+        inside = Cancelable(token=cancel.token, cleanup_grace=block_of(cancel).grace)
         async with CancelableTaskGroup(inside) as tasks:
             tasks.start_soon(run)
             # Closed before the work is waited for, which may be waiting for us.

@@ -11,7 +11,7 @@ import anyio
 import anyio.lowlevel
 from starlette.responses import StreamingResponse
 
-from ..kernel.cancelable import Cancelable
+from ..kernel.cancelable import Cancelable, block_of, cancelable_of
 from ..kernel.errors import CancelationError
 from ..kernel.foreign import SENDING, told, with_own_failures
 from ..kernel.reasons import CancelationReason
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from starlette.background import BackgroundTask
     from starlette.types import Receive, Scope, Send
 
+    from ..kernel.block import Block
     from ..kernel.loops.base import EventLoop, Timer
 
     Chunk = str | bytes | memoryview
@@ -125,7 +126,7 @@ class CancelableStreamingResponse(StreamingResponse):
         block = RequestBlock(state, timeout=self._timeout, cleanup_grace=self._grace)
         stream = _Stream(self, block, state, send)
         try:
-            async with block:
+            async with cancelable_of(block):
                 await self._run_inside(stream, block)
         except CancelationError as exc:
             if not stream.started:
@@ -145,10 +146,10 @@ class CancelableStreamingResponse(StreamingResponse):
         cancel = self._cancel
         if cancel is None:
             await stream.run()
-        elif cancel._loop is None:
+        elif block_of(cancel).loop is None:
             async with cancel:
                 # Its generator may be written to enter it, too.
-                cancel._lends_itself = True
+                block_of(cancel).lends_itself = True
                 await stream.run()
         else:
             # It runs elsewhere, and stops us as well.
@@ -186,7 +187,7 @@ class _Stream:
             # A stop that has come already is answered with its status.
             self._block.check()
             cancel = self._response._cancel
-            blocks = (self._block,) if cancel is None else (self._block, cancel)
+            blocks = (self._block,) if cancel is None else (self._block, block_of(cancel))
             await self._start(blocks)
             await feed(iterator, self._send_chunk, blocks, self._within_limit)
         finally:
@@ -195,15 +196,15 @@ class _Stream:
             del self._chunks, self._sends  # They know us: cycles.
             await close(iterator)
 
-    async def _start(self, blocks: tuple[Cancelable, ...]) -> None:
+    async def _start(self, blocks: tuple[Block, ...]) -> None:
         response = self._response
         self.started = True
         message = {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
         # Nobody could tell whether the start of a stream that is stopped now has got out. But where it does not get out
         # at all, a stop has to wait no longer than for a cleanup.
-        let_through = _Limit(self._state.loop, self._block._cleanup_grace, lambda _: _resume(blocks))
+        let_through = _Limit(self._state.loop, self._block.cleanup_grace, lambda _: _resume(blocks))
         for block in blocks:
-            block._hold()
+            block.hold()
         let_through.begin()
         try:
             await self._send_on(message)
@@ -249,9 +250,9 @@ class _Stream:
         self._block.cancel_nowait(CancelationReason.TIMEOUT, f"The client took nothing for {limit:g} seconds")
 
 
-def _resume(blocks: tuple[Cancelable, ...]) -> None:
+def _resume(blocks: tuple[Block, ...]) -> None:
     for block in blocks:
-        block._resume()
+        block.resume()
 
 
 class _Limit:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 import anyio
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from ..kernel.cancelable import Cancelable
+from ..kernel.cancelable import Cancelable, cancelable_of
 from ..kernel.errors import CancelationError
 from ..kernel.reasons import CancelationReason
 from ..kernel.settings import seconds
@@ -81,7 +81,7 @@ class CancelableWebSocket:
         state = handler_state(self._websocket)
         assert isinstance(state, SocketState)
         self._state = state
-        block = self._block = state.block_class(state, timeout=self._timeout)
+        block = self._block = cancelable_of(state.block_class(state, timeout=self._timeout))
         async with AsyncExitStack() as stack:
             stack.push_async_exit(self._close_if_stopped)
             if self._cancel is not None and not self._cancel.is_active:

@@ -9,6 +9,8 @@ import anyio
 import anyio.abc
 import anyio.lowlevel
 
+from .block import Block
+from .cancelable import Cancelable, block_of, cancelable_of
 from .foreign import ThisTask, as_failure, is_anothers
 from .loops.current import current_loop
 from .loops.public_scopes import stop_telling
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 
     from anyio import CancelScope, TaskHandle
 
-    from .cancelable import Cancelable
     from .loops.base import Gate
 
 T = TypeVar("T")
@@ -42,8 +43,8 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
     _goes_on: BaseException | None = None
     """A cancellation from further out, which the body or a child has seen, and the group is not to keep."""
 
-    def __init__(self, block: Cancelable) -> None:
-        self._block = block
+    def __init__(self, block: Cancelable | Block) -> None:
+        self._block = block if isinstance(block, Block) else block_of(block)
 
     @property
     def cancel_scope(self) -> CancelScope:  # type: ignore[override]
@@ -52,24 +53,24 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
     @property
     def cancelable(self) -> Cancelable:
         """The block, for its ``reason``, ``remaining()`` and ``shield()``."""
-        return self._block
+        return cancelable_of(self._block)
 
     async def __aenter__(self) -> Self:
         self._group = anyio.create_task_group()
         self._loop = current_loop()
-        self._block._enter(self._loop)
+        self._block.enter(self._loop)
         try:
             await self._group.__aenter__()
         except BaseException as exc:
-            self._block._leave(exc)
+            self._block.leave(exc)
             raise
         self._gate = self._make_gate()
         self._gate.begin()
         self._is_open = True
-        self._block._has_task_group = True
-        self._block._group_gates = self._gates = {self._block._task: self._gate}
+        self._block.has_task_group = True
+        self._block.group_gates = self._gates = {self._block.task: self._gate}
         self._scope = self._loop.scopes.told_scope(self._loop, self._group.cancel_scope, self._gates)
-        self._block._group_scope = getattr(self._scope, "late", self._scope)
+        self._block.group_scope = getattr(self._scope, "late", self._scope)
         return self
 
     async def __aexit__(
@@ -80,7 +81,7 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         raised = exc = gate.end(exc) or exc
         is_told = gate.is_delivered
         self._note_what_goes_on(gate, exc)
-        del self._gate, self._gates[self._block._task]  # It knows us: a cycle.
+        del self._gate, self._gates[self._block.task]  # It knows us: a cycle.
         # The group cancels itself when its body fails, and takes whatever anyio has worded for that.
         is_failure = exc is not None and is_anothers(exc, self._loop)
         if exc is not None:
@@ -99,12 +100,12 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         self._goes_on = None
         self._is_open = False
         stop_telling(self._scope)
-        self._block._group_scope = self._block._group_gates = None
-        outcome = self._block._leave(raised)
+        self._block.group_scope = self._block.group_gates = None
+        outcome = self._block.leave(raised)
         if is_told and outcome is not None:
             self._loop.scopes.tell(self._loop, outcome)
-        if self._block._is_unsettled:
-            await self._block._settle()
+        if self._block.is_unsettled:
+            await self._block.settle()
         try:
             if outcome is not None and outcome is not exc:
                 raise_as_it_is(outcome)
@@ -173,10 +174,10 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
             self._goes_on = exc
 
     def _make_gate(self) -> Gate:
-        return self._loop.scopes.polite_gate(self._loop, self._block._cleanup_grace, self._is_ours)
+        return self._loop.scopes.polite_gate(self._loop, self._block.cleanup_grace, self._is_ours)
 
     def _is_ours(self, origin: object) -> bool:
-        return self._block.is_cancelled or self._is_cancelled()
+        return self._block.cause is not None or self._is_cancelled()
 
     def _is_cancelled(self) -> bool:
         return self._group.cancel_scope.cancel_called

@@ -15,7 +15,7 @@ import anyio
 import anyio.to_thread
 
 from . import foreign as _foreign
-from .cancelable import Cancelable, _current
+from .block import Block, current
 from .errors import CancelationError
 from .foreign import as_failure, told, with_own_failures
 from .log import logger
@@ -35,64 +35,64 @@ if TYPE_CHECKING:
     from .token import CancelationToken, Cause
 
 
-def enter(block: Cancelable) -> None:
+def enter_in_thread(block: Block) -> None:
     """``with block:`` in a thread in which no event loop runs."""
-    if block._loop is not None:
-        raise block._entered_before()
+    if block.loop is not None:
+        raise block.entered_before()
     _refuse_a_running_loop(block)
-    parent = _current.get()
-    home = block._home() or _home_of(parent)
-    if block._condition is not None and home is None:
+    parent = current.get()
+    home = block.home() or _home_of(parent)
+    if block.condition is not None and home is None:
         raise TypeError(
             "a condition is asked in an event loop, and no request or enclosing block tells this thread of one. Ask it "
             "yourself, beside `cancel.check()`."
         )
-    loop = block._loop = ThreadLoop(home)
-    block._started = loop.time()
-    if block._timeout is not None:
-        block._deadline = block._started + block._timeout
+    loop = block.loop = ThreadLoop(home)
+    block.started = loop.time()
+    if block.timeout is not None:
+        block.own_deadline = block.started + block.timeout
     _listen(block)
-    block._scope = ThreadScope(threading.get_ident())
+    block.scope = ThreadScope(threading.get_ident())
     _link(block, parent)
-    block._outside = _current.set(block)
+    block.outside = current.set(block)
     if home is not None:
         home.call_from_thread(_watch, block, home)
 
 
-def leave(block: Cancelable, exc: BaseException | None) -> BaseException | None:
-    """Close a block that was entered by `enter`; the exception that should leave it."""
-    loop = block._loop
+def leave_in_thread(block: Block, exc: BaseException | None) -> BaseException | None:
+    """Close a block that was entered by `enter_in_thread`; the exception that should leave it."""
+    loop = block.loop
     assert loop is not None
-    block._scope = None
-    block._ended = loop.time()
-    block._unlisten()
+    block.scope = None
+    block.ended = loop.time()
+    block.unlisten()
     _unlink(block)
     with suppress(ValueError):
         # A generator dependency is entered in one thread of FastAPI's and left in another, each with its own context.
-        _current.reset(block._outside)
-    del block._outside
+        current.reset(block.outside)
+    del block.outside
     _close_what_cannot_be_awaited(block)
-    outcome = exc if exc is None else block._outcome(exc, exc)
+    outcome = exc if exc is None else block.outcome(exc, exc)
     if _home_of(block) is None:
-        block._let_go()
+        block.let_go()
     # After the call that was made on entering, and before the end of this thread's work is known there: calls from
     # threads are made in their order.
     loop.call_from_thread(_stop, block)
     return outcome
 
 
-def _watch(block: Cancelable, home: EventLoop) -> None:
-    block._rearm()
-    block._watch(home)
+def _watch(block: Block, home: EventLoop) -> None:
+    block.rearm()
+    block.watch(home)
 
 
-def _stop(block: Cancelable) -> None:
-    block._stop_timers()
-    block._unwatch()
-    block._let_go()
+def _stop(block: Block) -> None:
+    block.stop_timers()
+    block.unwatch()
+    block.let_go()
 
 
-def _refuse_a_running_loop(block: Cancelable) -> None:
+def _refuse_a_running_loop(block: Block) -> None:
     try:
         current_loop()
     except RuntimeError:
@@ -103,44 +103,43 @@ def _refuse_a_running_loop(block: Cancelable) -> None:
     )
 
 
-def _listen(block: Cancelable) -> None:
-    block._token.listen(block)
-    if block._upstream is not None:
-        block._upstream.listen(block)
-    if block._timeout == 0:
-        block._expire()
-    if block._token.cause is not None:
-        block._refuse(None, block._token.cause)
+def _listen(block: Block) -> None:
+    if block.upstream is not None:
+        block.upstream.listen(block)
+    if block.timeout == 0:
+        block.expire()
+    if block.cause is not None:
+        block.refuse(None, block.cause)
 
 
-def _home_of(parent: Cancelable | None) -> EventLoop | None:
-    if parent is None or parent._loop is None:
+def _home_of(parent: Block | None) -> EventLoop | None:
+    if parent is None or parent.loop is None:
         return None
-    return parent._loop.home
+    return parent.loop.home
 
 
-def _link(block: Cancelable, parent: Cancelable | None) -> None:
-    if parent is None or not parent.is_active:
+def _link(block: Block, parent: Block | None) -> None:
+    if parent is None or not parent.is_open:
         return
-    block._parent = parent
-    if parent._task == block._task:
-        parent._children = with_one_more(parent._children, block)
-    elif block._upstream is not parent._token:
+    block.parent = parent
+    if parent.task == block.task:
+        parent.children = with_one_more(parent.children, block)
+    elif block.upstream is not parent.token:
         # Not one of its children: for those a block in the loop waits, and is told in the loop when they are left.
-        block._told_by_parent = _Marker(block)
-        parent._token.listen(block._told_by_parent)
+        block.told_by_parent = _Marker(block)
+        parent.token.listen(block.told_by_parent)
 
 
-def _unlink(block: Cancelable) -> None:
-    parent = block._parent
-    if parent is not None and parent._children and parent._task == block._task:
-        parent._children = without(parent._children, block)
-    if parent is not None and block._told_by_parent is not None:
-        parent._token.unlisten(block._told_by_parent)
+def _unlink(block: Block) -> None:
+    parent = block.parent
+    if parent is not None and parent.children and parent.task == block.task:
+        parent.children = without(parent.children, block)
+    if parent is not None and block.told_by_parent is not None:
+        parent.token.unlisten(block.told_by_parent)
 
 
-def _close_what_cannot_be_awaited(block: Cancelable) -> None:
-    for awaitable in block._to_await or ():
+def _close_what_cannot_be_awaited(block: Block) -> None:
+    for awaitable in block.to_await or ():
         logger.warning("an async on_cancel callback of %r was not awaited: a `with` block takes plain ones", block)
         close_unawaited(awaitable)
 
@@ -148,15 +147,15 @@ def _close_what_cannot_be_awaited(block: Cancelable) -> None:
 class _Marker:
     """Tells a block in a thread that the block around the thread was cancelled."""
 
-    def __init__(self, block: Cancelable) -> None:
+    def __init__(self, block: Block) -> None:
         self._block = block
 
     def token_cancelled(self, token: CancelationToken, cause: Cause) -> None:
-        self._block._mark(f"The enclosing {self._block._parent!r}")
+        self._block.mark(f"The enclosing {self._block.parent!r}")
 
 
 async def run_in_thread(
-    block: Cancelable,
+    block: Block,
     func: Callable[..., Any],
     args: tuple[Any, ...],
     abandon_on_cancel: bool,
@@ -173,7 +172,7 @@ async def run_in_thread(
 
 
 async def run_in_process(
-    block: Cancelable, func: Callable[..., Any], args: tuple[Any, ...], limiter: CapacityLimiter | None
+    block: Block, func: Callable[..., Any], args: tuple[Any, ...], limiter: CapacityLimiter | None
 ) -> Any:
     _refuse_outside(block, "run_in_process")
     # What is pickled here, and what comes back, may run code of the user's as well.
@@ -195,8 +194,8 @@ async def call_in_thread(
         raise_as_it_is(told(exc, current_loop(), _JOB))
 
 
-def _refuse_outside(block: Cancelable, method: str) -> None:
-    if not block.is_active or (block._loop is not None and block._loop.is_thread):
+def _refuse_outside(block: Block, method: str) -> None:
+    if not block.is_open or (block.loop is not None and block.loop.is_thread):
         raise RuntimeError(
             f"{method}() of {block!r} was called outside of its block, where nothing can stop it: call it inside "
             "`async with cancel:`."
@@ -205,19 +204,19 @@ def _refuse_outside(block: Cancelable, method: str) -> None:
 
 def _is_being_stopped() -> bool:
     """Whether a block around the caller is: a thread may have asked for that, and raised what anyio raises then."""
-    block = _current.get()
-    while block is not None and block._token.cause is None:
-        block = block._parent
+    block = current.get()
+    while block is not None and block.cause is None:
+        block = block.parent
     return block is not None
 
 
 def _tell_enclosing_blocks(error: CancelationError) -> None:
     # The error came by way of the thread: what this task now cleans up is not to be hit by the cancellation as well.
-    block = _current.get()
+    block = current.get()
     while block is not None:
-        if block._token.cause is not None:
-            block._is_told(block._token.cause, error)
-        block = block._parent
+        if block.cause is not None:
+            block.is_told(block.cause, error)
+        block = block.parent
 
 
 _JOB: Final = "the function in a worker thread"

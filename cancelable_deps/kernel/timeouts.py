@@ -24,7 +24,7 @@ CLOSE = 0.1
 class Waiting(Protocol):
     """Somebody with a deadline."""
 
-    _line: Line | None
+    line: Line | None
     """Where it waits. Whoever is done before its time leaves."""
 
     def time_is_up(self, now: float) -> None:
@@ -79,9 +79,9 @@ class Line:
             if (due := self.waiting.pop(item, None)) is None:
                 continue
             if due > now and self._ahead:
-                item._line = wait_alone(self._loop, item, due)
+                item.line = wait_alone(self._loop, item, due)
             else:
-                item._line = None
+                item.line = None
                 _tell(item, now)
         return self._go_on(now)
 

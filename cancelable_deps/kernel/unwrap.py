@@ -36,6 +36,19 @@ def carries_cancelation(exc: BaseException) -> bool:
     return isinstance(exc, BaseExceptionGroup) and any(isinstance(leaf, CancelationError) for leaf in _leaves(exc))
 
 
+def taken_apart(exc: BaseException, *, is_ours: bool, is_to_be: bool) -> BaseException:
+    """Return the exception that a group on its way out of a block stands for; anything else as it is.
+
+    A group that is ours, or carries an error of ours, is collapsed; somebody else's gives its ``HTTPException``, where
+    such groups are to be taken apart.
+    """
+    if not isinstance(exc, BaseExceptionGroup):
+        return exc
+    if is_ours or carries_cancelation(exc):
+        return collapse(exc)
+    return answer_of_group(exc) if is_to_be else exc
+
+
 def _answer_of(leaves: list[BaseException]) -> BaseException | None:
     answer = next((leaf for leaf in leaves if isinstance(leaf, HTTPException)), None)
     if all(isinstance(leaf, WebSocketDisconnect) for leaf in leaves):

@@ -85,7 +85,7 @@ async def run_request(
     watch = ResponseWatch(send, state, is_outermost=made)
     try:
         try:
-            block._enter(state.loop)
+            block.enter(state.loop)
         except CancelationError as exc:
             return exc
         outcome = await run_through(block, app(scope, receive, watch.send))
@@ -127,9 +127,9 @@ async def run_through(block: DoorBlock, work: Awaitable[object]) -> BaseExceptio
         outcome = exc
     still_open = block if not block.is_left else block.successor
     if still_open is not None:
-        outcome = still_open._leave(outcome)
-        if still_open._is_unsettled:
-            await still_open._settle()
+        outcome = still_open.leave(outcome)
+        if still_open.is_unsettled:
+            await still_open.settle()
     try:
         return outcome
     finally:

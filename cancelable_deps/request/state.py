@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 from urllib.parse import quote
 from weakref import WeakSet, ref
 
@@ -52,6 +52,13 @@ _NO_ASGI: Final[dict[str, Any]] = {"version": "3.0"}
 
 # The root tokens of requests whose client was seen to leave: all that a block which outlives its request has of it.
 _clients_left: WeakSet[CancelationToken] = WeakSet()
+
+
+class Watcher(Protocol):
+    """A block or an event of a request."""
+
+    def listening_begins(self) -> None:
+        """Called once, when the request is listened to: from now on something may strike."""
 
 
 class PastRequest:
@@ -133,7 +140,7 @@ class RequestState:
     """The block with the timeout that a route's own replaces."""
 
     _stack: AsyncExitStack | None = None
-    _watchers: Members[object] = ()
+    _watchers: Members[Watcher] = ()
 
     def __init__(self, scope: Scope, receive: Receive, *, held: bool = False) -> None:
         if held:
@@ -161,12 +168,13 @@ class RequestState:
         """The application's ``receive()``."""
         return self.reader.receive()
 
-    def watch(self, watcher: object) -> None:
+    def watch(self, watcher: Watcher) -> None:
         self._watchers = with_one_more(self._watchers, watcher) if self._watchers else (watcher,)
         if self.is_armed or self.is_closed:
             if not self.is_closed:
                 self.reader.arm(self.loop)
             self._enter_drain()
+            watcher.listening_begins()
         elif self.pen is None:
             interval = settings.listen_after
             if interval:
@@ -178,7 +186,7 @@ class RequestState:
             else:
                 self.arm()
 
-    def unwatch(self, watcher: object) -> None:
+    def unwatch(self, watcher: Watcher) -> None:
         watchers = self._watchers
         if watchers == (watcher,):
             self._watchers = ()
@@ -207,6 +215,8 @@ class RequestState:
             if self._stack is not None:
                 self._stack.push_async_callback(self.handler_returned)
             self.reader.arm(self.loop)
+            for watcher in list(self._watchers):
+                _tell(watcher)
         self._enter_drain()
 
     def arm_now(self) -> None:
@@ -290,9 +300,9 @@ class RequestState:
 
     def is_work(self, task: object) -> bool:
         """Return whether a cancellation of the request reaches ``task`` first."""
-        if task in self.main_tasks or (self.outermost is not None and self.outermost._task is task):
+        if task in self.main_tasks or (self.outermost is not None and self.outermost.task is task):
             return True
-        return any(getattr(watcher, "_task", None) is task for watcher in self._watchers)
+        return any(getattr(watcher, "task", None) is task for watcher in self._watchers)
 
     @property
     def has_listeners(self) -> bool:
@@ -352,13 +362,13 @@ class RequestState:
         guard = self._guard = Postponed(self.loop, math.inf)
         doors = self._doors
         for door in doors:
-            door._hold()
+            door.hold()
         try:
             yield
         finally:
             self._guard = None
             for door in doors:
-                door._resume()
+                door.resume()
             guard.end()
 
     def start_response(self) -> None:
@@ -366,7 +376,7 @@ class RequestState:
         self.response_has_started = self.response_is_starting = True
         if self.token.cause is not None:
             for door in self._doors:
-                door._hold()
+                door.hold()
 
     def start_is_out(self) -> None:
         """Note that the start of a response is sent: a stream can be stopped from here on."""
@@ -377,7 +387,7 @@ class RequestState:
             postponed, self._postponed = self._postponed, None
             postponed.end()
         for door in self._doors:
-            door._resume()
+            door.resume()
 
     def finish(self) -> None:
         """Note that the handler's result is there, and is the response: what of ours has not struck yet never will."""
@@ -388,7 +398,7 @@ class RequestState:
 
     @property
     def is_stopping(self) -> bool:
-        return any(isinstance(watcher, self.block_class) and watcher.is_cancelled for watcher in self._watchers)
+        return any(isinstance(watcher, self.block_class) and watcher.cause is not None for watcher in self._watchers)
 
     def complete(self) -> None:
         """The response is complete, or the handler has returned: from here on a disconnect means nothing."""
@@ -614,6 +624,14 @@ class RequestState:
         if self.pen is not None:
             self.pen.pop(self, None)
             self.pen = None
+
+
+def _tell(watcher: Watcher) -> None:
+    try:
+        watcher.listening_begins()
+    except Exception:
+        # Or those after it could never be stopped.
+        logger.exception("a request could not be made cancelable")
 
 
 def route_of(scope: Scope) -> str:

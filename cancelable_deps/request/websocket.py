@@ -17,7 +17,8 @@ from starlette.responses import JSONResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from ..hosts.servers import can_refuse_socket_with
-from ..kernel.cancelable import current_cancelable
+from ..kernel.block import current
+from ..kernel.cancelable import cancelable_of
 from ..kernel.errors import CancelationError, DisconnectCancelation
 from ..kernel.foreign import SENDING, told
 from ..kernel.reasons import CancelationReason
@@ -74,10 +75,10 @@ class SocketState(RequestState):
         self._quiet = by_receiving
         self.client_left()
         self._quiet = False
-        block = current_cancelable()
+        block = current.get()
         if by_receiving and block is not None and self.token.cause is not None:
             # The message tells the task, which may take as long for what it does then as for a cleanup.
-            block._is_told(self.token.cause, None)
+            block.is_told(self.token.cause, None)
 
     @property
     def has_listeners(self) -> bool:
@@ -199,20 +200,20 @@ class SocketState(RequestState):
 class SocketBlock(RequestBlock):
     """A block whose errors Starlette answers with a close."""
 
-    _request: SocketState
+    state: SocketState
     if TYPE_CHECKING:
 
         @property
         def known_request(self) -> SocketState | None: ...
 
-    def _enter(self, loop: EventLoop | None = None) -> None:
+    def enter(self, loop: EventLoop | None = None) -> None:
         try:
-            super()._enter(loop)
+            super().enter(loop)
         except CancelationError as exc:
-            raise self._request.error(exc) from None
+            raise self.state.error(exc) from None
 
-    def _leave(self, exc: BaseException | None) -> BaseException | None:
-        return self._request.translate(super()._leave(exc))
+    def leave(self, exc: BaseException | None) -> BaseException | None:
+        return self.state.translate(super().leave(exc))
 
     def check(self) -> None:
         try:
@@ -301,7 +302,7 @@ async def _run_in_block(
 
     block = SocketDoorBlock(state, cleanup_grace=state.cleanup_grace)
     try:
-        async with block:
+        async with cancelable_of(block):
             await app(scope, receive, send_through)
     except CancelationError as exc:
         return exc

@@ -21,7 +21,7 @@ with suppress(ImportError, AttributeError):
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from .base import EventLoop, Mark, Newcomer, ScopeFamily, Timer, Worker
+    from .base import EventLoop, ScopeFamily, Timer, Worker
 
 
 def _scopes() -> ScopeFamily:
@@ -60,10 +60,8 @@ class AsyncioLoop:
         self.extras: dict[Any, Any] = {}
         self.home: EventLoop | None = self
         self.scopes = _scopes()
-        self.mark: Callable[[], Mark] | None = self.scopes.marker(loop)
-        self.newcomers: dict[Newcomer, None] = {}
+        self.task_without_scope = self.scopes.task_finder(loop)
         self.lines: dict[float, Any] = {}
-        self.is_awaiting_step = False
 
     def is_running_here(self) -> bool:
         try:
@@ -90,20 +88,6 @@ class AsyncioLoop:
     def wake(self) -> None:
         if asyncio.current_task(self.loop) is None:
             self.loop.call_soon_threadsafe(int)
-
-    def await_step(self) -> None:
-        self.is_awaiting_step = True
-        self.loop.call_soon(self._step_is_over, context=Context())
-
-    def _step_is_over(self) -> None:
-        self.is_awaiting_step = False
-        newcomers, self.newcomers = self.newcomers, {}
-        for newcomer in newcomers:
-            try:
-                newcomer.step_is_over()
-            except Exception:
-                # Or those after it could never be stopped.
-                logger.exception("a request could not be made cancelable")
 
     def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
         # An empty context, or the timer would keep the variables of whichever request happened to start it.

@@ -4,8 +4,8 @@
 * A scope that is left asks ``_parent_cancellation_is_visible_to_us``, and if not takes what passes for its own. With our
   shield above it, it would, and the code behind it run as if all had been done. So those that are open at the moment of
   delivery are made to say yes.
-* A scope is put into that tree when the task has waited for the first time: what never waits cannot be cancelled, and
-  entering a scope costs a request an eighth of all that FastAPI does for it.
+* A scope of a request is put into that tree when the request is some milliseconds old, or when something strikes before
+  that. To enter one costs a request an eighth of all that FastAPI does for it, and most are over by then.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from asyncio import CancelledError, current_task, get_running_loop
 from contextvars import Context
-from itertools import count
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -26,28 +25,48 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Iterator
 
-    from .base import EventLoop, Gate, IsOurs, Mark, PoliteScope, TaskGate
+    from .base import EventLoop, Gate, IsOurs, Late, PoliteScope, TaskGate
 
 _states: Any = anyio_asyncio._task_states
 _make_state: Any = anyio_asyncio.TaskState
+_threadlocals: Any = anyio_asyncio.threadlocals  # type: ignore[attr-defined]
 
-_serials = count()
 
-
-def marker(loop: asyncio.AbstractEventLoop) -> Callable[[], Mark]:
-    """A function that marks the place in which a scope may be put later."""
+def task_finder(loop: asyncio.AbstractEventLoop) -> Callable[[], object]:
+    """A function that returns the running task, if no scope of anyio's is open in it: then ours may be entered later."""
     # Its parts looked up once: a request calls it. The dictionary inside of anyio's weak one, for the same reason.
-    serials = _serials.__next__
+    find = _states.data.get
 
-    def mark() -> Mark:
+    def task_without_scope() -> object:
         task: Any = current_task(loop)
         if task is None:
             raise RuntimeError("enter a request's block in a task of the event loop that serves the request")
         state = find(ref(task))
-        return task, None if state is None else state.cancel_scope, serials(), task.cancelling()
+        if (state is None or state.cancel_scope is None) and not task.cancelling():
+            return task
+        return None
 
-    find = _states.data.get
-    return mark
+    return task_without_scope
+
+
+class _AskedByThread(CancelScope):
+    """anyio's own scope around the waiting for a worker thread, which had begun before ours was put around it.
+
+    The thread was given this scope to ask, as there was none around it; and as it is a shield, it asks no further.
+    """
+
+    __slots__ = ()
+
+    @property
+    def cancel_called(self) -> bool:
+        if self._cancel_called or getattr(_threadlocals, "current_cancel_scope", None) is not self:
+            return self._cancel_called
+        scope = self._parent_scope
+        while scope is not None:
+            if scope.cancel_called:
+                return True
+            scope = None if scope.shield else scope._parent_scope
+        return False
 
 
 class _Passing(CancelScope):
@@ -271,7 +290,7 @@ class _OurScope(CancelScope):
 class AsyncioPoliteScope(_OurScope):
     """A scope that is cancelled, and from the delivery on shielded and not cancelled; `end` shows anyio the whole truth."""
 
-    __slots__ = ("_asked", "_children", "_held", "_is_covered", "_serial", "spares")
+    __slots__ = ("_asked", "_children", "_held", "_is_covered", "spares")
 
     # What is open inside when it delivers is made to let it pass.
     is_lost = False
@@ -287,12 +306,11 @@ class AsyncioPoliteScope(_OurScope):
         self._asked = self._held = self.is_delivered = self._is_covered = False
         self.spares: Callable[..., bool] | None = None
 
-    def begin(self, deadline: float, mark: Mark | None) -> None:
-        if mark is None:
-            self._serial = next(_serials)
+    def begin(self, deadline: float, late: Late | None) -> None:
+        if late is None:
             self.__enter__()
         else:
-            self._place(*mark)
+            self._place(*late)
         # Not through the property: there is a timer for it, which records the reason.
         self._deadline = deadline
 
@@ -371,32 +389,27 @@ class AsyncioPoliteScope(_OurScope):
             scope = scope._parent_scope
         return True
 
-    def _place(self, task: Any, base: Any, serial: int, cancelling: int) -> None:
-        """Enter belatedly: around what was entered since the mark was made, inside what was entered before."""
-        self._serial = serial
+    def _place(self, task: Any, outer: Any) -> None:
+        """Enter belatedly: directly inside of ``outer``, around all that the task has entered since."""
         self._host_task = task
-        self._cancelling_at_enter = cancelling
+        self._cancelling_at_enter = 0
         self._active = True
-
-        def is_outside(scope: Any) -> bool:
-            if scope is None or scope is base:
-                return True
-            return isinstance(scope, AsyncioPoliteScope) and scope._serial < serial
-
         state = _states.get(task)
         if state is None:
             state = _states[task] = _make_state(None, None)
-        if is_outside(state.cancel_scope):
-            self._place_below(state.cancel_scope)
+        inner = state.cancel_scope
+        if inner is outer:
+            self._place_below(outer)
             state.cancel_scope = self
             self._tasks.add(task)
             return
-        inner = state.cancel_scope
-        while not is_outside(inner._parent_scope):
+        while inner._parent_scope is not outer:
             inner = inner._parent_scope
-        self._place_below(inner._parent_scope)
-        if self._parent_scope is not None:
-            self._parent_scope._child_scopes.remove(inner)
+        self._place_below(outer)
+        if outer is not None:
+            outer._child_scopes.remove(inner)
+        elif type(inner) is CancelScope and inner._shield:
+            inner.__class__ = _AskedByThread
         inner._parent_scope = self
         self._child_scopes.add(inner)
 

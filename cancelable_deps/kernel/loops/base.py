@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
     IsOurs = Callable[[object], bool]
 
-    Mark = tuple[Any, Any, int, int]
-    """Where a scope may be entered later: task, scope around it, serial number, cancellations so far."""
+    Late = tuple[Any, Any]
+    """Where a scope is entered later: the task, and the scope of ours directly around it, if there is one."""
 
 
 class Timer(Protocol):
@@ -34,13 +34,6 @@ class Worker(Protocol):
         """Wait until it has ended."""
 
 
-class Newcomer(Protocol):
-    """Somebody who has begun in the current step of a task."""
-
-    def step_is_over(self) -> None:
-        """Called once, when the task has come to wait for something."""
-
-
 class EventLoop(Protocol):
     """The running loop, asyncio's or trio's."""
 
@@ -50,8 +43,8 @@ class EventLoop(Protocol):
 
     is_thread: bool
     scopes: ScopeFamily
-    mark: Callable[[], Mark] | None
-    """Makes a mark for `PoliteScope.begin`; ``None`` where scopes are entered at once."""
+    task_without_scope: Callable[[], object] | None
+    """Returns the running task, if scopes may be entered later in it; is ``None`` where they are entered at once."""
 
     time: Callable[[], float]
     extras: dict[Any, Any]
@@ -73,16 +66,8 @@ class EventLoop(Protocol):
     def wake(self) -> None:
         """What has just been scheduled, perhaps by a signal handler, is not to wait until the loop wakes up by itself."""
 
-    newcomers: dict[Newcomer, None]
-    """Those who are told when the current step of their task is over; whoever has left by then takes itself out."""
-
     lines: dict[float, Any]
     """By their limits, those in which somebody waits for a deadline."""
-
-    is_awaiting_step: bool
-
-    def await_step(self) -> None:
-        """See to it that the `newcomers` are told. Only where there is a `mark`."""
 
     def call_at(self, when: float, callback: Callable[[], object]) -> Timer: ...
 
@@ -94,8 +79,8 @@ class EventLoop(Protocol):
 class PoliteScope(Protocol):
     """The scope around one block, begun and ended in one task."""
 
-    def begin(self, deadline: float, mark: Mark | None) -> None:
-        """Enter the scope; where ``mark`` was made, if there is one. ``deadline`` is told, and strikes nobody."""
+    def begin(self, deadline: float, late: Late | None) -> None:
+        """Enter the scope, now or belatedly at that place. ``deadline`` is told, and strikes nobody."""
 
     @property
     def task(self) -> object:
@@ -202,6 +187,6 @@ class ScopeFamily(Protocol):
         """``scope`` itself, or where no hook tells the ``gates`` inside of it, one in its place that does when cancelled."""
         ...
 
-    def marker(self, loop: Any) -> Callable[[], Mark] | None:
-        """A function that marks the place in which a scope may be put later; ``None`` if scopes are entered at once."""
+    def task_finder(self, loop: Any) -> Callable[[], object] | None:
+        """What is to be the loop's `EventLoop.task_without_scope`."""
         ...

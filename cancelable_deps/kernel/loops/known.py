@@ -73,6 +73,12 @@ _SCOPE_ASKS = {
     "shield": {"_shield"},
 }
 
+_THREAD_ASKS = {
+    # A worker thread asks the scope that it was given, through its properties, and from there outwards.
+    "check_cancelled": {"threadlocals", "current_cancel_scope", "cancel_called", "shield", "_parent_scope"},
+    "run_sync_in_worker_thread": {"_parent_scope", "put_nowait"},
+}
+
 _TRIO_SLOTS = {
     "CancelStatus": {"_scope", "_parent", "_children", "_tasks", "effectively_cancelled"},
     "CancelScope": {"_cancel_status", "_cancel_called", "_cancel_reason"},
@@ -171,6 +177,9 @@ def _strange_in_asyncio() -> Iterator[str]:
             yield f"CancelScope.{name}"
     if not _can_become_another(scope):
         yield "CancelScope.__class__"
+    for name, used in _THREAD_ASKS.items():
+        if not used <= _names_in(getattr(module.AsyncIOBackend, name).__func__):
+            yield f"AsyncIOBackend.{name}"
     if not isinstance(module._task_states.data, dict):
         yield "_task_states"
     if set(module.TaskState.__slots__) != {"__weakref__", "cancel_scope", "parent_id"}:

@@ -257,5 +257,5 @@ def told_scope(loop: EventLoop, scope: CancelScope, gates: dict[Any, Gate]) -> C
     return TellingScope(loop, scope, gates)
 
 
-def marker(loop: Any) -> None:
-    """No function that marks a place: scopes are entered at once."""
+def task_finder(loop: Any) -> None:
+    """No function: scopes are entered at once."""

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
     from types import TracebackType
 
-    from .base import EventLoop, Gate, IsOurs, Mark
+    from .base import EventLoop, Gate, IsOurs, Late
 
 # By which the deadline of a group's own scope, which anyio acts upon, trails our timer, which tells the gates first.
 _TRAIL = 0.05
@@ -375,7 +375,7 @@ class PublicScope(_Pair):
 
     __slots__ = ()
 
-    def begin(self, deadline: float = math.inf, mark: Mark | None = None) -> None:
+    def begin(self, deadline: float = math.inf, late: Late | None = None) -> None:
         self._enter()
 
     def reaches(self, inner: PublicScope) -> bool:

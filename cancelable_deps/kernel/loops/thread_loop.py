@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from contextvars import Context
 
-    from .base import EventLoop, Mark, Newcomer, ScopeFamily, Timer, Worker
+    from .base import EventLoop, Late, ScopeFamily, Timer, Worker
 
 
 class ThreadScope:
@@ -23,7 +23,7 @@ class ThreadScope:
     def __init__(self, task: int) -> None:
         self.task = task
 
-    def begin(self, deadline: float, mark: Mark | None) -> None: ...
+    def begin(self, deadline: float, late: Late | None) -> None: ...
 
     def end(self, exc: BaseException | None) -> BaseException | None:
         return exc
@@ -53,20 +53,15 @@ class ThreadLoop:
 
     is_trio = False
     is_thread = True
-    mark: Callable[[], Mark] | None = None
+    task_without_scope: Callable[[], object] | None = None
     drain: Any = None
-    is_awaiting_step = False
 
     def __init__(self, home: EventLoop | None) -> None:
         self.home = home
         self.time = time.monotonic if home is None else home.time
         self.extras: dict[Any, Any] = {}
-        self.newcomers: dict[Newcomer, None] = {}
         self.scopes: ScopeFamily = public_asyncio
         self.lines: dict[float, Any] = {}
-
-    def await_step(self) -> None:
-        raise NotImplementedError
 
     def is_running_here(self) -> bool:
         # Whichever thread cancels, there is nobody to be woken in another one.

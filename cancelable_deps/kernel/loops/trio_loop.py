@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from contextvars import Context
 
-    from .base import EventLoop, Mark, Newcomer, ScopeFamily, Timer, Worker
+    from .base import EventLoop, ScopeFamily, Timer, Worker
 
 
 def _scopes() -> ScopeFamily:
@@ -71,10 +71,8 @@ class TrioLoop:
         self.home: EventLoop | None = self
         self.scopes = _scopes()
         self.extras: dict[Any, Any] = {}
-        self.mark: Callable[[], Mark] | None = None
-        self.newcomers: dict[Newcomer, None] = {}
+        self.task_without_scope = self.scopes.task_finder(token)
         self.lines: dict[float, Any] = {}
-        self.is_awaiting_step = False
 
     def is_running_here(self) -> bool:
         return trio.lowlevel.in_trio_run() and trio.lowlevel.current_trio_token() is self.token
@@ -105,9 +103,6 @@ class TrioLoop:
         call.__qualname__ = getattr(callback, "__qualname__", call.__qualname__)
         timer = _TrioWorker(call, None)
         return timer
-
-    def await_step(self) -> None:
-        raise NotImplementedError
 
     def call_from_thread(self, callback: Callable[..., object], *args: object) -> None:
         try:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from anyio import CancelScope
 
-    from .base import EventLoop, Gate, IsOurs, Mark, PoliteScope, TaskGate
+    from .base import EventLoop, Gate, IsOurs, Late, PoliteScope, TaskGate
 
 
 class _Stepper:
@@ -394,7 +394,7 @@ class TrioPoliteScope(TrioGate):
         self._asked = self._held = self._is_covered = False
         self.spares: Callable[..., bool] | None = None
 
-    def begin(self, deadline: float = math.inf, mark: Mark | None = None) -> None:
+    def begin(self, deadline: float = math.inf, late: Late | None = None) -> None:
         self._deadline = deadline
         super().begin()
 
@@ -548,5 +548,5 @@ def told_scope(loop: EventLoop, scope: CancelScope, gates: dict[Any, Gate]) -> C
     return scope
 
 
-def marker(loop: Any) -> None:
-    """No function that marks a place: scopes are entered at once."""
+def task_finder(loop: Any) -> None:
+    """No function: scopes are entered at once."""

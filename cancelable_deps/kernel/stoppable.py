@@ -1,0 +1,218 @@
+"""How a block is stopped: by its token, its deadline or the block around it, each time once and from the inside out."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from .members import Members, with_one_more, without
+from .reasons import CancelationReason
+from .timed import Timed
+from .token import CancelationToken, Cause, telling_everybody
+
+if TYPE_CHECKING:
+    from anyio import CancelScope
+
+    from .loops.base import Gate, PoliteScope, Timer
+    from .token import Listener
+
+
+class Stoppable(Timed):
+    """Work that is stopped when its token is cancelled, with the blocks inside of it."""
+
+    cleanup_grace: float
+    parent: Any = None
+    """The block around this one in the same task, or around the thread in which this one is entered."""
+
+    children: Members[Stoppable] = ()
+    is_only_marked = False
+    """The block around this one delivers; here only the cause and the callbacks were missing."""
+
+    group_scope: CancelScope | None = None
+    group_gates: dict[object, Gate] | None = None
+    told_by_parent: Listener | None = None
+    """Tells a block in a thread that the block around the thread was cancelled."""
+
+    _token: CancelationToken | None = None
+    _has_fired = False
+    _is_deferred = False
+    _late_timer: Timer | None = None
+
+    @property
+    def token(self) -> CancelationToken:
+        """The block's own token. Made for the first who asks: most blocks are left before anybody does."""
+        token = self._token
+        if token is None:
+            made = CancelationToken()
+            if self.ended is None:
+                made.listen(self)
+            # Whichever thread comes first: `setdefault` cannot be divided.
+            token = vars(self).setdefault("_token", made)
+        return token
+
+    @property
+    def cause(self) -> Cause | None:
+        token = self._token
+        return None if token is None else token.cause
+
+    @property
+    def deadline(self) -> float:
+        """When the block, or one that encloses it in the same task, times out."""
+        return self.own_deadline if self.parent is None else min(self.own_deadline, self.parent.deadline)
+
+    def begun_scope(self) -> PoliteScope | None:
+        """Return the scope of an open block, which begins now if it has not yet."""
+        raise NotImplementedError
+
+    @property
+    def task(self) -> object:
+        """The task in which the block is open; ``None`` if it is not."""
+        raise NotImplementedError
+
+    def cancel_for_timeout(self, message: str) -> None:
+        self.token.cancel_nowait(CancelationReason.TIMEOUT, message)
+
+    def token_cancelled(self, token: CancelationToken, cause: Cause) -> None:
+        """Called by each token that the block listens to."""
+        if token is not self._token:
+            self.token.cancel_because(cause)
+        elif self.loop is not None and not self.loop.is_running_here():
+            self.loop.call_from_thread(self.fire, cause)
+        else:
+            self.fire(cause)
+            if self.loop is not None:
+                self.loop.wake()
+
+    def fire(self, cause: Cause) -> None:
+        """Stop the block, which was cancelled; once."""
+        scope = self.begun_scope()
+        if scope is None or self._has_fired:
+            return
+        self._has_fired = True
+        if any(child.answers(cause) for child in self.open_children()):
+            # The innermost block of a task answers; the same cancellation twice would hit the cleanup of the first.
+            self._is_deferred = True
+            return
+        with telling_everybody():
+            # First: a gate further in looks whether its block is cancelled when the cancellation comes by.
+            self.mark_children(scope)
+            self.deliver(scope, cause)
+
+    def fire_at_last(self) -> None:
+        """Do what was deferred."""
+        if self.scope is not None and self.cause is not None:
+            self.deliver(self.scope, self.cause)
+
+    def deliver(self, scope: PoliteScope, cause: Cause) -> None:
+        if not self.is_only_marked:
+            scope.cancel_politely(str(cause))
+        if self.group_scope is not None:
+            # Or a child that is shielded just now would not be reached before the body has cleaned up.
+            self.group_scope.cancel()
+
+    def open_children(self) -> list[Stoppable]:
+        # A copy: those in a thread come and go while another one cancels.
+        return list(self.children)
+
+    def answers(self, cause: Cause) -> bool:
+        """Return whether this block, or one inside of it, raises the error of ``cause``."""
+        return self.cause is cause or any(child.answers(cause) for child in self.open_children())
+
+    def mark(self, message: str) -> None:
+        """Record that the block around this one was cancelled, whose scope encloses the scopes of this one."""
+        self.is_only_marked = True
+        # First: one that listens to our token would take the cause for its own, and deliver a second time.
+        self.mark_children(self.scope)
+        self.token.cancel_nowait(CancelationReason.PARENT, message)
+
+    def mark_children(self, scope: PoliteScope | None) -> None:
+        for child in self.open_children():
+            inner = child.begun_scope()
+            # One that is finished first, in a shield, has its own limits until then.
+            if scope is None or inner is None or scope.reaches(inner):
+                child.mark(f"The enclosing {self!r}")
+
+    def hold(self) -> None:
+        """Let no cancellation of the block reach its task until `resume`."""
+        scope = self.begun_scope()
+        if scope is not None:
+            scope.hold()
+
+    def resume(self) -> None:
+        if self.scope is not None:
+            self.scope.resume()
+
+    def link_to(self, parent: Stoppable) -> None:
+        self.parent = parent
+        parent.children = with_one_more(parent.children, self)
+
+    def leave_parents(self, answered: bool) -> None:
+        """Let the blocks around this one, which has been left, act on what it was to answer for."""
+        parent = self.parent
+        if parent.children:
+            parent.children = without(parent.children, self)
+        while parent is not None:
+            parent.stop_what_is_left(answered)
+            parent = parent.parent
+
+    def stop_what_is_left(self, answered: bool) -> None:
+        """Act on the cause, if a block that was to answer for this one has been left, and no other is to."""
+        cause = self.cause
+        if not self._is_deferred or cause is None or any(child.answers(cause) for child in self.open_children()):
+            return
+        self._is_deferred = False
+        if not answered:
+            self.fire_at_last()
+        elif self.loop is not None:
+            # Whoever catches the error and works on here may do so for as long as a cleanup.
+            self.call_late(self.loop.time() + self.cleanup_grace, self.fire_at_last)
+
+    def call_late(self, when: float, callback: Any) -> None:
+        assert self.loop is not None
+        self._late_timer = self.loop.call_at(when, callback)
+
+    def stop_timers(self) -> None:
+        if self.line is not None:
+            self.leave_line()
+        if self._late_timer is not None:
+            self._late_timer.cancel()
+            self._late_timer = None
+
+    def check(self) -> None:
+        """Raise the error of the cause if this block, or one around it, is cancelled or past its deadline."""
+        if self.own_deadline < math.inf and self.loop is not None and self.loop.time() >= self.own_deadline:
+            self.expire()
+        cause = self.cause
+        if cause is not None:
+            error = cause.error()
+            self.is_told(cause, error)
+            raise error
+        if self.parent is not None:
+            self.parent.check()
+
+    def is_told(self, cause: Cause, error: BaseException | None) -> None:
+        """Note that the running task has, or is about to get, the error: what it then cleans up is not to be hit as well."""
+        loop = self.loop
+        if loop is None or not loop.is_running_here():
+            return
+        task = loop.current_task()
+        if task is None:
+            return
+        self.take_for_delivered(cause, task)
+        if error is not None:
+            loop.scopes.tell(loop, error)
+
+    def take_for_delivered(self, cause: Cause, task: object) -> None:
+        gate = None if self.group_gates is None else self.group_gates.get(task)
+        if gate is not None and self.cause is cause:
+            gate.take_for_delivered()
+        block: Stoppable | None = self
+        while block is not None and not block.is_open:
+            block = block.parent
+        if block is None or block.task is not task:
+            return
+        while block is not None:
+            scope = block.begun_scope()
+            if scope is not None and block.cause is cause:
+                scope.take_for_delivered()
+            block = block.parent

@@ -1,0 +1,107 @@
+"""The deadline of a block: when it strikes, and how it is moved."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from .timeouts import CLOSE, new_line, wait_alone, wait_belatedly
+
+if TYPE_CHECKING:
+    from .loops.base import EventLoop, PoliteScope
+    from .timeouts import Line
+    from .token import Cause
+
+
+class Timed:
+    """Work that may have a deadline. Who inherits says what is to happen then, by `cancel_for_timeout`."""
+
+    # Class attributes stand for what most blocks never set: a request pays for each attribute it writes.
+    timeout: float | None = None
+    """Seconds from entering."""
+
+    own_deadline: float = math.inf
+    """On the clock of the loop; without those of the blocks around."""
+
+    line: Line | None = None
+    """Where it waits for its deadline."""
+
+    started: float = math.nan
+    ended: float | None = None
+    loop: EventLoop | None = None
+    scope: PoliteScope | None = None
+
+    @property
+    def cause(self) -> Cause | None:
+        raise NotImplementedError
+
+    @property
+    def is_open(self) -> bool:
+        raise NotImplementedError
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the block was entered, up to when it was left; 0 before."""
+        if self.loop is None:
+            return 0.0
+        return (self.loop.time() if self.ended is None else self.ended) - self.started
+
+    def cancel_for_timeout(self, message: str) -> None:
+        raise NotImplementedError
+
+    def wait_for_deadline(self, loop: EventLoop, timeout: float) -> None:
+        """Wait from now on, which is when the block is entered."""
+        if timeout <= CLOSE:
+            self.line = wait_alone(loop, self, self.own_deadline)
+            return
+        line = self.line = loop.lines.get(timeout) or new_line(loop, timeout)
+        line.waiting[self] = self.own_deadline
+        if line.looked_at_by is None:
+            line.begin()
+
+    def leave_line(self) -> None:
+        line = self.line
+        if line is not None:
+            self.line = None
+            line.waiting.pop(self, None)
+            if line.timer is not None and not line.waiting:
+                line.end()
+
+    def time_is_up(self, now: float) -> None:
+        """Called by the line."""
+        # A deadline that has been moved since, by a thread that has not got through to the loop yet, is waited for anew.
+        if self.own_deadline <= now:
+            self.expire()
+
+    def expire(self) -> None:
+        limit = "" if self.timeout is None else f" after {self.timeout:g} seconds"
+        self.cancel_for_timeout(f"Timed out{limit}")
+
+    def rearm(self) -> None:
+        """Wait for the deadline that is set now, if the block is open and not stopped yet."""
+        if self.line is not None:
+            self.leave_line()
+        loop, scope = self.loop, self.scope
+        if scope is not None:
+            scope.move_deadline(self.own_deadline)
+        elif not self.is_open:
+            return
+        if self.timeout is None or loop is None or self.own_deadline == math.inf or self.cause is not None:
+            return
+        if self.own_deadline <= loop.time():
+            # A timer would be a pass of the loop late, and the work that it is to stop be done by then.
+            self.expire()
+        else:
+            self.line = wait_belatedly(loop, self.timeout, self, self.own_deadline)
+
+    def move_own_deadline(self, by: float) -> None:
+        """Move the deadline; from any thread."""
+        assert self.timeout is not None
+        self.timeout += by
+        loop = self.loop
+        if loop is not None:
+            self.own_deadline += by
+            if loop.is_running_here() and loop.current_task() is not None:
+                self.rearm()
+            else:
+                loop.call_from_thread(self.rearm)
