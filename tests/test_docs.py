@@ -8,16 +8,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import anyio
 import pytest
 import trio.testing
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 import cancelable_deps
 import cancelable_deps.testing
 from cancelable_deps import CancelationReason, begin_shutdown, configure
-from cancelable_deps.testing import SocketClosed, assert_cancelled
-from tests.calls import connected, get, hang_up, running
+from cancelable_deps.testing import Call, SocketClosed, advance, assert_cancelled
+from tests.calls import connected, get, hang_up, movable_clock, running
 from tests.snippets import PAGES, ROOT, compiled, forgotten, run, snippets_of
 
 pytestmark = pytest.mark.anyio
@@ -35,6 +35,14 @@ def events(body: bytes) -> list[tuple[str, Any]]:
     """Return name and data of each Server-Sent Event."""
     found = re.findall(r"event: (.*)\ndata: (.*)\n", body.decode())
     return [(name, json.loads(data)) for name, data in found]
+
+
+async def after(seconds: float, app: ASGIApp, path: str, **options: Any) -> Call:
+    """Return a request that has run for ``seconds`` of the event loop's clock, or has ended before."""
+    async with running(app, path, **options) as call:
+        await call.running()
+        await advance(seconds)
+    return call
 
 
 # The pages themselves
@@ -106,9 +114,10 @@ async def test_handle_with_a_timeout() -> None:
     assert (await get(app, "/suggest")).json() == ["something cheaper"]
 
 
+@movable_clock
 async def test_what_a_block_can_tell() -> None:
     names = run("handles.md", "What a block can tell, and be told")
-    assert (await get(names["app"], "/render")).json() == {"enough": True}
+    assert (await after(50, names["app"], "/render")).json() == {"enough": True}
     call = await get(names["app"], "/quota")
     assert (call.status, call.json()) == (499, {"detail": "Your quota is used up"})
     assert names["stopped"] == ["manual: Your quota is used up"]
@@ -142,33 +151,37 @@ async def test_event() -> None:
 # middleware.md, policies.md, guarantees.md
 
 
+@movable_clock
 async def test_middleware() -> None:
     app = run("middleware.md", "A whole application")["app"]
-    assert (await get(app, "/anything")).status == 504
-    assert (await get(app, "/export")).json() == "takes its time"
-    assert (await get(app, "/health")).json() == "not covered"
+    assert (await after(60, app, "/anything")).status == 504
+    assert (await after(60, app, "/export")).json() == "takes its time"
+    assert (await after(60, app, "/health")).json() == "not covered"
 
 
+@movable_clock
 async def test_middleware_around_a_bare_application() -> None:
     app = run("middleware.md", "A whole application (2)")["app"]
-    assert (await get(app)).status == 504
+    assert (await after(30, app, "/")).status == 504
 
 
+@movable_clock
 async def test_route_class() -> None:
     app = run("middleware.md", "One router")["app"]
-    assert (await get(app, "/slow")).status == 504
+    assert (await after(30, app, "/slow")).status == 504
 
 
+@movable_clock
 async def test_policies() -> None:
     names = run("policies.md", "Timeout policies")
     app: FastAPI = names["app"]
-    assert (await get(app, "/anything")).status == 504
-    call = await get(app, "/search")
+    assert (await after(10, app, "/anything")).status == 504
+    call = await after(5, app, "/search")
     assert (call.status, call.json()) == (503, {"try": "again later", "path": "/search"})
-    assert (await get(app, "/import")).json() == "imported"
+    assert (await after(3, app, "/import")).json() == "imported"
     assert names["soon"].exceeded == 1
-    assert (await get(app, "/render")).json() == "rendered"
-    assert (await get(app, "/batch")).json() == "all of it"
+    assert (await after(20, app, "/render")).json() == "rendered"
+    assert (await after(20, app, "/batch")).json() == "all of it"
 
 
 async def test_errors_meet_the_applications_own_handlers() -> None:
@@ -203,19 +216,22 @@ async def test_stream() -> None:
     assert (call.body.count(b"data: "), call.is_complete) == (5, True)
 
 
+@movable_clock
 async def test_what_a_client_sees() -> None:
     names = run("streams.md", "What a client sees")
-    call = await get(names["app"], "/events")
+    call = await after(5, names["app"], "/events")
     assert call.is_complete
-    assert events(call.body) == [("cancelled", {"reason": "timeout", "message": "Timed out after 0.1 seconds"})]
-    call = await get(names["app"], "/rows", raise_app_exceptions=False)
+    assert b"data: tick" in call.body
+    assert events(call.body) == [("cancelled", {"reason": "timeout", "message": "Timed out after 5 seconds"})]
+    call = await after(5, names["app"], "/rows", raise_app_exceptions=False)
     assert (call.status, call.is_complete, names["released"]) == (200, False, ["cursor"])
 
 
+@movable_clock
 @pytest.mark.skipif(find_spec("fastapi.sse") is None, reason="FastAPI has generator endpoints since 0.135")
 async def test_generator_endpoint() -> None:
     names = run("streams.md", "FastAPI's generator endpoints")
-    call = await get(names["app"], "/prices")
+    call = await after(5, names["app"], "/prices")
     assert b"data: 1.5" in call.body
     assert [name for name, _ in events(call.body)] == ["cancelled"]
     assert names["cleaned"] == ["feed"]
@@ -328,18 +344,19 @@ async def test_testing_with_fixtures(cancelable_client: Any) -> None:
 
 @asyncio_only
 async def test_moving_from_a_watcher() -> None:
-    before = await _left(run("moving-from.md", "Watcher: before")["app"], "/generate?prompt=x", "POST")
-    assert (before.status, before.json()) == (200, None)
-    after = await _left(run("moving-from.md", "Watcher: after")["app"], "/generate?prompt=x", "POST")
-    assert after.status == 499
+    watched = await hang_up(run("moving-from.md", "Watcher: before")["app"], "/generate?prompt=x", "POST")
+    assert (watched.status, watched.json()) == (200, None)
+    assert (await hang_up(run("moving-from.md", "Watcher: after")["app"], "/generate?prompt=x", "POST")).status == 499
 
 
 @asyncio_only
 async def test_moving_from_polling() -> None:
-    before = await _left(run("moving-from.md", "Polling: before")["app"], "/steps", "POST")
-    assert before.json() < 1000
-    after = await _left(run("moving-from.md", "Polling: after")["app"], "/steps", "POST")
-    assert after.json() < 1000
+    async with running(run("moving-from.md", "Polling: before")["app"], "/steps", "POST") as polled:
+        # Its reader comes and goes: nobody listens to it for long.
+        await polled.running()
+        polled.hang_up_nowait()
+    assert polled.json() < 1000
+    assert (await hang_up(run("moving-from.md", "Polling: after")["app"], "/steps", "POST")).json() < 1000
 
 
 @asyncio_only
@@ -367,23 +384,14 @@ async def test_moving_from_hother_cancelable() -> None:
     compiled("moving-from.md", "hother-cancelable: before")
     if find_spec("hother") is not None:
         names = run("moving-from.md", "hother-cancelable: before")
-        assert (await _left(names["app"], "/data")).elapsed < 30
+        await hang_up(names["app"], "/data", raise_app_exceptions=False)
         assert (await get(names["app"], "/quick", raise_app_exceptions=False)).status == 504
     names = run("moving-from.md", "hother-cancelable: after")
-    assert (await _left(names["app"], "/data")).status == 499
+    assert (await hang_up(names["app"], "/data")).status == 499
     assert (await get(names["app"], "/quick")).status == 504
 
 
 async def _generates_and_counts(names: dict[str, Any]) -> None:
-    assert (await _left(names["app"], "/generate")).status == 499
+    assert (await hang_up(names["app"], "/generate")).status == 499
     assert names["released"] == ["GPU"]
-    assert (await _left(names["app"], "/agent")).json() >= 1
-
-
-async def _left(app: FastAPI, path: str, method: str = "GET") -> Any:
-    """Return a call whose client leaves as soon as the application waits; a poller never listens for long."""
-    async with running(app, path, method) as call:
-        await call.running()
-        await anyio.sleep(0.05)
-        call.hang_up_nowait()
-    return call
+    assert (await hang_up(names["app"], "/agent")).json() >= 1
