@@ -41,8 +41,9 @@ from cancelable_deps import (
     wait_for_disconnect,
     with_cancelation,
 )
+from tests.snippets import PAGES, README
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+DOCS = "".join(path.read_text() for path in [README, *PAGES] if path.name != "api.md")
 EXAMPLES = "".join(path.read_text() for path in (Path(__file__).parent.parent / "examples").rglob("*.py"))
 
 
@@ -58,8 +59,8 @@ def test_all_is_what_is_there() -> None:
 
 @pytest.mark.parametrize("name", cancelable_deps.__all__)
 def test_everything_is_shown_to_users(name: str) -> None:
-    told_by_pattern = name.endswith("Cancelation") and "a class for each reason" in README
-    assert name in README or name in EXAMPLES or told_by_pattern
+    told_by_pattern = name.endswith("Cancelation") and "a class for each reason" in DOCS
+    assert name in DOCS or name in EXAMPLES or told_by_pattern
 
 
 @pytest.mark.parametrize("name", cancelable_deps.__all__)

@@ -1,0 +1,397 @@
+"""Every snippet of docs/ runs, and does what its page says."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio.testing
+from fastapi import FastAPI
+from starlette.types import ASGIApp
+
+import cancelable_deps
+import cancelable_deps.testing
+from cancelable_deps import CancelationReason, begin_shutdown, configure
+from cancelable_deps.testing import Call, SocketClosed, advance, assert_cancelled
+from tests.calls import connected, get, hang_up, movable_clock, running
+from tests.snippets import PAGES, ROOT, compiled, forgotten, run, snippets_of
+
+pytestmark = pytest.mark.anyio
+
+asyncio_only = pytest.mark.parametrize("anyio_backend", ["asyncio"])
+"""For code of others, which knows no other event loop."""
+
+mock_clock = pytest.mark.parametrize(
+    "anyio_backend", ["asyncio", pytest.param(("trio", {"clock": trio.testing.MockClock()}), id="trio")]
+)
+"""For tests that are tests themselves, and call `advance`."""
+
+
+def events(body: bytes) -> list[tuple[str, Any]]:
+    """Return name and data of each Server-Sent Event."""
+    found = re.findall(r"event: (.*)\ndata: (.*)\n", body.decode())
+    return [(name, json.loads(data)) for name, data in found]
+
+
+async def after(seconds: float, app: ASGIApp, path: str, **options: Any) -> Call:
+    """Return a request that has run for ``seconds`` of the event loop's clock, or has ended before."""
+    async with running(app, path, **options) as call:
+        await call.running()
+        await advance(seconds)
+    return call
+
+
+# The pages themselves
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_snippet_is_forgotten(page: Path) -> None:
+    assert forgotten(page, Path(__file__).read_text()) == []
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    # `--strict` says nothing of a page that the navigation leaves out, or names and does not find.
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    assert sorted(re.findall(r"- ([\w-]+\.md)$", navigation, re.MULTILINE)) == [page.name for page in PAGES]
+
+
+def test_the_reference_has_every_public_name() -> None:
+    found = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    public = [f"cancelable_deps.{name}" for name in cancelable_deps.__all__]
+    public += [f"cancelable_deps.testing.{name}" for name in cancelable_deps.testing.__all__]
+    assert sorted(found) == sorted(public)
+
+
+def test_snippets_import_from_the_public_modules_alone() -> None:
+    imports = {
+        module
+        for page in PAGES
+        for snippet in snippets_of(page).values()
+        for module in re.findall(r"(?:from|import) (cancelable_deps[\w.]*)", snippet)
+    }
+    assert imports <= {"cancelable_deps", "cancelable_deps.testing"}
+
+
+# index.md, decorator.md, handles.md
+
+
+async def test_first_steps() -> None:
+    app = run("index.md", "First steps")["app"]
+    assert (await hang_up(app, "/report")).status == 499
+
+
+async def test_decorator() -> None:
+    names = run("decorator.md", "The decorator")
+    assert (await hang_up(names["app"], "/generate/small", "POST")).status == 499
+    assert names["stopped"] == [CancelationReason.DISCONNECT]
+
+
+async def test_decorator_among_others(capsys: pytest.CaptureFixture[str]) -> None:
+    app = run("decorator.md", "Other decorators")["app"]
+    assert (await get(app, "/items/3")).json() == 3
+    assert capsys.readouterr().out == "called with {'number': 3}\n"
+    parameters = (await get(app, "/openapi.json")).json()["paths"]["/items/{number}"]["get"]["parameters"]
+    assert [parameter["name"] for parameter in parameters] == ["number"]
+
+
+def test_decorated_handlers_are_called() -> None:
+    run("decorator.md", "Calling a decorated handler yourself")
+
+
+async def test_part_of_a_handler() -> None:
+    names = run("handles.md", "A part of a handler")
+    assert (await hang_up(names["app"], "/search")).status == 499
+    assert names["released"] == ["connection"]
+    assert "parameters" not in (await get(names["app"], "/openapi.json")).json()["paths"]["/search"]["get"]
+
+
+async def test_handle_with_a_timeout() -> None:
+    app = run("handles.md", "A timeout")["app"]
+    assert (await get(app, "/suggest")).json() == ["something cheaper"]
+
+
+@movable_clock
+async def test_what_a_block_can_tell() -> None:
+    names = run("handles.md", "What a block can tell, and be told")
+    assert (await after(50, names["app"], "/render")).json() == {"enough": True}
+    call = await get(names["app"], "/quota")
+    assert (call.status, call.json()) == (499, {"detail": "Your quota is used up"})
+    assert names["stopped"] == ["manual: Your quota is used up"]
+
+
+async def test_past_the_point_of_no_return() -> None:
+    names = run("handles.md", "Past the point of no return")
+    assert (await hang_up(names["app"], "/order", "POST")).status == 499
+    assert names["paid"] == [True]
+
+
+async def test_condition() -> None:
+    app = run("handles.md", "A condition")["app"]
+    assert (await get(app, "/export")).json() == "not enough space"
+
+
+async def test_task_group() -> None:
+    app = run("handles.md", "Several tasks")["app"]
+    assert (await get(app, "/shards/4")).json() == [0, 1, 2, 3]
+    call = await get(app, "/shards/102")
+    assert (call.status, call.json()) == (409, {"detail": "no such shard"})
+
+
+async def test_event() -> None:
+    app = run("handles.md", "A stopping point of your own")["app"]
+    answer = (await hang_up(app, "/count")).json()
+    assert answer["stopped_by"] == "disconnect"
+    assert answer["rows"] < 1000
+
+
+# middleware.md, policies.md, guarantees.md
+
+
+@movable_clock
+async def test_middleware() -> None:
+    app = run("middleware.md", "A whole application")["app"]
+    assert (await after(60, app, "/anything")).status == 504
+    assert (await after(60, app, "/export")).json() == "takes its time"
+    assert (await after(60, app, "/health")).json() == "not covered"
+
+
+@movable_clock
+async def test_middleware_around_a_bare_application() -> None:
+    app = run("middleware.md", "A whole application (2)")["app"]
+    assert (await after(30, app, "/")).status == 504
+
+
+@movable_clock
+async def test_route_class() -> None:
+    app = run("middleware.md", "One router")["app"]
+    assert (await after(30, app, "/slow")).status == 504
+
+
+@movable_clock
+async def test_policies() -> None:
+    names = run("policies.md", "Timeout policies")
+    app: FastAPI = names["app"]
+    assert (await after(10, app, "/anything")).status == 504
+    call = await after(5, app, "/search")
+    assert (call.status, call.json()) == (503, {"try": "again later", "path": "/search"})
+    assert (await after(3, app, "/import")).json() == "imported"
+    assert names["soon"].exceeded == 1
+    assert (await after(20, app, "/render")).json() == "rendered"
+    assert (await after(20, app, "/batch")).json() == "all of it"
+
+
+async def test_errors_meet_the_applications_own_handlers() -> None:
+    call = await get(run("guarantees.md", "Reasons and statuses")["app"], "/report")
+    assert (call.status, call.json()) == (504, {"reason": "timeout", "is_error": True})
+
+
+@pytest.mark.parametrize("reason", CancelationReason)
+@pytest.mark.parametrize("page", ["guarantees.md"])
+def test_the_table_of_reasons_is_right(reason: CancelationReason, page: str) -> None:
+    row = re.search(rf"^\| `{reason.name}` \|.*$", (ROOT / "docs" / page).read_text(), re.MULTILINE)
+    assert row is not None
+    cells = [cell.strip() for cell in row[0].strip("|").split("|")]
+    assert cells[2].startswith(str(reason.status_code))
+    assert cells[3] == ("(closed)" if reason.close_code is None else str(reason.close_code))
+    assert cells[4] == ("yes" if reason.is_error else "no")
+
+
+async def test_defaults() -> None:
+    try:
+        run("guarantees.md", "Two defaults")
+    finally:
+        configure(cleanup_grace=5, listen_after=0.005)
+
+
+# streams.md, progress.md, websockets.md
+
+
+async def test_stream() -> None:
+    app = run("streams.md", "Streams and Server-Sent Events")["app"]
+    call = await get(app, "/tokens")
+    assert (call.body.count(b"data: "), call.is_complete) == (5, True)
+
+
+@movable_clock
+async def test_what_a_client_sees() -> None:
+    names = run("streams.md", "What a client sees")
+    call = await after(5, names["app"], "/events")
+    assert call.is_complete
+    assert b"data: tick" in call.body
+    assert events(call.body) == [("cancelled", {"reason": "timeout", "message": "Timed out after 5 seconds"})]
+    call = await after(5, names["app"], "/rows", raise_app_exceptions=False)
+    assert (call.status, call.is_complete, names["released"]) == (200, False, ["cursor"])
+
+
+@movable_clock
+@pytest.mark.skipif(find_spec("fastapi.sse") is None, reason="FastAPI has generator endpoints since 0.135")
+async def test_generator_endpoint() -> None:
+    names = run("streams.md", "FastAPI's generator endpoints")
+    call = await after(5, names["app"], "/prices")
+    assert b"data: 1.5" in call.body
+    assert [name for name, _ in events(call.body)] == ["cancelled"]
+    assert names["cleaned"] == ["feed"]
+
+
+async def test_progress() -> None:
+    app = run("progress.md", "Progress")["app"]
+    call = await get(app, "/report")
+    assert call.body.decode().strip() in (ROOT / "docs/progress.md").read_text()
+
+
+def test_progress_without_a_stream() -> None:
+    run("progress.md", "Without a stream")
+
+
+async def test_websockets() -> None:
+    app = run("websockets.md", "WebSockets")["app"]
+    async with connected(app, "/report") as socket:
+        await socket.accepted()
+        await socket.listened_to()
+    assert_cancelled(socket, CancelationReason.DISCONNECT)
+    async with connected(app, "/chat") as socket:
+        for text in ("hello", "again"):
+            await socket.send_text(text)
+            assert await socket.receive_text() == text.upper()
+        with pytest.raises(SocketClosed, match=r"4504: No message for 0\.2 seconds"):
+            await socket.receive_text()
+
+
+# threads.md, shutdown.md, without-a-request.md, testing.md
+
+
+async def test_def_handlers() -> None:
+    app = run("threads.md", "A def handler")["app"]
+    assert (await hang_up(app, "/primes")).status == 499
+    assert (await get(app, "/wait")).status == 504
+    assert (await get(app, "/legacy")).status == 504
+
+
+async def test_threads_and_processes() -> None:
+    app = run("threads.md", "Work in a thread or in a process, from an async handler")["app"]
+    assert (await get(app, "/factors/17")).json() == {"root": 4, "digits": 15}
+
+
+async def test_blocking_call() -> None:
+    app = run("threads.md", "A blocking call that can be interrupted")["app"]
+    assert (await hang_up(app, "/count")).reason is CancelationReason.DISCONNECT
+
+
+async def test_shutdown() -> None:
+    app = run("shutdown.md", "When the server shuts down")["app"]
+    async with running(app, "/next", lifespan=True) as call:
+        assert call.scope["state"] == {"pool": "open"}
+        await call.running()
+        begin_shutdown()
+    assert call.json() == "signal"
+
+
+async def test_shutdown_without_a_signal() -> None:
+    app = run("shutdown.md", "Without a signal")["app"]
+    async with cancelable_deps.testing.CancelableClient(app) as client, client.start("GET", "/report") as call:
+        await call.running()
+        assert (await client.post("/internal/drain")).json() is True
+        response = await call.response()
+    assert (response.status_code, response.headers["retry-after"]) == (503, "30")
+
+
+def test_blocks_and_tokens() -> None:
+    run("without-a-request.md", "Blocks and tokens")
+
+
+def test_blocks_inside_blocks() -> None:
+    run("without-a-request.md", "Blocks inside blocks")
+
+
+async def test_starlette() -> None:
+    app = run("without-a-request.md", "Starlette, and handlers without Depends")["app"]
+    assert (await get(app, "/both")).json() == "both done"
+    assert (await get(app, "/one")).json() == "done"
+    assert (await hang_up(app, "/gone")).json() == "gone"
+
+
+@mock_clock
+async def test_testing() -> None:
+    names = run("testing.md", "Hanging up, and letting the time pass")
+    await names["test_client_hangs_up"]()
+    await names["test_time_is_up"]()
+
+
+async def test_testing_at_a_given_moment() -> None:
+    names = run("testing.md", "Hanging up at a given moment")
+    await names["test_upload_breaks_off"]()
+    await names["test_download_breaks_off"]()
+
+
+@mock_clock
+async def test_testing_websockets() -> None:
+    names = run("testing.md", "WebSockets")
+    await names["test_client_drops"]()
+    await names["test_time_is_up"]()
+
+
+@pytest.mark.usefixtures("no_tasks_left")
+async def test_testing_with_fixtures(cancelable_client: Any) -> None:
+    await run("testing.md", "For pytest")["test_hello"](cancelable_client)
+
+
+# moving-from.md
+
+
+@asyncio_only
+async def test_moving_from_a_watcher() -> None:
+    watched = await hang_up(run("moving-from.md", "Watcher: before")["app"], "/generate?prompt=x", "POST")
+    assert (watched.status, watched.json()) == (200, None)
+    assert (await hang_up(run("moving-from.md", "Watcher: after")["app"], "/generate?prompt=x", "POST")).status == 499
+
+
+@asyncio_only
+async def test_moving_from_polling() -> None:
+    async with running(run("moving-from.md", "Polling: before")["app"], "/steps", "POST") as polled:
+        # Its reader comes and goes: nobody listens to it for long.
+        await polled.running()
+        polled.hang_up_nowait()
+    assert polled.json() < 1000
+    assert (await hang_up(run("moving-from.md", "Polling: after")["app"], "/steps", "POST")).json() < 1000
+
+
+@asyncio_only
+async def test_moving_from_a_timeout_in_a_middleware() -> None:
+    names = run("moving-from.md", "Timeout: before")
+    assert (await get(names["app"], "/report")).status == 504
+    assert names["finished"] == ["report"]
+    names = run("moving-from.md", "Timeout: after")
+    assert (await get(names["app"], "/report")).status == 504
+    assert names["finished"] == []
+
+
+@asyncio_only
+async def test_moving_from_fastapi_disconnect() -> None:
+    # It needs Python 3.12, and is in the dependency group `rivals` alone.
+    compiled("moving-from.md", "fastapi-disconnect: before")
+    if find_spec("fastapi_disconnect") is not None:
+        await _generates_and_counts(run("moving-from.md", "fastapi-disconnect: before"))
+    await _generates_and_counts(run("moving-from.md", "fastapi-disconnect: after"))
+
+
+@asyncio_only
+async def test_moving_from_hother_cancelable() -> None:
+    # It needs Python 3.13, and is in the dependency group `rivals` alone.
+    compiled("moving-from.md", "hother-cancelable: before")
+    if find_spec("hother") is not None:
+        names = run("moving-from.md", "hother-cancelable: before")
+        await hang_up(names["app"], "/data", raise_app_exceptions=False)
+        assert (await get(names["app"], "/quick", raise_app_exceptions=False)).status == 504
+    names = run("moving-from.md", "hother-cancelable: after")
+    assert (await hang_up(names["app"], "/data")).status == 499
+    assert (await get(names["app"], "/quick")).status == 504
+
+
+async def _generates_and_counts(names: dict[str, Any]) -> None:
+    assert (await hang_up(names["app"], "/generate")).status == 499
+    assert names["released"] == ["GPU"]
+    assert (await hang_up(names["app"], "/agent")).json() >= 1
