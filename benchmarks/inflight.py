@@ -24,9 +24,8 @@ import psutil
 from starlette.types import ASGIApp
 
 from benchmarks._asgi import Exchange, at_once, forever, loops, run_on, serve, start
-from benchmarks._doors import OURS
-from benchmarks._rivals import rivals
-from benchmarks._variants import BARE, FLOORS, REFERENCES, Variant
+from benchmarks._catalogue import everything, named
+from benchmarks._variants import BARE, FLOORS, Variant
 
 _KIB_OVER_BARE = 5.0
 _HANG_UP = 60.0
@@ -55,7 +54,7 @@ Block = dict[str, Measurement]
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     if options.child is not None:
-        variant = _named(options.child)
+        variant = named(options.child)
         print(json.dumps(asdict(measure(variant, options.loop, options.counts[0], options.idle, options.ballast))))
         return
     variants = _chosen(options.only)
@@ -83,17 +82,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _chosen(only: Sequence[str]) -> list[Variant]:
-    hearing = [variant for variant in _all() if variant.hears]
+    hearing = [variant for variant in everything() if variant.hears]
     wanted = [v for v in hearing if not only or any(part.lower() in v.name.lower() for part in only)]
     return [FLOORS[0], *wanted]
-
-
-def _all() -> list[Variant]:
-    return [*FLOORS, *OURS, *REFERENCES, *rivals()]
-
-
-def _named(name: str) -> Variant:
-    return next(variant for variant in _all() if variant.name == name)
 
 
 def measure(variant: Variant, loop: str, count: int, idle: float, ballast: int) -> Measurement:
