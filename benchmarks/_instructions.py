@@ -8,9 +8,10 @@ takes 20 us for a pass of the event loop, and jumps to the next timer when the l
 2 ms, for asyncio, for uvloop, and for whatever the rivals time, and a request is as old as it would be natively.
 
 Counted is only the serving of `requests` requests in a process that has served some before, with the garbage collector
-off and with fixed hashes and addresses: starting up and importing are not in it. Two runs print the same number. What
-the addresses of objects do to dictionaries and the allocator remains by chance, though: a change elsewhere that moves
-them can move a count by three tenths of a percent.
+off and with fixed hashes and addresses: starting up and importing are not in it. Two runs of the same code print the
+same number. Where objects lie decides which collide in the interpreter's caches, though, and a change elsewhere that
+moves them, or another folder, can move a count by a percent and a half. So each count is the median of `LAYOUTS`
+processes whose objects lie elsewhere, and a ratio that differs by less than a percent may be chance.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import ctypes
 import gc
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,6 +35,8 @@ from benchmarks._variants import Variant
 Counts = dict[str, list[float]]
 """Instructions per request, by variant, one for each handler."""
 
+LAYOUTS = 3
+
 _HERE = Path(__file__).parent
 _WARM_UP = 3 * WAITING_AT_ONCE
 
@@ -45,15 +49,27 @@ def why_not() -> str | None:
     return None
 
 
-def count(variants: Sequence[Variant], loop: str, waits: Sequence[float], requests: int) -> Counts:
-    """Count, with one process for each variant and as many at a time as there are cores."""
+def count(
+    variants: Sequence[Variant], loop: str, waits: Sequence[float], requests: int, layouts: int = LAYOUTS
+) -> Counts:
+    """Count, with `layouts` processes for each variant and as many at a time as there are cores."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         clock = compiled(Path(folder))
         jobs = {
-            variant.name: pool.submit(_in_child, variant, loop, waits, requests, clock, Path(folder, str(number)))
+            variant.name: [
+                pool.submit(
+                    _in_child, variant, loop, waits, requests, clock, Path(folder, f"{number}-{layout}"), layout
+                )
+                for layout in range(layouts)
+            ]
             for number, variant in enumerate(variants)
         }
-        return {name: job.result() for name, job in jobs.items()}
+        return {name: _medians([job.result() for job in children]) for name, children in jobs.items()}
+
+
+def _medians(children: Sequence[Sequence[float]]) -> list[float]:
+    """Return the median over the processes, for each handler."""
+    return [statistics.median(handler) for handler in zip(*children, strict=True)]
 
 
 def compiled(folder: Path) -> Path:
@@ -64,16 +80,18 @@ def compiled(folder: Path) -> Path:
 
 
 def _in_child(
-    variant: Variant, loop: str, waits: Sequence[float], requests: int, clock: Path, out: Path
+    variant: Variant, loop: str, waits: Sequence[float], requests: int, clock: Path, out: Path, layout: int
 ) -> list[float]:
     # Where the kernel lays things out by chance, so do the addresses that dictionaries hash.
     fixed_addresses = ["setarch", "-R"] if shutil.which("setarch") else []
+    # The interpreter makes strings of its environment first of all: whatever follows lies elsewhere.
+    padding = {f"BENCHMARK_PADDING_{number}": "x" for number in range(37 * layout)}
     valgrind = ["valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={out}"]
     python = [sys.executable, "-m", "benchmarks._instructions", variant.name, loop, str(requests), str(clock)]
     child = subprocess.run(
         [*fixed_addresses, *valgrind, *python, *map(str, waits)],
         cwd=_HERE.parent,
-        env={**os.environ, "LD_PRELOAD": str(clock), "PYTHONHASHSEED": "0"},
+        env={**os.environ, **padding, "LD_PRELOAD": str(clock), "PYTHONHASHSEED": str(layout)},
         capture_output=True,
         text=True,
         check=False,

@@ -129,7 +129,7 @@ run_on({loop!r}, main())
 @pytest.mark.timeout(300)
 def test_instructions_repeat() -> None:
     waits = [0.0, 2.0]
-    first, second = (_instructions.count([FLOORS[0]], "asyncio", waits, 32) for _ in range(2))
+    first, second = (_instructions.count([FLOORS[0]], "asyncio", waits, 32, layouts=1) for _ in range(2))
     assert len(first[BARE]) == 2
     assert all(counted > 10_000 for counted in first[BARE])
     assert first[BARE] == pytest.approx(second[BARE], rel=0.005)
