@@ -99,17 +99,17 @@ def _racing_a_poller(handler: Handler) -> Handler:
     return racing
 
 
-def _by_hand(name: str, decorator: Callable[[Handler], Handler]) -> Variant:
+def _by_hand(name: str, decorator: Callable[[Handler], Handler], polls: bool = False) -> Variant:
     def build(work: Work) -> ASGIApp:
         return app_with(decorator(request_handler(work)))
 
-    return Variant(f"by hand: {name}", build, "rival", "decorator", hears=True)
+    return Variant(f"by hand: {name}", build, "rival", "decorator", hears=True, polls=polls)
 
 
 BY_HAND = [
     _by_hand("two tasks (vLLM)", _racing_a_listener),
     _by_hand("task group over two (gist)", _in_a_task_group),
-    _by_hand("polling every 10 ms (gist)", _racing_a_poller),
+    _by_hand("polling every 10 ms (gist)", _racing_a_poller, polls=True),
 ]
 
 

@@ -36,7 +36,7 @@ class Variant:
     """An application to measure.
 
     `door` groups ours with the rivals', `floor` is the least that such a door can cost, `hears` whether a hang-up
-    stops its handler.
+    stops its handler, `polls` whether it asks again and again.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Variant:
     target: Target | None = None
     query: bytes = b""
     hears: bool = False
+    polls: bool = False
 
 
 def _bare(work: Work) -> ASGIApp:
