@@ -1,6 +1,7 @@
 """Drive an ASGI application in process, the way uvicorn does: a task, a `receive` and a `send` of its own per request."""
 
 import asyncio
+import functools
 import importlib.util
 import statistics
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -18,6 +19,16 @@ async def at_once() -> None:
 
 async def forever() -> None:
     await asyncio.get_running_loop().create_future()
+
+
+WAITING_AT_ONCE = 32
+
+
+def work_of(milliseconds: float) -> tuple[Work, int]:
+    """What a handler awaits for so long, and how many such requests to serve at a time."""
+    if milliseconds:
+        return functools.partial(asyncio.sleep, milliseconds / 1000), WAITING_AT_ONCE
+    return at_once, 1
 
 
 _HEADERS = [

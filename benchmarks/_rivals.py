@@ -1,24 +1,116 @@
-"""The doors of other libraries, where they are installed: `uv sync --group rivals` on Python 3.13."""
+"""What people use instead: decorators written by hand, and other libraries where they are installed.
 
+The decorators do as vLLM's and the two gists that are handed around do, with whatever these leave undone. The libraries
+need Python 3.13 to be all there: `uv sync --group rivals`.
+"""
+
+import asyncio
 import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Request
+import anyio
+from fastapi import Depends, HTTPException, Request
 from starlette.types import ASGIApp
 
-from benchmarks._asgi import Work, forever
-from benchmarks._variants import DEPENDENCY, SEND_MIDDLEWARE, YIELD_DEPENDENCY, Variant, app_with, plain_handler
+from benchmarks._asgi import Work
+from benchmarks._handlers import Handler, app_with, entering_handler, event_handler, plain_handler, request_handler
+from benchmarks._variants import DEPENDENCY, SEND_MIDDLEWARE, YIELD_DEPENDENCY, Variant
 
 
 def rivals() -> list[Variant]:
-    """Every door of every rival that can be imported; a line on the terminal for each that cannot."""
+    """Those by hand, and every door of every library that can be imported; a line on the terminal for each that cannot."""
     return [
+        *BY_HAND,
         *_those_of("fastapi-disconnect", "fastapi_disconnect", _fastapi_disconnect),
         *_those_of("aiofence", "aiofence.contrib.fastapi", _aiofence),
         *_those_of("hother-cancelable", "hother.cancelable.integrations.fastapi", _hother),
     ]
+
+
+async def _left(request: Request) -> None:
+    """Return when the client has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _racing_a_listener(handler: Handler) -> Handler:
+    """As vLLM's `with_cancellation`: a task for the handler, a task that listens, and the slower one is cancelled."""
+
+    @functools.wraps(handler)
+    async def racing(*args: Any, **kwargs: Any) -> object:
+        answering = asyncio.create_task(handler(*args, **kwargs))
+        listening = asyncio.create_task(_left(kwargs["request"]))
+        done, slower = await asyncio.wait([answering, listening], return_when=asyncio.FIRST_COMPLETED)
+        for task in slower:
+            task.cancel()
+        return answering.result() if answering in done else None
+
+    return racing
+
+
+def _in_a_task_group(handler: Handler) -> Handler:
+    """As a gist does it with anyio: handler and listener in one group, which the first to end cancels."""
+
+    @functools.wraps(handler)
+    async def grouped(*args: Any, **kwargs: Any) -> object:
+        answers: list[object] = []
+        async with anyio.create_task_group() as group:
+
+            async def listen() -> None:
+                await _left(kwargs["request"])
+                group.cancel_scope.cancel()
+
+            group.start_soon(listen)
+            answers.append(await handler(*args, **kwargs))
+            group.cancel_scope.cancel()
+        return answers[0] if answers else None
+
+    return grouped
+
+
+_POLL = 0.01
+"""Seconds between two questions in most copies of the gist; fewer copies have 0.1."""
+
+
+async def _polled(request: Request) -> None:
+    """Return when a question has shown that the client has left."""
+    while not await request.is_disconnected():  # noqa: ASYNC110 - polling is what it is about
+        await asyncio.sleep(_POLL)
+
+
+def _racing_a_poller(handler: Handler) -> Handler:
+    """As the gist `cancel_on_disconnect`: a task asks again and again, and the slower one is cancelled and awaited."""
+
+    @functools.wraps(handler)
+    async def racing(*args: Any, **kwargs: Any) -> object:
+        answering = asyncio.create_task(handler(*args, **kwargs))
+        polling = asyncio.create_task(_polled(kwargs["request"]))
+        done, slower = await asyncio.wait([answering, polling], return_when=asyncio.FIRST_COMPLETED)
+        for task in slower:
+            task.cancel()
+        await asyncio.gather(*slower, return_exceptions=True)
+        if answering not in done:
+            raise HTTPException(503)
+        return answering.result()
+
+    return racing
+
+
+def _by_hand(name: str, decorator: Callable[[Handler], Handler], polls: bool = False) -> Variant:
+    def build(work: Work) -> ASGIApp:
+        return app_with(decorator(request_handler(work)))
+
+    return Variant(f"by hand: {name}", build, "rival", "decorator", hears=True, polls=polls)
+
+
+BY_HAND = [
+    _by_hand("two tasks (vLLM)", _racing_a_listener),
+    _by_hand("task group over two (gist)", _in_a_task_group),
+    _by_hand("polling every 10 ms (gist)", _racing_a_poller, polls=True),
+]
 
 
 def _those_of(name: str, module: str, doors: Any) -> list[Variant]:
@@ -41,24 +133,13 @@ def _fastapi_disconnect(library: ModuleType) -> list[Variant]:
         return app
 
     def event(work: Work) -> ASGIApp:
-        return _event_app(work, library.disconnected_event)
+        return app_with(event_handler(work, Annotated[Any, Depends(library.disconnected_event)]))
 
     return [
         Variant("fastapi-disconnect: decorator", decorator, "rival", "decorator", hears=True),
         Variant("fastapi-disconnect: middleware", middleware, "rival", "middleware", SEND_MIDDLEWARE, hears=True),
         Variant("fastapi-disconnect: event", event, "rival", "event", YIELD_DEPENDENCY, hears=True),
     ]
-
-
-def _event_app(work: Work, dependency: Any) -> FastAPI:
-    async def handler(gone: Annotated[Any, Depends(dependency)]) -> dict[str, bool]:
-        if work is forever:
-            await gone.wait()
-        else:
-            await work()
-        return {"ok": True}
-
-    return app_with(handler)
 
 
 def _aiofence(library: ModuleType) -> list[Variant]:
@@ -81,7 +162,7 @@ def _aiofence(library: ModuleType) -> list[Variant]:
         return app
 
     def event(work: Work) -> ASGIApp:
-        app = _event_app(work, library.disconnect_event)
+        app = app_with(event_handler(work, Annotated[Any, Depends(library.disconnect_event)]))
         app.add_middleware(disconnect_middleware)
         return app
 
@@ -95,20 +176,12 @@ def _aiofence(library: ModuleType) -> list[Variant]:
 
 def _hother(library: ModuleType) -> list[Variant]:
     def decorator(work: Work) -> ASGIApp:
-        async def answer(request: Request) -> dict[str, bool]:
-            await work()
-            return {"ok": True}
-
+        answer = request_handler(work)
         # As it comes, FastAPI takes its `args` and `kwargs` for query parameters and answers 422.
         return app_with(functools.update_wrapper(library.with_cancelation(timeout=30)(answer), answer))
 
-    def handler_of(work: Work) -> Any:
-        async def handler(cancel: Annotated[Any, Depends(library.cancelable_dependency)]) -> dict[str, bool]:
-            async with cancel:
-                await work()
-            return {"ok": True}
-
-        return handler
+    def handler_of(work: Work) -> Handler:
+        return entering_handler(work, Annotated[Any, Depends(library.cancelable_dependency)])
 
     def dependency(work: Work) -> ASGIApp:
         return app_with(handler_of(work))

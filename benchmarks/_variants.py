@@ -1,33 +1,42 @@
-"""What the doors are measured against: floors, and what people write by hand."""
+"""What the doors are measured against: floors, and single pieces of anyio and Starlette."""
 
-import asyncio
 import functools
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import anyio
-from fastapi import Depends, FastAPI, Request
+from anyio.abc import TaskGroup
+from fastapi import Depends, Request
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from benchmarks._asgi import Work
-
-Handler = Callable[..., Coroutine[Any, Any, object]]
+from benchmarks._handlers import app_with, calling_handler, plain_handler, value_handler
 
 BARE = "bare FastAPI"
 SEND_MIDDLEWARE = "middleware that only wraps send"
 DEPENDENCY = "no-op async dependency"
 YIELD_DEPENDENCY = "no-op yield dependency"
+GROUP_DEPENDENCY = "dependency, empty anyio task group"
+
+
+@dataclass(frozen=True)
+class Target:
+    """The most that a door may cost at either handler, as ratios to bare FastAPI, or as what it adds to its floor's."""
+
+    instructions: float
+    time: float
+    over_floor: bool = False
 
 
 @dataclass(frozen=True)
 class Variant:
     """An application to measure.
 
-    `door` groups ours with the rivals', `floor` is the least that such a door can cost, `target` the most that we
-    allow it, `hears` whether a hang-up stops its handler.
+    `door` groups ours with the rivals', `floor` is the least that such a door can cost, `hears` whether a hang-up
+    stops its handler, `polls` whether it asks again and again.
     """
 
     name: str
@@ -35,23 +44,10 @@ class Variant:
     kind: str
     door: str | None = None
     floor: str = BARE
-    target: float | None = None
+    target: Target | None = None
     query: bytes = b""
     hears: bool = False
-
-
-def app_with(handler: Handler) -> FastAPI:
-    app = FastAPI()
-    app.get("/")(handler)
-    return app
-
-
-def plain_handler(work: Work) -> Handler:
-    async def handler() -> dict[str, bool]:
-        await work()
-        return {"ok": True}
-
-    return handler
+    polls: bool = False
 
 
 def _bare(work: Work) -> ASGIApp:
@@ -83,20 +79,20 @@ async def _yielded() -> AsyncIterator[int]:
     yield 1
 
 
-def _dependency(work: Work) -> ASGIApp:
-    async def handler(value: Annotated[int, Depends(_value)]) -> dict[str, bool]:
-        await work()
-        return {"ok": True}
+async def _group_factory() -> Callable[[], TaskGroup]:
+    return anyio.create_task_group
 
-    return app_with(handler)
+
+def _dependency(work: Work) -> ASGIApp:
+    return app_with(value_handler(work, Annotated[int, Depends(_value)]))
 
 
 def _yield_dependency(work: Work) -> ASGIApp:
-    async def handler(value: Annotated[int, Depends(_yielded)]) -> dict[str, bool]:
-        await work()
-        return {"ok": True}
+    return app_with(value_handler(work, Annotated[int, Depends(_yielded)]))
 
-    return app_with(handler)
+
+def _group_dependency(work: Work) -> ASGIApp:
+    return app_with(calling_handler(work, Annotated[Callable[[], TaskGroup], Depends(_group_factory)]))
 
 
 FLOORS = [
@@ -104,6 +100,7 @@ FLOORS = [
     Variant(SEND_MIDDLEWARE, _send_middleware, "floor"),
     Variant(DEPENDENCY, _dependency, "floor"),
     Variant(YIELD_DEPENDENCY, _yield_dependency, "floor"),
+    Variant(GROUP_DEPENDENCY, _group_dependency, "floor"),
 ]
 
 
@@ -164,51 +161,6 @@ def _base_http_middleware(work: Work) -> ASGIApp:
     return app
 
 
-async def _client_left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _two_tasks(work: Work) -> ASGIApp:
-    """As vLLM's `with_cancellation` does it: the handler races a task that listens, the loser is cancelled."""
-
-    async def answer() -> dict[str, bool]:
-        await work()
-        return {"ok": True}
-
-    async def handler(request: Request) -> object:
-        working = asyncio.create_task(answer())
-        listening = asyncio.create_task(_client_left(request))
-        done, pending = await asyncio.wait([working, listening], return_when=asyncio.FIRST_COMPLETED)
-        for task in pending:
-            task.cancel()
-        return working.result() if working in done else None
-
-    return app_with(handler)
-
-
-def _task_group_of_two(work: Work) -> ASGIApp:
-    """The gist that is handed around: handler and listener in one task group, whoever ends first cancels the other."""
-
-    async def handler(request: Request) -> object:
-        answers: list[dict[str, bool]] = []
-        async with anyio.create_task_group() as group:
-
-            async def first(run: Work) -> None:
-                await run()
-                group.cancel_scope.cancel()
-
-            async def answer() -> None:
-                await work()
-                answers.append({"ok": True})
-
-            group.start_soon(first, functools.partial(_client_left, request))
-            await first(answer)
-        return answers[0] if answers else None
-
-    return app_with(handler)
-
-
 REFERENCES = [
     Variant("decorator that does nothing", _idle_decorator, "reference"),
     Variant("one anyio.CancelScope", _one_scope, "reference"),
@@ -216,6 +168,4 @@ REFERENCES = [
     Variant("anyio.fail_after(30)", _fail_after, "reference"),
     Variant("empty anyio task group", _empty_task_group, "reference"),
     Variant("no-op BaseHTTPMiddleware", _base_http_middleware, "reference"),
-    Variant("by hand: two tasks (vLLM)", _two_tasks, "reference", hears=True),
-    Variant("by hand: task group over two (gist)", _task_group_of_two, "reference", hears=True),
 ]

@@ -1,0 +1,83 @@
+"""The handlers that are measured, as a user writes them. Each awaits its work and answers a small JSON."""
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import FastAPI, Request
+
+from benchmarks._asgi import Work, forever
+
+Handler = Callable[..., Coroutine[Any, Any, object]]
+
+
+def app_with(handler: Handler) -> FastAPI:
+    app = FastAPI()
+    app.get("/")(handler)
+    return app
+
+
+def plain_handler(work: Work) -> Handler:
+    async def handler() -> dict[str, bool]:
+        await work()
+        return {"ok": True}
+
+    return handler
+
+
+def request_handler(work: Work) -> Handler:
+    async def handler(request: Request) -> dict[str, bool] | None:
+        await work()
+        return {"ok": True}
+
+    return handler
+
+
+def value_handler(work: Work, dependency: Any) -> Handler:
+    """A handler that takes what a dependency returns, and does nothing with it."""
+
+    async def handler(given: Any) -> dict[str, bool]:
+        await work()
+        return {"ok": True}
+
+    return _given(handler, dependency)
+
+
+def entering_handler(work: Work, dependency: Any) -> Handler:
+    """A handler that works inside what a dependency returns."""
+
+    async def handler(given: Any) -> dict[str, bool]:
+        async with given:
+            await work()
+        return {"ok": True}
+
+    return _given(handler, dependency)
+
+
+def calling_handler(work: Work, dependency: Any) -> Handler:
+    """A handler that works inside what a dependency's function makes."""
+
+    async def handler(given: Any) -> dict[str, bool]:
+        async with given():
+            await work()
+        return {"ok": True}
+
+    return _given(handler, dependency)
+
+
+def event_handler(work: Work, dependency: Any) -> Handler:
+    """A handler that waits for the event of a dependency where another would wait for ever."""
+
+    async def handler(given: Any) -> dict[str, bool]:
+        if work is forever:
+            await given.wait()
+        else:
+            await work()
+        return {"ok": True}
+
+    return _given(handler, dependency)
+
+
+def _given(handler: Handler, dependency: Any) -> Handler:
+    """Return the handler with the dependency (an `Annotated[..., Depends(...)]`) as its parameter's annotation."""
+    handler.__annotations__["given"] = dependency
+    return handler
