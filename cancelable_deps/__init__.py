@@ -8,7 +8,9 @@ from .doors.dependencies import cancelable_dependency as cancelable_dependency
 from .doors.dependencies import cancelable_with_timeout as cancelable_with_timeout
 from .doors.dependencies import cancellation as cancellation
 from .doors.dependencies import create_request_task_group as create_request_task_group
+from .doors.dependencies import no_timeout as no_timeout
 from .doors.dependencies import request_task_group as request_task_group
+from .doors.dependencies import timeout_policy as timeout_policy
 from .doors.dependencies import wait_for_disconnect as wait_for_disconnect
 from .doors.lifespan import begin_shutdown as begin_shutdown
 from .doors.lifespan import cancelation_lifespan as cancelation_lifespan
@@ -32,8 +34,6 @@ from .kernel.reasons import CancelationReason as CancelationReason
 from .kernel.settings import configure as configure
 from .kernel.token import CancelationToken as CancelationToken
 from .request.policies import TimeoutPolicy as TimeoutPolicy
-from .request.policies import no_timeout as no_timeout
-from .request.policies import timeout_policy as timeout_policy
 
 __all__ = [
     "Cancelable",

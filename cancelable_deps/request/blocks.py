@@ -10,20 +10,19 @@ from starlette.requests import ClientDisconnect
 
 from ..hosts.debugger import is_debugged
 from ..hosts.frames import handler_has_returned, waits_for_thread_of_handler
+from ..hosts.starlette import TOO_LATE
 from ..kernel.cancelable import Cancelable, _current
 from ..kernel.errors import CancelationError, DisconnectCancelation
 from ..kernel.reasons import CancelationReason
 from ..kernel.settings import settings
 from ..kernel.token import CancelationToken, Cause
-from .state import PastRequest, RequestState
+from .state import PastRequest
 
 if TYPE_CHECKING:
     from ..kernel.loops.base import EventLoop, Mark, PoliteScope
     from ..kernel.shields import OwnerOfClient
     from .policies import TimeoutPolicy
-
-# What Starlette makes of an error that it would answer, had the response not started.
-_TOO_LATE = "Caught handled exception, but response already started."
+    from .state import RequestState
 
 
 def _timeouts_are_off() -> bool:
@@ -42,6 +41,7 @@ class RequestBlock(Cancelable):
         "`RequestCancelable`, or leave the cache out by `Depends(..., use_cache=False)`."
     )
     _may_begin_late = True
+    is_door = False
     _is_whole = False
     """Whether what stops the block stops the request."""
 
@@ -100,6 +100,10 @@ class RequestBlock(Cancelable):
 
     def _home(self) -> EventLoop:
         return self._request.loop
+
+    def works_in(self, task: object) -> bool:
+        """Return whether the block is open in ``task``."""
+        return self._task is task
 
     def _watch(self, loop: EventLoop) -> None:
         if self._request.is_closed and isinstance(self._parent, RequestBlock):
@@ -179,35 +183,23 @@ class RequestBlock(Cancelable):
         self._request.log(cause.reason, cause)
 
 
-class _PolicyCause(Cause):
-    """The cause that knows how its timeout is answered."""
-
-    __slots__ = ("_policy",)
-
-    def __init__(self, policy: TimeoutPolicy, message: str) -> None:
-        super().__init__(CancelationReason.TIMEOUT, message)
-        self._policy = policy
-
-    def error(self) -> CancelationError:
-        error = super().error()
-        error.status_code = self._policy.status_code
-        error.policy = self._policy  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
-        return error
-
-
 class DoorBlock(RequestBlock):
     """The block of a door around the whole handler: its token is the root token, so what stops it stops the request."""
 
-    _is_whole = True
+    _is_whole = is_door = True
     policy: TimeoutPolicy | None = None
     successor: DoorBlock | None = None
     _place_outside: Mark | None = None
 
     def _expire(self) -> None:
-        if self.policy is None or _timeouts_are_off():
+        policy = self.policy
+        if policy is None or _timeouts_are_off():
             super()._expire()
         else:
-            self._token.cancel_because(_PolicyCause(self.policy, f"Timed out after {self._timeout:g} seconds"))
+            message = f"Timed out after {self._timeout:g} seconds"
+            self._token.cancel_because(
+                Cause(CancelationReason.TIMEOUT, message, status_code=policy.status_code, policy=policy)
+            )
 
     def use_policy(self, policy: TimeoutPolicy) -> None:
         """Instead of the timeout so far; it counts from the block's start."""
@@ -257,7 +249,7 @@ class DoorBlock(RequestBlock):
     def _outcome(self, exc: BaseException | None, remaining: BaseException | None) -> BaseException:
         outcome = super()._outcome(exc, remaining)
         # Not that of a response of ours, which knows no other way to be cut than to raise, nor of a background task.
-        is_stranded = outcome.args == (_TOO_LATE,) and not self._request.is_cut and not self._request.is_closed
+        is_stranded = outcome.args == (TOO_LATE,) and not self._request.is_cut and not self._request.is_closed
         if is_stranded and isinstance(outcome.__cause__, CancelationError):
             outcome = outcome.__cause__
         if isinstance(outcome, CancelationError):
@@ -270,6 +262,18 @@ class DoorBlock(RequestBlock):
         self.policy = self._timeout = None
         self._deadline = math.inf
         self._rearm()
+
+    def hold(self) -> None:
+        """Let nothing that stops the block reach its task until `resume`."""
+        self._hold()
+
+    def resume(self) -> None:
+        """Let what is due strike."""
+        self._resume()
+
+    def is_of(self, state: RequestState) -> bool:
+        """Return whether the block is a door of this request, and has not been left."""
+        return self._left is None and self._request is state
 
     def finish(self) -> None:
         """The result is there: no stop that is under way reaches the task any more, nor does the end of a grace."""
@@ -335,7 +339,3 @@ class DoorBlock(RequestBlock):
         if scope is not None:
             scope.resume()
             scope.cancel_politely(str(cause))
-
-
-RequestState.block_class = RequestBlock
-RequestState.door_class = DoorBlock

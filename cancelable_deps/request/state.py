@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any, ClassVar, Final
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any, Protocol, cast
 from weakref import WeakSet, ref
 
 import anyio
 
+from ..hosts.fastapi import handler_stack, request_stack
 from ..hosts.frames import is_parsing_body
+from ..hosts.starlette import let_streams_listen, route_of, streams_listen
 from ..kernel.log import logger
 from ..kernel.loops.current import current_loop
 from ..kernel.members import Members, with_one_more, without
@@ -20,38 +21,77 @@ from ..kernel.settings import settings
 from ..kernel.sweep import sweep_of
 from ..kernel.token import CancelationToken, Cause, telling_everybody
 from .http_reader import Reader
-from .postponed import Postponed
+from .postponed import Postponed, Stoppable
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping
     from contextlib import AsyncExitStack
 
-    from starlette.requests import Request
     from starlette.types import Message, Receive, Scope
 
     from ..kernel.errors import CancelationError
-    from .blocks import DoorBlock, RequestBlock
-    from .drain import Drain
-    from .policies import TimeoutPolicy
-
 
 SCOPE_KEY = "cancelable_deps"
 PROBE_KEY = "cancelable_deps.probe"
 """Under this key a test client puts a function that is told of each request state."""
 
-# FastAPI's exit stack around dependencies and handler, closed when the handler has returned. Private, but nothing
-# public tells a plain dependency of that moment, and a yield dependency costs a request as much as all the rest.
-_HANDLER_STACK_KEY = "fastapi_function_astack"
-# The one around the response and its background tasks; only for what must not be left behind by an error.
-_REQUEST_STACK_KEY = "fastapi_inner_astack"
-
 _WAITERS = 32
-
-_NO_ASGI: Final[dict[str, Any]] = {"version": "3.0"}
-
 
 # The root tokens of requests whose client was seen to leave: all that a block which outlives its request has of it.
 _clients_left: WeakSet[CancelationToken] = WeakSet()
+
+
+class Watcher(Protocol):
+    """Somebody for whom a request listens for its client."""
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether it is a block that is being cancelled."""
+        ...
+
+    @property
+    def is_door(self) -> bool:
+        """Whether it is a `Door`."""
+        ...
+
+    def works_in(self, task: object) -> bool:
+        """Return whether a cancellation of the request reaches ``task`` by way of this one."""
+        ...
+
+
+class Door(Watcher, Protocol):
+    """A block around the whole handler."""
+
+    def hold(self) -> None:
+        """Let nothing that stops the block reach its task until `resume`."""
+
+    def resume(self) -> None:
+        """Let what is due strike."""
+
+    def finish(self) -> None:
+        """Note that the result is there: no stop that is under way reaches the task any more."""
+
+    def release(self) -> None:
+        """Let nothing stop the block any more."""
+
+    def stop_background(self, cause: Cause) -> None:
+        """Stop what is left after `release` all the same."""
+
+    def use_policy(self, policy: Any) -> None:
+        """Take the timeout of a `TimeoutPolicy` in place of the one so far."""
+
+    def drop_timeout(self) -> None:
+        """Have no deadline from here on."""
+
+
+class Listening:
+    """The `Watcher` of a handle that only asks, and runs nothing."""
+
+    __slots__ = ()
+    is_cancelled = is_door = False
+
+    def works_in(self, task: object) -> bool:
+        return False
 
 
 class PastRequest:
@@ -72,8 +112,6 @@ class RequestState:
     and someone watches.
     """
 
-    block_class: ClassVar[type[RequestBlock]]
-    door_class: ClassVar[type[DoorBlock]]
     pen: Any = None
     is_closed = False
     has_left = False
@@ -109,7 +147,9 @@ class RequestState:
     """The tasks, besides that of a door, in which the handler runs: a ``BaseHTTPMiddleware`` starts one."""
 
     cleanup_grace: float | None = None
-    policies: Mapping[str, TimeoutPolicy] | None = None
+    policies: Mapping[str, Any] | None = None
+    """The `TimeoutPolicy` objects of all doors so far, by name."""
+
     is_armed = False
     _deferrals = 0
     _deferred: anyio.Event | None = None
@@ -126,14 +166,14 @@ class RequestState:
     """Whether what listens inside the application was told, and has time."""
 
     _left_after: float | None = None
-    outermost: DoorBlock | None = None
+    outermost: Door | None = None
     """The block of the middleware or route class that has made this state."""
 
-    default: DoorBlock | None = None
+    default: Door | None = None
     """The block with the timeout that a route's own replaces."""
 
     _stack: AsyncExitStack | None = None
-    _watchers: Members[object] = ()
+    _watchers: Members[Watcher] = ()
 
     def __init__(self, scope: Scope, receive: Receive, *, held: bool = False) -> None:
         if held:
@@ -161,7 +201,7 @@ class RequestState:
         """The application's ``receive()``."""
         return self.reader.receive()
 
-    def watch(self, watcher: object) -> None:
+    def watch(self, watcher: Watcher) -> None:
         self._watchers = with_one_more(self._watchers, watcher) if self._watchers else (watcher,)
         if self.is_armed or self.is_closed:
             if not self.is_closed:
@@ -178,7 +218,7 @@ class RequestState:
             else:
                 self.arm()
 
-    def unwatch(self, watcher: object) -> None:
+    def unwatch(self, watcher: Watcher) -> None:
         watchers = self._watchers
         if watchers == (watcher,):
             self._watchers = ()
@@ -290,9 +330,9 @@ class RequestState:
 
     def is_work(self, task: object) -> bool:
         """Return whether a cancellation of the request reaches ``task`` first."""
-        if task in self.main_tasks or (self.outermost is not None and self.outermost._task is task):
+        if task in self.main_tasks or (self.outermost is not None and self.outermost.works_in(task)):
             return True
-        return any(getattr(watcher, "_task", None) is task for watcher in self._watchers)
+        return any(watcher.works_in(task) for watcher in self._watchers)
 
     @property
     def has_listeners(self) -> bool:
@@ -319,7 +359,7 @@ class RequestState:
     def grace(self) -> float:
         return settings.cleanup_grace if self.cleanup_grace is None else self.cleanup_grace
 
-    def postpones(self, block: RequestBlock, cause: Cause) -> bool:
+    def postpones(self, block: Stoppable, cause: Cause) -> bool:
         """Return whether ``block`` is stopped later, or not at all, although the request is."""
         if cause is not self.token.cause or self.is_closed or not self.loop.is_running_here():
             return False
@@ -352,13 +392,13 @@ class RequestState:
         guard = self._guard = Postponed(self.loop, math.inf)
         doors = self._doors
         for door in doors:
-            door._hold()
+            door.hold()
         try:
             yield
         finally:
             self._guard = None
             for door in doors:
-                door._resume()
+                door.resume()
             guard.end()
 
     def start_response(self) -> None:
@@ -366,7 +406,7 @@ class RequestState:
         self.response_has_started = self.response_is_starting = True
         if self.token.cause is not None:
             for door in self._doors:
-                door._hold()
+                door.hold()
 
     def start_is_out(self) -> None:
         """Note that the start of a response is sent: a stream can be stopped from here on."""
@@ -377,7 +417,7 @@ class RequestState:
             postponed, self._postponed = self._postponed, None
             postponed.end()
         for door in self._doors:
-            door._resume()
+            door.resume()
 
     def finish(self) -> None:
         """Note that the handler's result is there, and is the response: what of ours has not struck yet never will."""
@@ -388,7 +428,8 @@ class RequestState:
 
     @property
     def is_stopping(self) -> bool:
-        return any(isinstance(watcher, self.block_class) and watcher.is_cancelled for watcher in self._watchers)
+        """Whether a block of the request is being cancelled."""
+        return any(watcher.is_cancelled for watcher in self._watchers)
 
     def complete(self) -> None:
         """The response is complete, or the handler has returned: from here on a disconnect means nothing."""
@@ -429,8 +470,8 @@ class RequestState:
             self._watchers = ()
 
     @property
-    def _doors(self) -> list[DoorBlock]:
-        return [watcher for watcher in self._watchers if isinstance(watcher, self.door_class)]
+    def _doors(self) -> list[Door]:
+        return [cast("Door", watcher) for watcher in self._watchers if watcher.is_door]
 
     def spare_background(self) -> None:
         """What still runs comes after the response: whatever has stopped that does not stop this."""
@@ -463,7 +504,7 @@ class RequestState:
 
     def close_with_handler(self) -> bool:
         """Close when the handler has returned, if FastAPI tells us; otherwise listening ends with the last block."""
-        stack: AsyncExitStack | None = self.scope.get(_HANDLER_STACK_KEY)
+        stack = handler_stack(self.scope)
         if stack is None or self.is_closed:
             return False
         self._stack = stack
@@ -488,12 +529,11 @@ class RequestState:
     @property
     def request_stack(self) -> AsyncExitStack | None:
         """FastAPI's, which is closed when the response and its background tasks are over; ``None`` without it."""
-        stack: AsyncExitStack | None = self.scope.get(_REQUEST_STACK_KEY)
-        return stack
+        return request_stack(self.scope)
 
     def listen_for_streams(self) -> None:
-        """Starlette's streams need not listen from here on, beside us: under ASGI 2.4 they do not."""
-        self._announce("2.4")
+        """Spare Starlette's streams the listening from here on, beside us: under ASGI 2.4 they do not."""
+        let_streams_listen(self.scope, False)
 
     def let_streams_listen(self) -> None:
         """See to it that Starlette's streams listen for the disconnect, which they do before ASGI 2.4.
@@ -501,12 +541,8 @@ class RequestState:
         What comes after a stream, its background above all, runs when the stream has heard that its client left, and
         not when it learns so by an error of ``send()``.
         """
-        version = self.scope.get("asgi", _NO_ASGI).get("spec_version", "2.0")
-        if tuple(map(int, version.split("."))) >= (2, 4):
-            self._announce("2.3")
-
-    def _announce(self, version: str) -> None:
-        self.scope["asgi"] = {**self.scope.get("asgi", _NO_ASGI), "spec_version": version}
+        if not streams_listen(self.scope):
+            let_streams_listen(self.scope, True)
 
     # FastAPI's stack of exits takes any context manager, and this is its cheapest form.
     def __enter__(self) -> None: ...
@@ -523,6 +559,11 @@ class RequestState:
     def ends_with_handler(self) -> bool:
         """Whether FastAPI's stack around the handler closes us, unless a response of ours that is still there listens on."""
         return self._stack is not None and not self.is_closed and (not self._kept or self._kept_for is not None)
+
+    @property
+    def is_kept_open(self) -> bool:
+        """Whether somebody was to listen until the response has ended, there or not."""
+        return self._kept
 
     @property
     def is_kept(self) -> bool:
@@ -542,24 +583,24 @@ class RequestState:
         if self.has_stopped_listening:
             await self.join()
 
-    def set_default(self, block: DoorBlock) -> None:
+    def set_default(self, block: Door) -> None:
         """``block`` has the application's default timeout, which a route's own replaces."""
         if self.default is not None:
             self.lift_default()
         self.default = block
 
-    def add_policies(self, policies: Mapping[str, TimeoutPolicy]) -> None:
+    def add_policies(self, policies: Mapping[str, Any]) -> None:
         """Those of one more door: a mounted application has those of the one around it, too."""
         self.policies = policies if self.policies is None else {**self.policies, **policies}
 
-    def replace(self, block: DoorBlock, by: DoorBlock) -> None:
+    def replace(self, block: Door, by: Door) -> None:
         """``by`` has taken the place of ``block``."""
         if self.outermost is block:
             self.outermost = by
         if self.default is block:
             self.default = by
 
-    def replace_default(self, policy: TimeoutPolicy) -> None:
+    def replace_default(self, policy: Any) -> None:
         """The route has chosen a policy."""
         if self.default is None:
             raise RuntimeError(
@@ -606,7 +647,7 @@ class RequestState:
         logger.info("%s %s cancelled after %.3f s: %s", method, route, elapsed, why, extra=extra)
 
     def _enter_drain(self) -> None:
-        drain: Drain | None = self.loop.drain
+        drain = self.loop.drain
         if drain is not None and self.pen is None:
             drain.add(self)
 
@@ -614,41 +655,3 @@ class RequestState:
         if self.pen is not None:
             self.pen.pop(self, None)
             self.pen = None
-
-
-def route_of(scope: Scope) -> str:
-    """The route as it was written, for the log; where there is none the path, quoted: it may hold line breaks."""
-    return getattr(scope.get("route"), "path", None) or quote(scope.get("path", ""))
-
-
-def request_state(request: Request, *, held: bool = False) -> RequestState:
-    """The state of ``request``, made by the first who asks, who holds it if ``held``."""
-    scope = request.scope
-    state: RequestState | None = scope.get(SCOPE_KEY)
-    # Private, and the only way to give back to `request.body()` what the reader has read: FastAPI hands the same
-    # Request to all dependencies and the handler.
-    receive = request._receive
-    if state is None:
-        earlier = getattr(receive, "__self__", None)
-        if isinstance(earlier, RequestState) and not earlier.is_closed:
-            scope[SCOPE_KEY] = earlier
-            if held:
-                earlier.hold()
-            return earlier
-        state = RequestState(scope, receive, held=held)
-        if isinstance(earlier, RequestState):
-            # This is a background task, and its client has a response. Nor is it new, to be refused at shutdown.
-            state.token = CancelationToken()
-            state.close()
-    if receive is state.raw:
-        request._receive = state.receive
-    return state
-
-
-def handler_state(request: Request) -> RequestState:
-    """As `request_state`, called before the handler or in it: closed when the handler has returned."""
-    made = SCOPE_KEY not in request.scope
-    state = request_state(request)
-    if made:
-        state.close_with_handler()
-    return state
