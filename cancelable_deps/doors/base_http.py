@@ -87,7 +87,7 @@ class InnerDoor:
             await self.app(scope, receive, send)
             return
         block = current_cancelable()
-        if not isinstance(block, DoorBlock) or not block.is_of(state) or not block.move_in():
+        if not isinstance(block, DoorBlock) or not block.move_in(state):
             await self._run_in_task(state, scope, receive, send)
             return
         # The block of the middleware has not begun yet: nothing has been awaited on the way in.

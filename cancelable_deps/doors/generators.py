@@ -12,6 +12,7 @@ import anyio.to_thread
 from starlette.requests import ClientDisconnect
 
 from ..hosts.fastapi import last_item
+from ..hosts.starlette import spare_streams_listening
 from ..kernel.errors import CancelationError
 from ..kernel.foreign import EXITS, SENDING, ThisTask, as_failure, call_in_thread
 from ..kernel.reasons import CancelationReason
@@ -226,7 +227,7 @@ class EndpointGenerator(GuardedGenerator):
         self._policy = block.policy
         self._ours = ours
         if state.outermost is None:
-            state.listen_for_streams()
+            spare_streams_listening(state.scope)
         if ours:
             state.keep_through_response()
         # Private; should it be gone one day, the generator is closed when it is collected.

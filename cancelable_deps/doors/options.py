@@ -67,8 +67,7 @@ class Options:
         if self.on_cancel is not None:
             block.on_cancel(self.on_cancel)
         if self.policy is not None:
-            policy = block.policy = found(self.policy, state.policies)
-            block._timeout = policy.enforced_timeout
+            block.use_policy(found(self.policy, state.policies))
         return block
 
     def make_lone_block(self) -> Cancelable:

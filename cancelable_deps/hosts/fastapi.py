@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from importlib import import_module
 from importlib.util import find_spec
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, Final
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
 HAS_GENERATORS: Final = find_spec("fastapi.sse") is not None
 """Whether generators are endpoints, which they are since FastAPI 0.135."""
 
-if HAS_GENERATORS:
-    from fastapi.sse import ServerSentEvent
+_sse: Final[Any] = import_module("fastapi.sse") if HAS_GENERATORS else None
 
 HANDLER_STACK_KEY: Final = "fastapi_function_astack"
 """The key of the scope with the exit stack around dependencies and handler, closed when the handler has returned.
@@ -50,7 +50,7 @@ def last_item(scope: Scope, event: str, data: dict[str, str]) -> Any:
     A route says so by an attribute that is not documented.
     """
     is_event_stream = HAS_GENERATORS and getattr(scope.get("route"), "is_sse_stream", False)
-    return ServerSentEvent(event=event, data=data) if is_event_stream else None
+    return _sse.ServerSentEvent(event=event, data=data) if is_event_stream else None
 
 
 def tells_that_it_was_swallowed(outcome: BaseException) -> bool:

@@ -42,9 +42,22 @@ def streams_listen(scope: Scope) -> bool:
     return tuple(map(int, version.split("."))) < (2, 4)
 
 
-def let_streams_listen(scope: Scope, listen: bool) -> None:
-    """Make the streams of Starlette in a request listen for the disconnect, or not."""
-    scope["asgi"] = {**scope.get("asgi", _NO_ASGI), "spec_version": "2.3" if listen else "2.4"}
+def let_streams_listen(scope: Scope) -> None:
+    """See to it that Starlette's streams listen for the disconnect.
+
+    What comes after a stream, its background above all, runs when the stream has heard that its client left, and not
+    when it learns so by an error of ``send()``.
+    """
+    _announce(scope, "2.3")
+
+
+def spare_streams_listening(scope: Scope) -> None:
+    """Let Starlette's streams not listen from here on, beside us."""
+    _announce(scope, "2.4")
+
+
+def _announce(scope: Scope, version: str) -> None:
+    scope["asgi"] = {**scope.get("asgi", _NO_ASGI), "spec_version": version}
 
 
 def is_base_http_middleware(receive: Any) -> bool:

@@ -212,9 +212,12 @@ class DoorBlock(RequestBlock):
     def is_left(self) -> bool:
         return self._ended is not None
 
-    def move_in(self) -> bool:
-        """Let the block begin where the caller stands, further in; ``False`` if it has begun already."""
-        if self._position is None or self._loop is None or self._loop.mark is None:
+    def move_in(self, state: RequestState) -> bool:
+        """Let the block of this request begin where the caller stands, further in.
+
+        Return ``False`` if it is that of another one, or has begun already.
+        """
+        if self._position is None or self._request is not state or self._loop is None or self._loop.mark is None:
             return False
         self._place_outside, self._position = self._position, self._loop.mark()
         return True
@@ -270,10 +273,6 @@ class DoorBlock(RequestBlock):
     def resume(self) -> None:
         """Let what is due strike."""
         self._resume()
-
-    def is_of(self, state: RequestState) -> bool:
-        """Return whether the block is a door of this request, and has not been left."""
-        return self._left is None and self._request is state
 
     def finish(self) -> None:
         """The result is there: no stop that is under way reaches the task any more, nor does the end of a grace."""

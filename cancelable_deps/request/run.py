@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..hosts.fastapi import tells_that_it_was_swallowed
+from ..hosts.starlette import let_streams_listen, streams_listen
 from ..kernel.errors import CancelationError
 from ..kernel.reasons import CancelationReason
 from ..kernel.unwrap import raise_as_it_is
@@ -61,7 +62,8 @@ async def run_request(
         state = RequestState(scope, receive, held=True)
         state.cleanup_grace = limits.cleanup_grace
         receive = state.receive
-        state.let_streams_listen()
+        if not streams_listen(scope):
+            let_streams_listen(scope)
     block = _make_block(state, limits)
     if made:
         state.outermost = block

@@ -12,7 +12,7 @@ import anyio
 
 from ..hosts.fastapi import handler_stack, request_stack
 from ..hosts.frames import is_parsing_body
-from ..hosts.starlette import let_streams_listen, route_of, streams_listen
+from ..hosts.starlette import route_of
 from ..kernel.log import logger
 from ..kernel.loops.current import current_loop
 from ..kernel.members import Members, with_one_more, without
@@ -530,19 +530,6 @@ class RequestState:
     def request_stack(self) -> AsyncExitStack | None:
         """FastAPI's, which is closed when the response and its background tasks are over; ``None`` without it."""
         return request_stack(self.scope)
-
-    def listen_for_streams(self) -> None:
-        """Spare Starlette's streams the listening from here on, beside us: under ASGI 2.4 they do not."""
-        let_streams_listen(self.scope, False)
-
-    def let_streams_listen(self) -> None:
-        """See to it that Starlette's streams listen for the disconnect, which they do before ASGI 2.4.
-
-        What comes after a stream, its background above all, runs when the stream has heard that its client left, and
-        not when it learns so by an error of ``send()``.
-        """
-        if not streams_listen(self.scope):
-            let_streams_listen(self.scope, True)
 
     # FastAPI's stack of exits takes any context manager, and this is its cheapest form.
     def __enter__(self) -> None: ...
