@@ -176,6 +176,7 @@ def _guard(work: Any, find: RequestFinder, options: Options) -> Any:
             made = not state.close_with_handler()
         raised: BaseException | None = None
         result: Any = None
+        # What `run_through` does, in this frame: a coroutine more would cost the handler something at every `await`.
         try:
             block = options.make_block(state)
             try:

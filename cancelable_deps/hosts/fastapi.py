@@ -12,7 +12,6 @@ from fastapi.exceptions import FastAPIError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from contextlib import AsyncExitStack
 
     from starlette.types import Scope
 
@@ -30,18 +29,6 @@ rest.
 
 REQUEST_STACK_KEY: Final = "fastapi_inner_astack"
 """The key of the exit stack around the response and its background tasks, for what no error may leave behind."""
-
-
-def handler_stack(scope: Scope) -> AsyncExitStack | None:
-    """Return the exit stack that is closed when the handler has returned; ``None`` without FastAPI."""
-    stack: AsyncExitStack | None = scope.get(HANDLER_STACK_KEY)
-    return stack
-
-
-def request_stack(scope: Scope) -> AsyncExitStack | None:
-    """Return the exit stack that is closed when the response and its background tasks are over."""
-    stack: AsyncExitStack | None = scope.get(REQUEST_STACK_KEY)
-    return stack
 
 
 def last_item(scope: Scope, event: str, data: dict[str, str]) -> Any:

@@ -23,7 +23,8 @@ The only place where what has been read ahead can be given back to ``request.bod
 framework hands the same object to all dependencies and the handler. To be set by ``setattr``.
 """
 
-receive_of: Final[Callable[[HTTPConnection], Receive]] = attrgetter(RECEIVE)  # A request pays for each call: one in C.
+# A request pays for each call; this one is in C.
+receive_of: Final[Callable[[HTTPConnection], Receive]] = attrgetter(RECEIVE)
 
 TOO_LATE: Final = "Caught handled exception, but response already started."
 """The text of the error that Starlette makes of one that it would answer, had the response not started."""

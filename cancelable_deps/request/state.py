@@ -10,7 +10,7 @@ from weakref import WeakSet, ref
 
 import anyio
 
-from ..hosts.fastapi import handler_stack, request_stack
+from ..hosts.fastapi import HANDLER_STACK_KEY, REQUEST_STACK_KEY
 from ..hosts.frames import is_parsing_body
 from ..hosts.starlette import route_of
 from ..kernel.log import logger
@@ -82,6 +82,19 @@ class Door(Watcher, Protocol):
 
     def drop_timeout(self) -> None:
         """Have no deadline from here on."""
+
+
+class Shutdown(Protocol):
+    """The end of all requests of one event loop, which the loop knows once somebody waits for it."""
+
+    refuses: bool
+
+    def cause(self) -> Cause:
+        """Return why requests are stopped or refused."""
+        ...
+
+    def add(self, request: RequestState) -> None:
+        """Know a request that has run for a while; it takes itself out of its pen."""
 
 
 class Listening:
@@ -187,8 +200,9 @@ class RequestState:
         scope[SCOPE_KEY] = self
         if PROBE_KEY in scope:
             scope[PROBE_KEY](self)
-        if loop.drain is not None and loop.drain.refuses:
-            self.token.cancel_because(loop.drain.cause())
+        shutdown: Shutdown | None = loop.drain
+        if shutdown is not None and shutdown.refuses:
+            self.token.cancel_because(shutdown.cause())
 
     @property
     def reader(self) -> Reader:
@@ -504,7 +518,7 @@ class RequestState:
 
     def close_with_handler(self) -> bool:
         """Close when the handler has returned, if FastAPI tells us; otherwise listening ends with the last block."""
-        stack = handler_stack(self.scope)
+        stack: AsyncExitStack | None = self.scope.get(HANDLER_STACK_KEY)
         if stack is None or self.is_closed:
             return False
         self._stack = stack
@@ -529,7 +543,8 @@ class RequestState:
     @property
     def request_stack(self) -> AsyncExitStack | None:
         """FastAPI's, which is closed when the response and its background tasks are over; ``None`` without it."""
-        return request_stack(self.scope)
+        stack: AsyncExitStack | None = self.scope.get(REQUEST_STACK_KEY)
+        return stack
 
     # FastAPI's stack of exits takes any context manager, and this is its cheapest form.
     def __enter__(self) -> None: ...
@@ -634,9 +649,9 @@ class RequestState:
         logger.info("%s %s cancelled after %.3f s: %s", method, route, elapsed, why, extra=extra)
 
     def _enter_drain(self) -> None:
-        drain = self.loop.drain
-        if drain is not None and self.pen is None:
-            drain.add(self)
+        shutdown: Shutdown | None = self.loop.drain
+        if shutdown is not None and self.pen is None:
+            shutdown.add(self)
 
     def _leave_pen(self) -> None:
         if self.pen is not None:
