@@ -21,7 +21,6 @@ LATE = "# loads late"
 KNOW_PRIVATE_NAMES_OF_OTHERS = ("kernel/loops/", "hosts/", "testing/clock.py")
 LATE_BY_NATURE = "kernel/loops/current.py"
 MOST_METHODS, MOST_LINES = 30, 50
-
 PUBLIC_ALL_THE_SAME = {"_exit"}  # Of `os`, and documented.
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -67,8 +66,8 @@ def floor_of(name: str) -> int:
     return FLOORS.index(first) if first in FLOORS else len(FLOORS)
 
 
-def imports_of(path: Path) -> Iterator[tuple[ast.ImportFrom, str]]:
-    """Yield the imports of files of the package, for types and late ones too, with the file that is imported."""
+def imports_of(path: Path) -> Iterator[str]:
+    """Yield the files of the package that a file imports, for types and late ones too."""
     for node in ast.walk(tree_of(path)):
         if not isinstance(node, ast.ImportFrom):
             continue
@@ -80,7 +79,7 @@ def imports_of(path: Path) -> Iterator[tuple[ast.ImportFrom, str]]:
             continue
         for alias in node.names:
             files = (base / f"{alias.name}.py", base / alias.name / "__init__.py", base.with_suffix(".py"))
-            yield node, name_of(next((file for file in files if file.exists()), base / "__init__.py"))
+            yield name_of(next((file for file in files if file.exists()), base / "__init__.py"))
 
 
 def problems(found: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -93,12 +92,12 @@ def test_every_file_stands_on_a_floor() -> None:
 
 
 def test_no_import_goes_up() -> None:
-    found = ((name_of(path), goal) for path in FILES for _, goal in imports_of(path))
+    found = ((name_of(path), goal) for path in FILES for goal in imports_of(path))
     assert problems((name, goal) for name, goal in found if floor_of(goal) > floor_of(name)) == []
 
 
 def test_there_is_no_circle() -> None:
-    arrows = set(problems((name_of(path), goal) for path in FILES for _, goal in imports_of(path)))
+    arrows = set(problems((name_of(path), goal) for path in FILES for goal in imports_of(path)))
     while free := {name for _, name in arrows} - {name for name, _ in arrows}:
         arrows = {arrow for arrow in arrows if arrow[1] not in free}
     while free := {name for name, _ in arrows} - {name for _, name in arrows}:
