@@ -1,5 +1,27 @@
 """Stop a FastAPI request's work when nobody needs it any more, and say why."""
 
+# The map. Each folder is a floor, and imports from those above it in this list alone; `tests/test_layout.py` sees to it.
+# Public are the names below and `testing`; any other path may change.
+#
+# kernel/     stop a block of work: no web
+#   cancelable task_group token errors reasons   the names that users know
+#   timeouts condition shields threads processes/   what stops a block, what delays that, where it runs
+#   loops/    asyncio, trio, and threads without a loop
+#   settings options log foreign unwrap members sweep   tools
+# hosts/      what we know of others that they do not promise
+#   starlette fastapi route_handlers frames   the frameworks
+#   servers signals debugger   what is around them
+# request/    one request or WebSocket
+#   state connection   what all doors share, and how it is found
+#   read_ahead http_reader websocket_reader   the only code that awaits receive()
+#   blocks websocket postponed   what is stopped, and when
+#   policies limits   how long it may take
+#   run response sse cut drain   its way through a door, its response, its end
+# doors/      the ways into an application
+#   dependencies decorator(endpoint options dress generators) middleware(base_http wsgi) route
+#   streaming progress websocket lifespan
+# testing/    a client that can hang up
+
 from .doors.decorator import with_cancelation as with_cancelation
 from .doors.dependencies import CancellationEvent as CancellationEvent
 from .doors.dependencies import RequestCancelable as RequestCancelable
@@ -8,7 +30,9 @@ from .doors.dependencies import cancelable_dependency as cancelable_dependency
 from .doors.dependencies import cancelable_with_timeout as cancelable_with_timeout
 from .doors.dependencies import cancellation as cancellation
 from .doors.dependencies import create_request_task_group as create_request_task_group
+from .doors.dependencies import no_timeout as no_timeout
 from .doors.dependencies import request_task_group as request_task_group
+from .doors.dependencies import timeout_policy as timeout_policy
 from .doors.dependencies import wait_for_disconnect as wait_for_disconnect
 from .doors.lifespan import begin_shutdown as begin_shutdown
 from .doors.lifespan import cancelation_lifespan as cancelation_lifespan
@@ -32,8 +56,6 @@ from .kernel.reasons import CancelationReason as CancelationReason
 from .kernel.settings import configure as configure
 from .kernel.token import CancelationToken as CancelationToken
 from .request.policies import TimeoutPolicy as TimeoutPolicy
-from .request.policies import no_timeout as no_timeout
-from .request.policies import timeout_policy as timeout_policy
 
 __all__ = [
     "Cancelable",

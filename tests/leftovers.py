@@ -93,10 +93,10 @@ def _is_ours(handle: Any) -> bool:
 
 def _is_shared(callback: Any) -> bool:
     """Whether it is the sweep's timer, or that of a line in which several may wait: `_look` has seen who does."""
-    if getattr(callback, "__func__", None) is Line._tick:
+    if getattr(callback, "__func__", None) is Line.tick:
         line = callback.__self__
         return bool(line.waiting) and line in current_loop().lines.values()
-    return getattr(callback, "__func__", None) is Sweep._tick
+    return getattr(callback, "__func__", None) is Sweep.tick
 
 
 def _called_by(task: Any) -> Any:

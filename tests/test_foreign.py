@@ -39,7 +39,7 @@ from cancelable_deps import (
 from cancelable_deps.kernel.foreign import ThisTask
 from cancelable_deps.kernel.task_group import CancelableTaskGroup
 from cancelable_deps.kernel.token import Cause
-from cancelable_deps.request.drain import Drain, Limits
+from cancelable_deps.request.drain import Drain, Graces
 from cancelable_deps.request.state import SCOPE_KEY
 from cancelable_deps.testing import Call
 from tests.calls import CEILING, checked_socket, connected, get, running
@@ -1093,7 +1093,7 @@ class InFlight:
 
 @every_exit
 async def test_what_ends_the_process_passes_when_all_requests_have_been_stopped(exit_kind: type[BaseException]) -> None:
-    limits = Limits(grace=0, background_grace=0, retry_after=1, refuse_new=False)
+    limits = Graces(grace=0, background_grace=0, retry_after=1, refuse_new=False)
     drain = Drain.joined(limits)
     requests = [InFlight(exit_kind) for _ in range(3)]
     for request in requests:

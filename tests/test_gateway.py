@@ -17,7 +17,7 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cancelable_deps import RequestCancelationMiddleware, TimeoutPolicy, begin_shutdown, cancelation_lifespan
-from cancelable_deps.doors.gateway import Gateway
+from cancelable_deps.doors.base_http import InnerDoor
 from tests.calls import get, hang_up, running
 from tests.leftovers import nothing_left
 
@@ -166,7 +166,7 @@ async def test_an_application_is_given_its_gateways_once() -> None:
     stack: Any = app.build_middleware_stack()
     gateways = 0
     while hasattr(stack, "app") and not hasattr(stack, "routes"):
-        gateways += isinstance(stack, Gateway)
+        gateways += isinstance(stack, InnerDoor)
         stack = stack.app
     assert gateways == 1
 

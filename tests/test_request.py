@@ -33,7 +33,9 @@ from cancelable_deps import (
     wait_for_disconnect,
     with_cancelation,
 )
-from cancelable_deps.request.state import _HANDLER_STACK_KEY, _REQUEST_STACK_KEY, SCOPE_KEY, RequestState
+from cancelable_deps.hosts.fastapi import HANDLER_STACK_KEY as _HANDLER_STACK_KEY
+from cancelable_deps.hosts.fastapi import REQUEST_STACK_KEY as _REQUEST_STACK_KEY
+from cancelable_deps.request.state import SCOPE_KEY, RequestState
 from cancelable_deps.testing import Call, CancelableClient, advance
 from tests import asgi
 from tests.calls import get, hang_up, movable_clock, running

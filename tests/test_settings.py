@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from cancelable_deps import Cancelable, configure
-from cancelable_deps.kernel.settings import seconds, settings
+from cancelable_deps.kernel.options import seconds
+from cancelable_deps.kernel.settings import settings
 
 GOOD = [
     (0, 0.0),

@@ -27,7 +27,7 @@ from cancelable_deps import (
     cancelable_streaming_response,
     with_cancelation,
 )
-from cancelable_deps.request.cut import format_sse
+from cancelable_deps.request.sse import format_sse
 from tests.calls import get, running
 from tests.leftovers import nothing_left
 

@@ -24,8 +24,9 @@ from cancelable_deps import (
     DisconnectCancelation,
     ManualCancelation,
     SignalCancelation,
+    TimeoutPolicy,
 )
-from cancelable_deps.kernel.token import Callback
+from cancelable_deps.kernel.token import Callback, Cause
 
 from .calls import CEILING
 from .leftovers import nothing_left
@@ -607,3 +608,20 @@ def test_a_plain_callback_may_start_a_task(caplog: pytest.LogCaptureFixture) -> 
 
     asyncio.run(main())
     assert not caplog.records
+
+
+def test_the_error_of_a_cause_has_its_status_headers_and_policy() -> None:
+    policy = TimeoutPolicy(1)
+    headers = {"retry-after": "7"}
+    cause = Cause(CancelationReason.SIGNAL, "Later", status_code=502, headers=headers, policy=policy)
+    one, other = cause.error(), cause.error()
+    assert isinstance(one, SignalCancelation)
+    assert (one.status_code, one.headers, one.policy, one.detail) == (502, headers, policy, "Later")
+    # Each is raised into an application that may change it.
+    assert one is not other
+    assert one.headers is not other.headers
+
+
+def test_the_error_of_a_bare_cause_is_that_of_its_reason() -> None:
+    error = Cause(CancelationReason.SIGNAL, None).error()
+    assert (error.status_code, error.headers, error.policy) == (503, {"retry-after": "5"}, None)

@@ -4,55 +4,44 @@ from __future__ import annotations
 
 import functools
 import inspect
-import typing
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, Protocol, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, Protocol, TypeVar, overload
 
-import anyio
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import StreamingResponse
-from starlette.websockets import WebSocket
 
-from ..hosts.route_handlers import KEYWORD, TARGET_ATTRIBUTE, Target, is_told, request_for
-from ..kernel.cancelable import Cancelable, block_of, cancelable_of
+from ..hosts.fastapi import HAS_GENERATORS
+from ..kernel.cancelable import block_of
 from ..kernel.errors import CancelationError
-from ..kernel.foreign import with_own_failures
 from ..kernel.loops.current import current_loop
-from ..kernel.options import takes
-from ..kernel.reasons import CancelationReason
-from ..kernel.settings import seconds
+from ..kernel.threads import call_in_thread
 from ..kernel.unwrap import raise_as_it_is
-from ..request.policies import POLICY_ATTRIBUTE, TimeoutPolicy, checked_status, found, written
-from ..request.state import SCOPE_KEY, RequestState
-from ..request.websocket import connection_state
-from .dress import dressed, innermost, signature_of, what_runs
+from ..request.connection import connection_state
+from ..request.policies import POLICY_ATTRIBUTE
+from ..request.response import written
+from ..request.state import SCOPE_KEY
+from .dress import dressed, what_runs
+from .endpoint import RequestFinder, is_async, name_of, refuse_what_cannot_be_covered, yields
 from .generators import EndpointGenerator, GuardedGenerator, ThreadedGenerator
-from .streaming import CancelableStreamingResponse, keep_for_stream
+from .options import UNSET, Options
+from .streaming import keep_listening
 
 if TYPE_CHECKING:
     from datetime import timedelta
 
     from starlette.responses import Response
-    from starlette.types import Message, Receive, Send
 
+    from ..kernel.cancelable import Cancelable
+    from ..kernel.reasons import CancelationReason
     from ..request.blocks import DoorBlock
+    from ..request.policies import TimeoutPolicy
+    from .options import Unset
 
 E = TypeVar("E", bound=Callable[..., Coroutine[Any, Any, Any] | AsyncIterator[Any]])
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _COVERED: Final = "__cancelable_deps_covered__"
-
-
-class _Unset:
-    """``timeout`` was not given, where ``None`` switches the default off."""
-
-    def __repr__(self) -> str:
-        return "the default"
-
-
-UNSET: Final = _Unset()
 
 
 class _Decorator(Protocol):
@@ -85,7 +74,7 @@ def with_cancelation(endpoint: Callable[P, R], /) -> Callable[P, Coroutine[Any, 
 @overload
 def with_cancelation(
     *,
-    timeout: float | timedelta | _Unset | None = UNSET,
+    timeout: float | timedelta | Unset | None = UNSET,
     status_codes: Mapping[CancelationReason, int] | None = None,
     on_cancel: Callable[[Cancelable], object] | None = None,
     cleanup_grace: float | None = None,
@@ -98,7 +87,7 @@ def with_cancelation(
     endpoint: Any = None,
     /,
     *,
-    timeout: float | timedelta | _Unset | None = UNSET,
+    timeout: float | timedelta | Unset | None = UNSET,
     status_codes: Mapping[CancelationReason, int] | None = None,
     on_cancel: Callable[[Cancelable], object] | None = None,
     cleanup_grace: float | None = None,
@@ -150,77 +139,18 @@ def with_cancelation(
     :raises TypeError: when the app is built, for what is no endpoint.
     :raises ValueError: when the app is built, for limits or statuses that make no sense.
     """
-    options = _Options(timeout, status_codes, on_cancel, cleanup_grace, abandon_thread, policy)
+    options = Options(timeout, status_codes, on_cancel, cleanup_grace, abandon_thread, policy)
     if endpoint is None:
         return lambda function: _decorate(function, options)
     return _decorate(endpoint, options)
 
 
-class _Options:
-    def __init__(
-        self,
-        timeout: float | timedelta | _Unset | None,
-        status_codes: Mapping[CancelationReason, int] | None,
-        on_cancel: Callable[[Cancelable], object] | None,
-        cleanup_grace: float | None,
-        abandon_thread: bool,
-        policy: str | TimeoutPolicy | None,
-    ) -> None:
-        if policy is not None and not isinstance(policy, str | TimeoutPolicy):
-            raise TypeError(f"policy takes the name of a policy or a TimeoutPolicy, not {policy!r}")
-        if policy is not None and not isinstance(timeout, _Unset):
-            raise TypeError("give timeout or policy, not both: a policy has a timeout")
-        self.policy = policy
-        self.abandon_thread = abandon_thread
-        self.replaces_default = policy is not None or not isinstance(timeout, _Unset)
-        self.timeout = None if timeout is None or isinstance(timeout, _Unset) else seconds(timeout, "timeout")
-        if status_codes is not None and not isinstance(status_codes, Mapping):
-            raise TypeError(
-                f"status_codes maps reasons to statuses, as {{CancelationReason.TIMEOUT: 503}}, not {status_codes!r}"
-            )
-        self.status_codes = {reason: _status(reason, code) for reason, code in (status_codes or {}).items()}
-        if on_cancel is not None and not takes(on_cancel, 1):
-            raise TypeError(f"on_cancel must be a function that takes the Cancelable, not {on_cancel!r}")
-        self.on_cancel = on_cancel
-        self.cleanup_grace = None if cleanup_grace is None else seconds(cleanup_grace, "cleanup_grace")
-
-    def make_block(self, state: RequestState) -> DoorBlock:
-        if self.replaces_default:
-            state.lift_default()
-        block = state.door_class(state, timeout=self.timeout, cleanup_grace=self.cleanup_grace)
-        if self.on_cancel is not None:
-            cancelable_of(block).on_cancel(self.on_cancel)
-        if self.policy is not None:
-            policy = block.policy = found(self.policy, state)
-            block.timeout = policy.enforced_timeout
-        return block
-
-    def make_lone_block(self) -> Cancelable:
-        """For an endpoint that is called without a request."""
-        timeout = self.policy.enforced_timeout if isinstance(self.policy, TimeoutPolicy) else self.timeout
-        block = Cancelable(timeout=timeout, cleanup_grace=self.cleanup_grace)
-        if self.on_cancel is not None:
-            block.on_cancel(self.on_cancel)
-        return block
-
-    def translate(self, exc: BaseException) -> BaseException:
-        if isinstance(exc, CancelationError):
-            exc.status_code = self.status_codes.get(exc.reason, exc.status_code)
-        return exc
-
-
-def _status(reason: object, code: object) -> int:
-    if not isinstance(reason, CancelationReason):
-        raise TypeError(f"status_codes maps CancelationReason to a status, and {reason!r} is no CancelationReason")
-    return checked_status(code, reason)
-
-
-def _decorate(endpoint: Any, options: _Options) -> Any:
+def _decorate(endpoint: Any, options: Options) -> Any:
     if isinstance(endpoint, staticmethod | classmethod):
         return type(endpoint)(_decorate(endpoint.__func__, options))
-    _refuse_what_cannot_be_covered(endpoint)
-    find = _RequestFinder(endpoint)
-    if _yields(endpoint):
+    refuse_what_cannot_be_covered(endpoint)
+    find = RequestFinder(endpoint)
+    if yields(endpoint):
         guarded = _generator_guard(endpoint, find, options)
     else:
         work = _awaitable(endpoint, options)
@@ -231,9 +161,9 @@ def _decorate(endpoint: Any, options: _Options) -> Any:
     return guarded
 
 
-def _guard(work: Any, find: _RequestFinder, options: _Options) -> Any:
+def _guard(work: Any, find: RequestFinder, options: Options) -> Any:
     # `guarded` becomes a function of the endpoint's module, among whose globals ours are not.
-    run_alone, state_of, keep, judge, raise_it = _run_alone, connection_state, _keep_listening, _judge, raise_as_it_is
+    run_alone, state_of, keep, judge, raise_it = _run_alone, connection_state, keep_listening, _judge, raise_as_it_is
     key, is_a, stream, refusal, anything = SCOPE_KEY, isinstance, StreamingResponse, CancelationError, BaseException
 
     async def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -247,6 +177,7 @@ def _guard(work: Any, find: _RequestFinder, options: _Options) -> Any:
             made = not state.close_with_handler()
         raised: BaseException | None = None
         result: Any = None
+        # What `run_through` does, in this frame: a coroutine more would cost the handler something at every `await`.
         try:
             block = options.make_block(state)
             try:
@@ -281,35 +212,23 @@ def _guard(work: Any, find: _RequestFinder, options: _Options) -> Any:
     return guarded
 
 
-def _keep_listening(response: StreamingResponse, state: RequestState, made: bool) -> None:
-    if isinstance(response, CancelableStreamingResponse):
-        keep_for_stream(state, response, made=made)
-    elif state.is_listening:
-        _listen_through(response, state)
-
-
 async def _judge(block: DoorBlock, raised: BaseException | None, request: HTTPConnection) -> Response | None:
     if block.policy is not None:
-        block.policy.judge(block)
+        block.policy.judge(request.scope, block.elapsed)
     return await written(raised, request) if isinstance(request, Request) else None
 
 
 def cover_generator(endpoint: Any) -> Any:
-    """``endpoint``, under a door that gives it its limits; as a bare decorator does if it is a generator."""
-    if not _yields(endpoint) or find_spec("fastapi.sse") is None:
+    """Wrap a generator endpoint as a bare ``@with_cancelation`` would; return any other unchanged."""
+    if not yields(endpoint) or not HAS_GENERATORS:
         return endpoint
     # Older versions of FastAPI make the routes of an included router anew.
     return endpoint if hasattr(endpoint, _COVERED) else with_cancelation(endpoint)
 
 
-def _yields(endpoint: Any) -> bool:
-    function = what_runs(endpoint)
-    return inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function)
-
-
-def _generator_guard(endpoint: Any, find: _RequestFinder, options: _Options) -> Any:
+def _generator_guard(endpoint: Any, find: RequestFinder, options: Options) -> Any:
     if options.abandon_thread:
-        raise TypeError(f"abandon_thread is for `def` handlers that return, and {_name(endpoint)}() is a generator")
+        raise TypeError(f"abandon_thread is for `def` handlers that return, and {name_of(endpoint)}() is a generator")
     in_threads = inspect.isgeneratorfunction(what_runs(endpoint))
     guard = _guard_generator
 
@@ -325,7 +244,7 @@ def _generator_guard(endpoint: Any, find: _RequestFinder, options: _Options) -> 
     return result
 
 
-def _guard_generator(request: HTTPConnection | None, generator: Any, options: _Options) -> GuardedGenerator:
+def _guard_generator(request: HTTPConnection | None, generator: Any, options: Options) -> GuardedGenerator:
     if request is None:
         return GuardedGenerator(generator, block_of(options.make_lone_block()), current_loop())
     made = SCOPE_KEY not in request.scope
@@ -340,12 +259,11 @@ def _guard_generator(request: HTTPConnection | None, generator: Any, options: _O
     return EndpointGenerator(generator, options.make_block(state), state, ours=ours)
 
 
-def _awaitable(endpoint: Any, options: _Options) -> Any:
-    if _is_async(endpoint):
+def _awaitable(endpoint: Any, options: Options) -> Any:
+    if is_async(endpoint):
         if options.abandon_thread:
-            raise TypeError(f"abandon_thread is for `def` handlers, and {_name(endpoint)}() is `async def`")
+            raise TypeError(f"abandon_thread is for `def` handlers, and {name_of(endpoint)}() is `async def`")
         return endpoint
-    from ..kernel.threads import call_in_thread
 
     async def run_in_thread(*args: Any, **kwargs: Any) -> Any:
         return await call_in_thread(functools.partial(endpoint, *args, **kwargs), options.abandon_thread)
@@ -353,155 +271,10 @@ def _awaitable(endpoint: Any, options: _Options) -> Any:
     return run_in_thread
 
 
-async def _run_alone(endpoint: Any, args: Any, kwargs: Any, options: _Options) -> Any:
+async def _run_alone(endpoint: Any, args: Any, kwargs: Any, options: Options) -> Any:
     try:
         async with options.make_lone_block():
             return await endpoint(*args, **kwargs)
     except CancelationError as exc:
         options.translate(exc)
         raise
-
-
-def _listen_through(response: StreamingResponse, state: RequestState) -> None:
-    # Starlette's response would await the server's receive() beside our reader, which must not be cancelled for it:
-    # granian then reports a client as gone that is not. So the response listens through the reader, until it ends.
-    version = state.scope.get("asgi", {}).get("spec_version", "2.0")
-    if tuple(map(int, version.split("."))) >= (2, 4) or state.outermost is not None:
-        # It does not listen, or a door hands it our reader.
-        return
-
-    listen, stream_response = response.listen_for_disconnect, response.stream_response
-
-    async def listen_for_disconnect(receive: Receive) -> None:
-        try:
-            await listen(state.receive)
-        finally:
-            with anyio.CancelScope(shield=True):
-                await state.aclose()
-
-    async def stream_until_the_end(send: Send) -> None:
-        async def send_and_close(message: Message) -> None:
-            if message["type"] == "http.response.body" and not message.get("more_body", False):
-                state.close()
-            await send(message)
-
-        # Starlette's group would take that for the end of a task which was cancelled, and wait for the client to leave.
-        await with_own_failures("the body of a StreamingResponse", stream_response, send_and_close)
-
-    state.keep_through_response()
-    response.listen_for_disconnect = listen_for_disconnect  # type: ignore[method-assign]
-    response.stream_response = stream_until_the_end  # type: ignore[method-assign]
-
-
-class _RequestFinder(Target):
-    """Finds the request that an endpoint is called for: among its arguments, or where FastAPI tells it."""
-
-    def __init__(self, endpoint: Any) -> None:
-        signature = signature_of(endpoint)
-        namespace = getattr(what_runs(endpoint), "__globals__", {})
-        self.annotations = {
-            name: _resolve(parameter.annotation, namespace) for name, parameter in signature.parameters.items()
-        }
-        names = list(signature.parameters)
-        self.own = next((name for name in names if _is_a(self.annotations[name], HTTPConnection)), None)
-        if self.own is None:
-            self.own = _starlettes_own(signature)
-        self.index = None if self.own is None else names.index(self.own)
-
-    def be_given_the_request(self, guarded: Any) -> None:
-        """``guarded`` is the function that will ask."""
-        self.function = guarded
-        self.has_own = self.own is not None
-        setattr(guarded, TARGET_ATTRIBUTE, self)
-        if not self.has_own and not is_told():
-            guarded.__signature__ = _with_request(signature_of(guarded))
-
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HTTPConnection | None:
-        if self.own is None:
-            found = kwargs.pop(KEYWORD, None)
-            if found is None:
-                found = request_for(self)
-            if found is None and args:
-                found = _first_of(args)
-        elif self.own in kwargs:
-            found = kwargs[self.own]
-        else:
-            found = args[self.index] if self.index is not None and len(args) > self.index else None
-        return found if isinstance(found, (Request, WebSocket)) else None
-
-
-def _with_request(signature: inspect.Signature) -> inspect.Signature:
-    parameters = list(signature.parameters.values())
-    ours = inspect.Parameter(KEYWORD, inspect.Parameter.KEYWORD_ONLY, annotation=HTTPConnection, default=None)
-    at = len(parameters) - (bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-    parameters.insert(at, ours)
-    return signature.replace(parameters=parameters)
-
-
-def _first_of(args: tuple[Any, ...]) -> Any:
-    """Starlette gives an endpoint its request alone, whatever the parameter is called."""
-    return next((given for given in args[:2] if isinstance(given, HTTPConnection)), None)
-
-
-def _starlettes_own(signature: inspect.Signature) -> str | None:
-    """The request of ``async def endpoint(request)`` or ``on_receive(self, websocket, data)``.
-
-    Starlette allows it to have no annotation. To FastAPI, which knows no ``self``, it would be a query parameter.
-    """
-    names = [name for name in signature.parameters if name != "self"]
-    is_method = len(names) < len(signature.parameters)
-    if names[:1] not in (["request"], ["websocket"]) or (len(names) > 1 and not is_method):
-        return None
-    return names[0] if signature.parameters[names[0]].annotation is inspect.Parameter.empty else None
-
-
-def _refuse_what_cannot_be_covered(endpoint: Any) -> None:
-    if inspect.isclass(endpoint) or not callable(endpoint):
-        raise TypeError(
-            f"@with_cancelation takes an endpoint (a function), not {endpoint!r}. It stands below the route decorator, "
-            "directly above the function; its options have names: @with_cancelation(timeout=30)."
-        )
-    function = what_runs(endpoint)
-    if {"scope", "receive", "send"} <= set(inspect.signature(function).parameters):
-        raise TypeError(
-            f"{_name(endpoint)} is an ASGI application, and @with_cancelation takes an endpoint. Wrap an application in "
-            "RequestCancelationMiddleware."
-        )
-    if _yields(endpoint):
-        if find_spec("fastapi.sse") is None:
-            raise TypeError(f"{_name(endpoint)}() is a generator: as endpoints, FastAPI has these since 0.135")
-        return
-    if not _is_async(endpoint) and any(
-        _is_a(kind, WebSocket) for kind in _RequestFinder(endpoint).annotations.values()
-    ):
-        raise TypeError(
-            f"{_name(endpoint)}() is a plain `def`, and a WebSocket endpoint is awaited: make it `async def`."
-        )
-
-
-def _is_async(endpoint: Any) -> bool:
-    """Whether it or, as FastAPI looks at it, what it wraps is ``async def``."""
-    if inspect.iscoroutinefunction(what_runs(endpoint)):
-        return True
-    while isinstance(endpoint, functools.partial):
-        endpoint = endpoint.func
-    return inspect.iscoroutinefunction(endpoint)
-
-
-def _name(endpoint: Any) -> str:
-    return getattr(innermost(endpoint), "__qualname__", repr(endpoint))
-
-
-def _resolve(annotation: Any, namespace: dict[str, Any]) -> Any:
-    if isinstance(annotation, str):
-        try:
-            return eval(annotation, namespace)
-        except Exception:
-            return annotation
-    return annotation
-
-
-def _is_a(annotation: Any, kind: type) -> bool:
-    if typing.get_origin(annotation) is typing.Annotated:
-        annotation = typing.get_args(annotation)[0]
-    return inspect.isclass(annotation) and issubclass(cast("type", annotation), kind)

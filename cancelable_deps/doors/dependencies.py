@@ -9,15 +9,15 @@ from typing import Annotated, final
 import anyio
 from anyio.abc import TaskGroup
 from fastapi import Depends
-from starlette.requests import HTTPConnection
+from starlette.requests import HTTPConnection, Request
 
 from ..kernel.cancelable import Cancelable, cancelable_of
-from ..kernel.options import not_a_dependency
+from ..kernel.options import not_a_dependency, seconds
 from ..kernel.reasons import CancelationReason
-from ..kernel.settings import seconds
 from ..kernel.task_group import CancelableTaskGroup
-from ..request.state import RequestState
-from ..request.websocket import handler_state
+from ..request.connection import connection_state, new_block
+from ..request.policies import POLICY_ATTRIBUTE, TimeoutPolicy, found
+from ..request.state import Listening, RequestState
 
 
 @final
@@ -30,9 +30,6 @@ class RequestCancellationEvent:
 
     def __init__(self, state: RequestState) -> None:
         self._state = state
-
-    def listening_begins(self) -> None:
-        """Nothing is to be stopped by it."""
 
     def is_set(self) -> bool:
         """Ask as often as you like: it reads one attribute. The event loop must have had a turn to notice anything."""
@@ -58,8 +55,8 @@ async def cancelable_dependency(request: HTTPConnection) -> Cancelable:
 
     Each use in a signature gets its own through `RequestCancelable`; all stop with the same request.
     """
-    state = handler_state(request)
-    return cancelable_of(state.block_class(state))
+    state = connection_state(request, with_handler=True)
+    return cancelable_of(new_block(state))
 
 
 @not_a_dependency(
@@ -78,16 +75,44 @@ def cancelable_with_timeout(
     grace = None if cleanup_grace is None else seconds(cleanup_grace, "cleanup_grace")
 
     async def cancelable_with_timeout_dependency(request: HTTPConnection) -> Cancelable:
-        state = handler_state(request)
+        state = connection_state(request, with_handler=True)
         state.lift_default()
-        return cancelable_of(state.block_class(state, timeout=limit, cleanup_grace=grace))
+        return cancelable_of(new_block(state, timeout=limit, cleanup_grace=grace))
 
     return cancelable_with_timeout_dependency
 
 
+@not_a_dependency(
+    "Depends(timeout_policy) would let the client choose the policy. Call it, with a name or a TimeoutPolicy: "
+    'Depends(timeout_policy("report")).'
+)
+def timeout_policy(policy: str | TimeoutPolicy) -> Callable[[HTTPConnection], Awaitable[None]]:
+    """A dependency that chooses a policy: ``dependencies=[Depends(timeout_policy("report"))]`` of a route or router.
+
+    It replaces the default of the middleware or route class, and counts from the request's arrival there. A WebSocket
+    has no default, and is left alone; give it a policy by `with_cancelation`.
+    """
+    if not isinstance(policy, str | TimeoutPolicy):
+        raise TypeError(f"timeout_policy takes the name of a policy or a TimeoutPolicy, not {policy!r}")
+
+    async def chosen_timeout_policy(request: HTTPConnection) -> None:
+        if not isinstance(request, Request):
+            return
+        state = connection_state(request, with_handler=True)
+        state.replace_default(found(policy, state.policies))
+
+    setattr(chosen_timeout_policy, POLICY_ATTRIBUTE, policy)
+    return chosen_timeout_policy
+
+
+async def no_timeout(request: HTTPConnection) -> None:
+    """A dependency that switches the default timeout off: ``dependencies=[Depends(no_timeout)]``."""
+    connection_state(request, with_handler=True).lift_default()
+
+
 async def request_task_group(request: HTTPConnection) -> Callable[[], AbstractAsyncContextManager[TaskGroup]]:
     """A function that makes a task group of this request: ``async with get_task_group() as tg:``."""
-    return partial(_task_group, handler_state(request))
+    return partial(_task_group, connection_state(request, with_handler=True))
 
 
 async def cancellation(request: HTTPConnection) -> RequestCancellationEvent:
@@ -95,9 +120,9 @@ async def cancellation(request: HTTPConnection) -> RequestCancellationEvent:
 
     It stops nothing itself; a decorator, route class or middleware around the handler does all the same.
     """
-    state = handler_state(request)
+    state = connection_state(request, with_handler=True)
     event = RequestCancellationEvent(state)
-    state.watch(event)
+    state.watch(Listening())
     return event
 
 
@@ -119,7 +144,7 @@ def create_request_task_group(request: HTTPConnection) -> AbstractAsyncContextMa
     Listening ends with the group. The children are cancelled politely, each with its own grace for its cleanup. A
     child's ``HTTPException`` arrives as itself; leaving a group that we cancelled raises the `CancelationError`.
     """
-    return _task_group(handler_state(request))
+    return _task_group(connection_state(request, with_handler=True))
 
 
 async def wait_for_disconnect(request: HTTPConnection) -> None:
@@ -130,13 +155,13 @@ async def wait_for_disconnect(request: HTTPConnection) -> None:
 
     :raises RuntimeError: after the handler has returned.
     """
-    state = handler_state(request)
+    state = connection_state(request, with_handler=True)
     if state.is_closed:
         raise RuntimeError(
             "wait_for_disconnect() was called after the handler had returned: by now the server reports every client "
             "as gone. Call it inside the handler."
         )
-    waiting = RequestCancellationEvent(state)
+    waiting = Listening()
     state.watch(waiting)
     state.arm_now()
     try:
@@ -148,4 +173,4 @@ async def wait_for_disconnect(request: HTTPConnection) -> None:
 
 
 def _task_group(state: RequestState) -> AbstractAsyncContextManager[TaskGroup]:
-    return CancelableTaskGroup(state.block_class(state))
+    return CancelableTaskGroup(new_block(state))

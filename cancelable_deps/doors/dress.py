@@ -8,12 +8,13 @@ import sys
 from types import FunctionType
 from typing import Any, Final
 
+if sys.version_info >= (3, 14):
+    from annotationlib import Format
+
 
 def signature_of(function: Any) -> inspect.Signature:
     """The signature, with annotations as they are written."""
     if sys.version_info >= (3, 14):
-        from annotationlib import Format
-
         # Those that cannot be evaluated yet, or never, stay what they are: names.
         return inspect.signature(function, annotation_format=Format.FORWARDREF)
     return inspect.signature(function)

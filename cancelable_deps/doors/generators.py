@@ -11,12 +11,15 @@ import anyio.lowlevel
 import anyio.to_thread
 from starlette.requests import ClientDisconnect
 
+from ..hosts.fastapi import last_item
+from ..hosts.starlette import spare_streams_listening
 from ..kernel.cancelable import cancelable_of
 from ..kernel.errors import CancelationError
 from ..kernel.foreign import EXITS, SENDING, ThisTask, as_failure, call_in_thread
 from ..kernel.reasons import CancelationReason
 from ..kernel.unwrap import raise_as_it_is
-from ..request.cut import cut_at_once, reason_and_message
+from ..request.cut import cut_at_once
+from ..request.sse import reason_and_message
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -225,7 +228,7 @@ class EndpointGenerator(GuardedGenerator):
         self._policy = block.policy
         self._ours = ours
         if state.outermost is None:
-            state.listen_for_streams()
+            spare_streams_listening(state.scope)
         if ours:
             state.keep_through_response()
         # Private; should it be gone one day, the generator is closed when it is collected.
@@ -250,7 +253,7 @@ class EndpointGenerator(GuardedGenerator):
 
     def _produced(self) -> None:
         if self._policy is not None:
-            self._policy.judge(cast("DoorBlock", self._block))
+            self._policy.judge(self._state.scope, self._block.elapsed)
 
     async def _hand_over(self, item: Any) -> None:
         try:
@@ -267,7 +270,7 @@ class EndpointGenerator(GuardedGenerator):
             self._close_state()
             raise StopAsyncIteration
         if isinstance(error, CancelationError) and self._ours:
-            event = self._farewell(error)
+            event = last_item(self._state.scope, "cancelled", reason_and_message(error))
             raw = self._state.reader.raw
             self._close_state()
             if event is not None:
@@ -280,13 +283,6 @@ class EndpointGenerator(GuardedGenerator):
         if self._ours:
             # Before the server has the last bytes: every server reports a disconnect after them.
             self._state.close()
-
-    def _farewell(self, error: CancelationError) -> Any:
-        if not getattr(self._state.scope.get("route"), "is_sse_stream", False):
-            return None
-        from fastapi.sse import ServerSentEvent
-
-        return ServerSentEvent(event="cancelled", data=reason_and_message(error))
 
 
 async def _as_it_is(step: Awaitable[Any]) -> Any:

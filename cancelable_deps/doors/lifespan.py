@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 from ..hosts.signals import heard
 from ..kernel.errors import RETRY_AFTER_SECONDS
 from ..kernel.loops.current import current_loop
+from ..kernel.options import seconds
 from ..kernel.reasons import CancelationReason
-from ..kernel.settings import seconds
-from ..request.drain import Drain, Limits, running_drain
+from ..request.drain import Drain, Graces, running_drain
 
 if TYPE_CHECKING:
     import signal
@@ -82,7 +82,7 @@ def cancelation_lifespan(
         grace is over.
     :raises ValueError: for limits that are negative or NaN, :exc:`TypeError` for what is no number or no lifespan.
     """
-    limits = Limits(
+    graces = Graces(
         seconds(grace, "grace"),
         seconds(background_grace, "background_grace"),
         _whole_seconds(retry_after),
@@ -96,7 +96,7 @@ def cancelation_lifespan(
                 "cancelation_lifespan takes your own lifespan as its first argument: "
                 "cancelation_lifespan(my_lifespan, grace=10)"
             )
-        return _run(app, lifespan, limits)
+        return _run(app, lifespan, graces)
 
     return lifespan_with_shutdown
 
@@ -158,8 +158,8 @@ def _refuse_what_is_no_lifespan(lifespan: Any) -> None:
 
 
 @asynccontextmanager
-async def _run(app: Any, lifespan: Any, limits: Limits) -> AsyncIterator[Any]:
-    drain = Drain.joined(limits)
+async def _run(app: Any, lifespan: Any, graces: Graces) -> AsyncIterator[Any]:
+    drain = Drain.joined(graces)
     try:
         with heard(_teller(drain), current_loop()):
             async with nullcontext() if lifespan is None else lifespan(app) as state:
@@ -167,4 +167,4 @@ async def _run(app: Any, lifespan: Any, limits: Limits) -> AsyncIterator[Any]:
                 yield state
                 await drain.finish()
     finally:
-        drain.leave(limits)
+        drain.leave(graces)

@@ -7,15 +7,20 @@ from collections.abc import Callable, Iterable, Mapping
 from fnmatch import translate
 from typing import TYPE_CHECKING, Any, cast
 
-from ..request.policies import TimeoutPolicy, answer, check_names_at_start
-from ..request.run import Limits, run_request
-from ..request.websocket import run_socket
-from .gateway import put_gateways
+from ..hosts.fastapi import functions_called
+from ..request.limits import Limits
+from ..request.policies import POLICY_ATTRIBUTE, TimeoutPolicy, named
+from ..request.response import answer
+from ..request.run import run_request, run_socket
+from .base_http import put_inner_doors
 
 if TYPE_CHECKING:
     from datetime import timedelta
 
     from starlette.types import ASGIApp, Receive, Scope, Send
+
+_POLICIES_KEY = "cancelable_deps.policies"
+"""The key of a lifespan's scope by which one middleware tells those further in of its policies."""
 
 Exclude = str | re.Pattern[str] | Callable[["Scope"], bool]
 
@@ -57,7 +62,7 @@ class RequestCancelationMiddleware:
         self.app = app
         self._limits = Limits(default_timeout, cleanup_grace, policies, default_policy)
         self._excluded = _matchers(exclude)
-        put_gateways(app)
+        put_inner_doors(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or (self._excluded and self._excludes(scope)):
@@ -107,3 +112,39 @@ def _route_path(scope: Scope) -> str:
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
     return path[len(root) :] if root and path.startswith(root + "/") else path
+
+
+async def check_names_at_start(
+    wrapped: ASGIApp, scope: Scope, receive: Receive, send: Send, policies: Mapping[str, TimeoutPolicy]
+) -> None:
+    """Look through the routes of an application that starts for policies that nobody has defined."""
+    # There is none in the scope yet if we stand around it.
+    app = scope.get("app", wrapped)
+    known = scope[_POLICIES_KEY] = {**scope.get(_POLICIES_KEY, {}), **policies, **_policies_of(app)}
+    try:
+        _check_names(getattr(app, "routes", ()), known)
+    except LookupError as error:
+        # Or servers would take an application that only raises for one that has no lifespan, and go on.
+        await receive()
+        await send({"type": "lifespan.startup.failed", "message": str(error)})
+        raise
+
+
+def _check_names(routes: Iterable[Any], policies: Mapping[str, TimeoutPolicy]) -> None:
+    for function, path, apps in functions_called(routes):
+        name = getattr(function, POLICY_ATTRIBUTE, None)
+        if isinstance(name, str):
+            known = dict(policies)
+            for app in apps:
+                known |= _policies_of(app)
+            named(name, known, f" (route {path})")
+
+
+def _policies_of(app: Any) -> dict[str, TimeoutPolicy]:
+    """Return what the middleware of an application adds."""
+    policies: dict[str, TimeoutPolicy] = {}
+    for middleware in getattr(app, "user_middleware", ()):
+        given = middleware.kwargs.get("policies")
+        if isinstance(given, Mapping):
+            policies |= {name: policy for name, policy in given.items() if isinstance(policy, TimeoutPolicy)}
+    return policies

@@ -14,7 +14,7 @@ from ..kernel.errors import CancelationError
 from ..kernel.foreign import ThisTask
 from ..kernel.log import logger
 from ..kernel.task_group import CancelableTaskGroup
-from ..request.cut import SSE, format_sse
+from ..request.sse import SSE, format_sse
 from .streaming import CancelableStreamingResponse
 
 if TYPE_CHECKING:

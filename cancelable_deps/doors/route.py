@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastapi.routing import APIRoute
 
-from ..request.policies import TimeoutPolicy, answer
-from ..request.run import Limits, run_request
+from ..request.limits import Limits
+from ..request.response import answer
+from ..request.run import run_request
 from .decorator import cover_generator
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from starlette.types import Receive, Scope, Send
+
+    from ..request.policies import TimeoutPolicy
 
 
 class CancelableRoute(APIRoute):
@@ -64,7 +67,7 @@ class CancelableRoute(APIRoute):
         error = await run_request(super().handle, scope, receive, send, self._limits)
         if error is not None:
             try:
-                if getattr(error, "policy", None) is None:
+                if error.policy is None:
                     raise error
                 await answer(error, scope, receive, send)
             finally:

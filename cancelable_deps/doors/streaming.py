@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from asyncio import CancelledError
 from collections.abc import AsyncIterable, Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -11,14 +10,15 @@ import anyio
 import anyio.lowlevel
 from starlette.responses import StreamingResponse
 
+from ..hosts.starlette import streams_listen
 from ..kernel.cancelable import Cancelable, block_of, cancelable_of
 from ..kernel.errors import CancelationError
-from ..kernel.foreign import SENDING, told, with_own_failures
+from ..kernel.foreign import SENDING, with_own_failures
+from ..kernel.options import seconds
 from ..kernel.reasons import CancelationReason
-from ..kernel.settings import seconds
-from ..kernel.unwrap import raise_as_it_is
 from ..request.blocks import RequestBlock
 from ..request.cut import cut
+from ..request.response import send_or_leave
 from ..request.state import SCOPE_KEY, RequestState
 from .generators import ThreadedGenerator, close, feed
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from starlette.background import BackgroundTask
-    from starlette.types import Receive, Scope, Send
+    from starlette.types import Message, Receive, Scope, Send
 
     from ..kernel.block import Block
     from ..kernel.loops.base import EventLoop, Timer
@@ -99,7 +99,7 @@ class CancelableStreamingResponse(StreamingResponse):
             return
         state: RequestState | None = scope.get(SCOPE_KEY)
         # One that was kept for us is ours to close; any other is that of a middleware or route class.
-        ours = state is None or state._kept
+        ours = state is None or state.is_kept_open
         if state is None:
             state = RequestState(scope, receive, held=True)
         try:
@@ -229,16 +229,7 @@ class _Stream:
     async def _send_on(self, message: dict[str, Any]) -> None:
         self._sends.begin()
         try:
-            await self._send(message)
-        except OSError:
-            # Since ASGI 2.4 this is how a server says that the client left.
-            self._state.client_left()
-            if self._state.is_deferring:
-                return
-            await anyio.lowlevel.checkpoint()
-            raise
-        except CancelledError as exc:
-            raise_as_it_is(told(exc, self._state.loop, SENDING))
+            await send_or_leave(self._send, message, self._state)
         finally:
             self._sends.end()
 
@@ -282,6 +273,47 @@ def keep_for_stream(state: RequestState, response: CancelableStreamingResponse, 
     """Let ``state`` live until the stream has ended, if the handler's return would close it."""
     if (made and not state.is_kept and not state.is_closed) or state.ends_with_handler:
         state.keep_through_response(response)
+
+
+def keep_listening(response: StreamingResponse, state: RequestState, made: bool) -> None:
+    """Listen until a stream that a handler has returned is over: ours lets us know, and Starlette's asks our reader.
+
+    :param made: whether the handler's return would close the state.
+    """
+    if isinstance(response, CancelableStreamingResponse):
+        keep_for_stream(state, response, made=made)
+    elif state.is_listening:
+        _listen_through(response, state)
+
+
+def _listen_through(response: StreamingResponse, state: RequestState) -> None:
+    # Starlette's response would await the server's receive() beside our reader, which must not be cancelled for it:
+    # granian then reports a client as gone that is not. So the response listens through the reader, until it ends.
+    if not streams_listen(state.scope) or state.outermost is not None:
+        # It does not listen, or a door hands it our reader.
+        return
+
+    listen, stream_response = response.listen_for_disconnect, response.stream_response
+
+    async def listen_for_disconnect(receive: Receive) -> None:
+        try:
+            await listen(state.receive)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await state.aclose()
+
+    async def stream_until_the_end(send: Send) -> None:
+        async def send_and_close(message: Message) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                state.close()
+            await send(message)
+
+        # Starlette's group would take that for the end of a task which was cancelled, and wait for the client to leave.
+        await with_own_failures("the body of a StreamingResponse", stream_response, send_and_close)
+
+    state.keep_through_response()
+    response.listen_for_disconnect = listen_for_disconnect  # type: ignore[method-assign]
+    response.stream_response = stream_until_the_end  # type: ignore[method-assign]
 
 
 def cancelable_streaming_response(

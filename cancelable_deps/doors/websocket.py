@@ -10,9 +10,10 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from ..kernel.cancelable import Cancelable, cancelable_of
 from ..kernel.errors import CancelationError
+from ..kernel.options import seconds
 from ..kernel.reasons import CancelationReason
-from ..kernel.settings import seconds
-from ..request.websocket import SocketState, handler_state
+from ..request.connection import connection_state, new_block
+from ..request.websocket import SocketState
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -78,10 +79,10 @@ class CancelableWebSocket:
     async def __aenter__(self) -> Self:
         if self._block is not None:
             raise RuntimeError("a CancelableWebSocket serves one block: make another one for another block")
-        state = handler_state(self._websocket)
+        state = connection_state(self._websocket, with_handler=True)
         assert isinstance(state, SocketState)
         self._state = state
-        block = self._block = cancelable_of(state.block_class(state, timeout=self._timeout))
+        block = self._block = cancelable_of(new_block(state, timeout=self._timeout))
         async with AsyncExitStack() as stack:
             stack.push_async_exit(self._close_if_stopped)
             if self._cancel is not None and not self._cancel.is_active:

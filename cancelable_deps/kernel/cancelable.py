@@ -10,9 +10,8 @@ import anyio.lowlevel
 
 from .block import Block, current
 from .condition import Condition
-from .options import NotADependency
+from .options import NotADependency, seconds
 from .reasons import CancelationReason
-from .settings import seconds
 from .shields import Deferral, Shield
 from .threads import enter_in_thread, leave_in_thread, run_in_process, run_in_thread
 from .token import Callback, CancelationToken, call_logged, check_reason

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import anyio
 
 from .foreign import EXITS, ThisTask
+from .options import seconds
 from .reasons import CancelationReason
-from .settings import seconds
 
 if TYPE_CHECKING:
     from datetime import timedelta

@@ -12,16 +12,27 @@ starlette.exceptions.HTTPException
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from starlette.exceptions import HTTPException
 
 from .reasons import CancelationReason
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 RETRY_AFTER_SECONDS = 5
 
 _TOLD_TO_NOBODY = frozenset({CancelationReason.ERROR, CancelationReason.PARENT})
 """Whose message may hold the text of an exception, or the name of a block: it is for the application, not for a client."""
+
+
+class AnswerPolicy(Protocol):
+    """A timeout policy, as far as its error knows it."""
+
+    @property
+    def response(self) -> Callable[[Any, Any], Any] | None:
+        """The function of the request and the error that writes the response."""
 
 
 class CancelationError(HTTPException):
@@ -36,6 +47,8 @@ class CancelationError(HTTPException):
     """
 
     reason: CancelationReason = CancelationReason.ERROR
+    policy: AnswerPolicy | None = None
+    """The `TimeoutPolicy` whose time was up, if it was that of one."""
 
     _classes: ClassVar[dict[CancelationReason, type[CancelationError]]] = {}
 

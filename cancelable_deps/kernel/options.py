@@ -1,10 +1,10 @@
-"""What is refused when the app is built: ``Depends`` of what is none, for FastAPI would make query parameters of its
-parameters, and callbacks that could not be called.
-"""
+"""Checks of what users pass, made when the app is built: limits, statuses, callbacks, `Depends` of no dependency."""
 
 from __future__ import annotations
 
 import inspect
+import math
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
@@ -12,6 +12,28 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 F = TypeVar("F", bound="Callable[..., Any]")
+
+
+def seconds(value: Any, what: str) -> float:
+    """Return ``value`` as a number of seconds, or raise an error that says what is wrong with it."""
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{what} takes seconds (int, float) or a timedelta, not {value!r}")
+    if math.isnan(value) or value < 0:
+        raise ValueError(f"{what} must be zero or more seconds, not {value!r}")
+    return float(value)
+
+
+def checked_status(code: object, what: object) -> int:
+    """Return ``code`` if it is the status of an error, or raise an error that says what is wrong with it."""
+    if isinstance(code, bool) or not isinstance(code, int):
+        raise TypeError(f"the status for {what} must be a number such as 503, not {code!r}")
+    if not 400 <= code <= 599:
+        raise ValueError(f"the status for {what} must tell of an error (400 to 599), not {code}")
+    if code == 408:
+        raise ValueError(f"408 for {what} makes clients send the request again (RFC 9110); use 503 or 504")
+    return code
 
 
 class _Refusal:

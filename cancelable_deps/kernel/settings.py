@@ -1,10 +1,8 @@
-"""The two numbers that every door shares."""
+"""The defaults that every door shares."""
 
 from __future__ import annotations
 
-import math
-from datetime import timedelta
-from typing import Any
+from .options import seconds
 
 
 class _Settings:
@@ -39,14 +37,3 @@ def configure(
     checked = {name: seconds(value, name) for name, value in given.items() if value is not None}
     for name, value in checked.items():
         setattr(settings, name, value)
-
-
-def seconds(value: Any, what: str) -> float:
-    """``value`` as a number of seconds, or an error that says what is wrong with it."""
-    if isinstance(value, timedelta):
-        value = value.total_seconds()
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{what} takes seconds (int, float) or a timedelta, not {value!r}")
-    if math.isnan(value) or value < 0:
-        raise ValueError(f"{what} must be zero or more seconds, not {value!r}")
-    return float(value)

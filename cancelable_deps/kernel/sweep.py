@@ -54,9 +54,9 @@ class Sweep:
 
     def wind(self) -> None:
         self.is_wound = True
-        self._loop.call_at(self._loop.time() + self._interval, self._tick)
+        self._loop.call_at(self._loop.time() + self._interval, self.tick)
 
-    def _tick(self) -> None:
+    def tick(self) -> None:
         due, self._old, self.young = self._old, self.young, {}
         # First: they look after deadlines, and what makes a request listen may take a while.
         self._let_look()

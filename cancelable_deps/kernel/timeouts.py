@@ -61,7 +61,7 @@ class Line:
         """Take out those whose time comes; whether the sweep is to come again."""
         return self._look(self._loop.time())
 
-    def _tick(self) -> None:
+    def tick(self) -> None:
         assert self.looked_at_by is not None
         self.timer = None
         # uvloop counts in milliseconds, and its timers may go off half of one early.
@@ -94,7 +94,7 @@ class Line:
                 self.looked_at_by = now + _NEW
                 return True
             self.looked_at_by = by
-            self.timer = self._loop.call_at(by, self._tick)
+            self.timer = self._loop.call_at(by, self.tick)
             return False
         self.end()
         return False
@@ -127,7 +127,7 @@ def wait_alone(loop: EventLoop, item: Waiting, deadline: float) -> Line:
     """Let ``item`` wait for ``deadline`` with a timer of its own."""
     line = Line(loop, 0.0, 0.0)
     line.waiting[item] = line.looked_at_by = deadline
-    line.timer = loop.call_at(deadline, line._tick)
+    line.timer = loop.call_at(deadline, line.tick)
     return line
 
 

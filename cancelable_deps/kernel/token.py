@@ -20,22 +20,48 @@ from .options import runs_only_when_awaited
 from .reasons import CancelationReason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
+
+    from .errors import AnswerPolicy
 
 
 class Cause:
-    """The first reason, as it was recorded at the moment of cancelling. Two causes are the same if they are one object."""
+    """The first reason, as it was recorded at the moment of cancelling. Two causes are the same if they are one object.
 
-    __slots__ = ("at", "message", "reason")
+    :param status_code: replaces the status of the reason.
+    :param headers: replace those of the reason.
+    :param policy: the timeout policy that answers.
+    """
 
-    def __init__(self, reason: CancelationReason, message: str | None) -> None:
+    __slots__ = ("_headers", "_policy", "_status_code", "at", "message", "reason")
+
+    def __init__(
+        self,
+        reason: CancelationReason,
+        message: str | None,
+        *,
+        status_code: int | None = None,
+        headers: Mapping[str, str] | None = None,
+        policy: AnswerPolicy | None = None,
+    ) -> None:
         self.reason = reason
+        self._status_code = status_code
+        self._headers = headers
+        self._policy = policy
         # Half a surrogate pair, as JSON may bring it in, can go into no response, close frame or log.
         self.message = message.encode(errors="replace").decode() if message else message
         self.at = datetime.now(UTC)
 
     def error(self) -> CancelationError:
-        return CancelationError.for_reason(self.reason, self.message)
+        """Return a new error of the reason, with the status, headers and policy of this cause."""
+        error = CancelationError.for_reason(self.reason, self.message)
+        if self._status_code is not None:
+            error.status_code = self._status_code
+        if self._headers is not None:
+            error.headers = dict(self._headers)
+        if self._policy is not None:
+            error.policy = self._policy
+        return error
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.message}" if self.message else str(self.reason)

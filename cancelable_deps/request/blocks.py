@@ -10,20 +10,19 @@ from starlette.requests import ClientDisconnect
 
 from ..hosts.debugger import is_debugged
 from ..hosts.frames import handler_has_returned, waits_for_thread_of_handler
+from ..hosts.starlette import TOO_LATE
 from ..kernel.block import Block, current
 from ..kernel.errors import CancelationError, DisconnectCancelation
 from ..kernel.reasons import CancelationReason
 from ..kernel.settings import settings
 from ..kernel.token import Cause
-from .state import PastRequest, RequestState
+from .state import PastRequest
 
 if TYPE_CHECKING:
     from ..kernel.loops.base import EventLoop, PoliteScope
     from ..kernel.shields import OwnerOfClient
     from .policies import TimeoutPolicy
-
-# What Starlette makes of an error that it would answer, had the response not started.
-_TOO_LATE = "Caught handled exception, but response already started."
+    from .state import RequestState
 
 
 def _timeouts_are_off() -> bool:
@@ -42,6 +41,7 @@ class RequestBlock(Block):
         "`RequestCancelable`, or leave the cache out by `Depends(..., use_cache=False)`."
     )
     may_begin_late = True
+    is_door = False
     _is_whole = False
     """Whether what stops the block stops the request."""
 
@@ -71,6 +71,14 @@ class RequestBlock(Block):
             self.token.listen(self)
         else:
             super().listen()
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self.cause is not None
+
+    def works_in(self, task: object) -> bool:
+        """Return whether the block is open in ``task``."""
+        return self.task is task
 
     def listening_begins(self) -> None:
         """Called by the request state when it begins to listen, or has: from now on something may strike."""
@@ -177,34 +185,22 @@ class RequestBlock(Block):
         self.state.log(cause.reason, cause)
 
 
-class _PolicyCause(Cause):
-    """The cause that knows how its timeout is answered."""
-
-    __slots__ = ("_policy",)
-
-    def __init__(self, policy: TimeoutPolicy, message: str) -> None:
-        super().__init__(CancelationReason.TIMEOUT, message)
-        self._policy = policy
-
-    def error(self) -> CancelationError:
-        error = super().error()
-        error.status_code = self._policy.status_code
-        error.policy = self._policy  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
-        return error
-
-
 class DoorBlock(RequestBlock):
     """The block of a door around the whole handler: its token is the root token, so what stops it stops the request."""
 
-    _is_whole = True
+    _is_whole = is_door = True
     policy: TimeoutPolicy | None = None
     successor: DoorBlock | None = None
 
     def expire(self) -> None:
-        if self.policy is None or _timeouts_are_off():
+        policy = self.policy
+        if policy is None or _timeouts_are_off():
             super().expire()
         else:
-            self.token.cancel_because(_PolicyCause(self.policy, f"Timed out after {self.timeout:g} seconds"))
+            message = f"Timed out after {self.timeout:g} seconds"
+            self.token.cancel_because(
+                Cause(CancelationReason.TIMEOUT, message, status_code=policy.status_code, policy=policy)
+            )
 
     def use_policy(self, policy: TimeoutPolicy) -> None:
         """Instead of the timeout so far; it counts from the block's start."""
@@ -217,10 +213,13 @@ class DoorBlock(RequestBlock):
     def is_left(self) -> bool:
         return self.ended is not None
 
-    def move_in(self) -> bool:
-        """Let the block begin where the caller stands, further in; ``False`` if it has begun already, or elsewhere."""
+    def move_in(self, state: RequestState) -> bool:
+        """Let the block of this request begin where the caller stands, further in.
+
+        Return ``False`` if it is that of another one, or has begun already, or in another task.
+        """
         loop = self.loop
-        if self.late_task is None or loop is None or loop.task_without_scope is None:
+        if self.late_task is None or self.state is not state or loop is None or loop.task_without_scope is None:
             return False
         if loop.task_without_scope() is not self.late_task:
             if loop.current_task() is not self.late_task:
@@ -256,7 +255,7 @@ class DoorBlock(RequestBlock):
     def outcome(self, exc: BaseException | None, remaining: BaseException | None) -> BaseException:
         outcome = super().outcome(exc, remaining)
         # Not that of a response of ours, which knows no other way to be cut than to raise, nor of a background task.
-        is_stranded = outcome.args == (_TOO_LATE,) and not self.state.is_cut and not self.state.is_closed
+        is_stranded = outcome.args == (TOO_LATE,) and not self.state.is_cut and not self.state.is_closed
         if is_stranded and isinstance(outcome.__cause__, CancelationError):
             outcome = outcome.__cause__
         if isinstance(outcome, CancelationError):
@@ -329,7 +328,3 @@ class DoorBlock(RequestBlock):
         if scope is not None:
             scope.resume()
             scope.cancel_politely(str(cause))
-
-
-RequestState.block_class = RequestBlock
-RequestState.door_class = DoorBlock

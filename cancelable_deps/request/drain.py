@@ -16,7 +16,6 @@ from ..kernel.sweep import Sweep
 from ..kernel.token import CancelationToken, Cause, telling_everybody
 
 if TYPE_CHECKING:
-    from ..kernel.errors import CancelationError
     from ..kernel.loops.base import EventLoop, Timer
 
 # What a request may take beyond all graces to end, and its response to leave the process.
@@ -37,7 +36,9 @@ class InFlight(Protocol):
         """Cancel it; if its result is there, what sends it and what runs after that."""
 
 
-class Limits(NamedTuple):
+class Graces(NamedTuple):
+    """What the lifespan of one application allows its requests when the server shuts down."""
+
     grace: float
     background_grace: float
     retry_after: int
@@ -60,29 +61,29 @@ class Drain:
         self.token = CancelationToken()
         self.requests = _Requests()
         self._loop = loop
-        self._limits: list[Limits] = []
+        self._graces: list[Graces] = []
         self.token.listen(self)
 
     @classmethod
-    def joined(cls, limits: Limits) -> Drain:
+    def joined(cls, graces: Graces) -> Drain:
         """The running loop's, with the limits of one more application."""
         drain = running_drain()
         if drain.token.is_cancelled and not drain.is_joined:
             # Somebody has used the token without a lifespan.
             drain = drain._loop.drain = cls(drain._loop)
-        drain._limits.append(limits)
+        drain._graces.append(graces)
         return drain
 
-    def leave(self, limits: Limits) -> None:
-        self._limits.remove(limits)
-        if not self._limits:
+    def leave(self, graces: Graces) -> None:
+        self._graces.remove(graces)
+        if not self._graces:
             self._stop_timer()
             if self._loop.drain is self:
                 self._loop.drain = None
 
     @property
     def is_joined(self) -> bool:
-        return bool(self._limits)
+        return bool(self._graces)
 
     def begin_from_thread(self, message: str) -> None:
         """From any thread, or a signal handler."""
@@ -98,7 +99,9 @@ class Drain:
             request.stop(self.cause())
 
     def cause(self) -> Cause:
-        return _SignalCause(max(limits.retry_after for limits in self._limits))
+        """Return the cause of the shutdown, which says when a client may come back."""
+        retry_after = max(graces.retry_after for graces in self._graces)
+        return Cause(CancelationReason.SIGNAL, None, headers={"retry-after": str(retry_after)})
 
     def token_cancelled(self, token: CancelationToken, cause: Cause) -> None:
         """Our token tells us that the shutdown begins."""
@@ -109,7 +112,7 @@ class Drain:
 
     async def finish(self) -> None:
         """A lifespan ends: wait for the requests that the server has left behind, as long as their limits allow."""
-        if not self.token.is_cancelled and (len(self._limits) > 1 or not self.requests):
+        if not self.token.is_cancelled and (len(self._graces) > 1 or not self.requests):
             return
         self.token.cancel_nowait(CancelationReason.SIGNAL)
         self._begin()  # Unless it is on its way from a thread.
@@ -131,17 +134,17 @@ class Drain:
 
     @property
     def _grace(self) -> float:
-        return max(limits.grace for limits in self._limits)
+        return max(graces.grace for graces in self._graces)
 
     @property
     def _background_grace(self) -> float:
-        return max(limits.background_grace for limits in self._limits)
+        return max(graces.background_grace for graces in self._graces)
 
     def _begin(self) -> None:
         if self._began < math.inf or not self.is_joined:
             return
         self._began = self._loop.time()
-        self.refuses = any(limits.refuse_new for limits in self._limits)
+        self.refuses = any(graces.refuse_new for graces in self._graces)
         logger.info("shutdown begins (%s): requests have %g s to finish", self.token.cause, self._grace)
         self._wait(self._grace, self._cut)
 
@@ -184,21 +187,6 @@ class _Requests(dict[InFlight, None]):
             if self._empty is None or self._empty.is_set():
                 self._empty = anyio.Event()
             await self._empty.wait()
-
-
-class _SignalCause(Cause):
-    """The cause that knows when a client may come back."""
-
-    __slots__ = ("_retry_after",)
-
-    def __init__(self, retry_after: int) -> None:
-        super().__init__(CancelationReason.SIGNAL, None)
-        self._retry_after = retry_after
-
-    def error(self) -> CancelationError:
-        error = super().error()
-        error.headers = {"retry-after": str(self._retry_after)}
-        return error
 
 
 def running_drain() -> Drain:

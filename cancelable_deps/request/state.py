@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any, Protocol, cast
 from weakref import WeakSet, ref
 
 import anyio
 
+from ..hosts.fastapi import HANDLER_STACK_KEY, REQUEST_STACK_KEY
 from ..hosts.frames import is_parsing_body
+from ..hosts.starlette import route_of
 from ..kernel.log import logger
 from ..kernel.loops.current import current_loop
 from ..kernel.members import Members, with_one_more, without
@@ -20,45 +21,96 @@ from ..kernel.settings import settings
 from ..kernel.sweep import sweep_of
 from ..kernel.token import CancelationToken, Cause, telling_everybody
 from .http_reader import Reader
-from .postponed import Postponed
+from .postponed import Postponed, Stoppable
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping
     from contextlib import AsyncExitStack
 
-    from starlette.requests import Request
     from starlette.types import Message, Receive, Scope
 
     from ..kernel.errors import CancelationError
-    from .blocks import DoorBlock, RequestBlock
-    from .drain import Drain
-    from .policies import TimeoutPolicy
-
 
 SCOPE_KEY = "cancelable_deps"
 PROBE_KEY = "cancelable_deps.probe"
 """Under this key a test client puts a function that is told of each request state."""
 
-# FastAPI's exit stack around dependencies and handler, closed when the handler has returned. Private, but nothing
-# public tells a plain dependency of that moment, and a yield dependency costs a request as much as all the rest.
-_HANDLER_STACK_KEY = "fastapi_function_astack"
-# The one around the response and its background tasks; only for what must not be left behind by an error.
-_REQUEST_STACK_KEY = "fastapi_inner_astack"
-
 _WAITERS = 32
-
-_NO_ASGI: Final[dict[str, Any]] = {"version": "3.0"}
-
 
 # The root tokens of requests whose client was seen to leave: all that a block which outlives its request has of it.
 _clients_left: WeakSet[CancelationToken] = WeakSet()
 
 
 class Watcher(Protocol):
-    """A block or an event of a request."""
+    """Somebody for whom a request listens for its client."""
 
     def listening_begins(self) -> None:
-        """Called once, when the request is listened to: from now on something may strike."""
+        """Called when the request is listened to, or is already: from now on something may strike."""
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether it is a block that is being cancelled."""
+        ...
+
+    @property
+    def is_door(self) -> bool:
+        """Whether it is a `Door`."""
+        ...
+
+    def works_in(self, task: object) -> bool:
+        """Return whether a cancellation of the request reaches ``task`` by way of this one."""
+        ...
+
+
+class Door(Watcher, Protocol):
+    """A block around the whole handler."""
+
+    def hold(self) -> None:
+        """Let nothing that stops the block reach its task until `resume`."""
+
+    def resume(self) -> None:
+        """Let what is due strike."""
+
+    def finish(self) -> None:
+        """Note that the result is there: no stop that is under way reaches the task any more."""
+
+    def release(self) -> None:
+        """Let nothing stop the block any more."""
+
+    def stop_background(self, cause: Cause) -> None:
+        """Stop what is left after `release` all the same."""
+
+    def use_policy(self, policy: Any) -> None:
+        """Take the timeout of a `TimeoutPolicy` in place of the one so far."""
+
+    def drop_timeout(self) -> None:
+        """Have no deadline from here on."""
+
+
+class Shutdown(Protocol):
+    """The end of all requests of one event loop, which the loop knows once somebody waits for it."""
+
+    refuses: bool
+
+    def cause(self) -> Cause:
+        """Return why requests are stopped or refused."""
+        ...
+
+    def add(self, request: RequestState) -> None:
+        """Know a request that has run for a while; it takes itself out of its pen."""
+
+
+class Listening:
+    """The `Watcher` of a handle that only asks, and runs nothing."""
+
+    __slots__ = ()
+    is_cancelled = is_door = False
+
+    def works_in(self, task: object) -> bool:
+        return False
+
+    def listening_begins(self) -> None:
+        """There is nothing that could be struck."""
 
 
 class PastRequest:
@@ -79,8 +131,6 @@ class RequestState:
     and someone watches.
     """
 
-    block_class: ClassVar[type[RequestBlock]]
-    door_class: ClassVar[type[DoorBlock]]
     pen: Any = None
     is_closed = False
     has_left = False
@@ -116,7 +166,9 @@ class RequestState:
     """The tasks, besides that of a door, in which the handler runs: a ``BaseHTTPMiddleware`` starts one."""
 
     cleanup_grace: float | None = None
-    policies: Mapping[str, TimeoutPolicy] | None = None
+    policies: Mapping[str, Any] | None = None
+    """The `TimeoutPolicy` objects of all doors so far, by name."""
+
     is_armed = False
     _deferrals = 0
     _deferred: anyio.Event | None = None
@@ -133,10 +185,10 @@ class RequestState:
     """Whether what listens inside the application was told, and has time."""
 
     _left_after: float | None = None
-    outermost: DoorBlock | None = None
+    outermost: Door | None = None
     """The block of the middleware or route class that has made this state."""
 
-    default: DoorBlock | None = None
+    default: Door | None = None
     """The block with the timeout that a route's own replaces."""
 
     _stack: AsyncExitStack | None = None
@@ -154,8 +206,9 @@ class RequestState:
         scope[SCOPE_KEY] = self
         if PROBE_KEY in scope:
             scope[PROBE_KEY](self)
-        if loop.drain is not None and loop.drain.refuses:
-            self.token.cancel_because(loop.drain.cause())
+        shutdown: Shutdown | None = loop.drain
+        if shutdown is not None and shutdown.refuses:
+            self.token.cancel_because(shutdown.cause())
 
     @property
     def reader(self) -> Reader:
@@ -300,9 +353,9 @@ class RequestState:
 
     def is_work(self, task: object) -> bool:
         """Return whether a cancellation of the request reaches ``task`` first."""
-        if task in self.main_tasks or (self.outermost is not None and self.outermost.task is task):
+        if task in self.main_tasks or (self.outermost is not None and self.outermost.works_in(task)):
             return True
-        return any(getattr(watcher, "task", None) is task for watcher in self._watchers)
+        return any(watcher.works_in(task) for watcher in self._watchers)
 
     @property
     def has_listeners(self) -> bool:
@@ -329,7 +382,7 @@ class RequestState:
     def grace(self) -> float:
         return settings.cleanup_grace if self.cleanup_grace is None else self.cleanup_grace
 
-    def postpones(self, block: RequestBlock, cause: Cause) -> bool:
+    def postpones(self, block: Stoppable, cause: Cause) -> bool:
         """Return whether ``block`` is stopped later, or not at all, although the request is."""
         if cause is not self.token.cause or self.is_closed or not self.loop.is_running_here():
             return False
@@ -398,7 +451,8 @@ class RequestState:
 
     @property
     def is_stopping(self) -> bool:
-        return any(isinstance(watcher, self.block_class) and watcher.cause is not None for watcher in self._watchers)
+        """Whether a block of the request is being cancelled."""
+        return any(watcher.is_cancelled for watcher in self._watchers)
 
     def complete(self) -> None:
         """The response is complete, or the handler has returned: from here on a disconnect means nothing."""
@@ -439,8 +493,8 @@ class RequestState:
             self._watchers = ()
 
     @property
-    def _doors(self) -> list[DoorBlock]:
-        return [watcher for watcher in self._watchers if isinstance(watcher, self.door_class)]
+    def _doors(self) -> list[Door]:
+        return [cast("Door", watcher) for watcher in self._watchers if watcher.is_door]
 
     def spare_background(self) -> None:
         """What still runs comes after the response: whatever has stopped that does not stop this."""
@@ -473,7 +527,7 @@ class RequestState:
 
     def close_with_handler(self) -> bool:
         """Close when the handler has returned, if FastAPI tells us; otherwise listening ends with the last block."""
-        stack: AsyncExitStack | None = self.scope.get(_HANDLER_STACK_KEY)
+        stack: AsyncExitStack | None = self.scope.get(HANDLER_STACK_KEY)
         if stack is None or self.is_closed:
             return False
         self._stack = stack
@@ -498,25 +552,8 @@ class RequestState:
     @property
     def request_stack(self) -> AsyncExitStack | None:
         """FastAPI's, which is closed when the response and its background tasks are over; ``None`` without it."""
-        stack: AsyncExitStack | None = self.scope.get(_REQUEST_STACK_KEY)
+        stack: AsyncExitStack | None = self.scope.get(REQUEST_STACK_KEY)
         return stack
-
-    def listen_for_streams(self) -> None:
-        """Starlette's streams need not listen from here on, beside us: under ASGI 2.4 they do not."""
-        self._announce("2.4")
-
-    def let_streams_listen(self) -> None:
-        """See to it that Starlette's streams listen for the disconnect, which they do before ASGI 2.4.
-
-        What comes after a stream, its background above all, runs when the stream has heard that its client left, and
-        not when it learns so by an error of ``send()``.
-        """
-        version = self.scope.get("asgi", _NO_ASGI).get("spec_version", "2.0")
-        if tuple(map(int, version.split("."))) >= (2, 4):
-            self._announce("2.3")
-
-    def _announce(self, version: str) -> None:
-        self.scope["asgi"] = {**self.scope.get("asgi", _NO_ASGI), "spec_version": version}
 
     # FastAPI's stack of exits takes any context manager, and this is its cheapest form.
     def __enter__(self) -> None: ...
@@ -533,6 +570,11 @@ class RequestState:
     def ends_with_handler(self) -> bool:
         """Whether FastAPI's stack around the handler closes us, unless a response of ours that is still there listens on."""
         return self._stack is not None and not self.is_closed and (not self._kept or self._kept_for is not None)
+
+    @property
+    def is_kept_open(self) -> bool:
+        """Whether somebody was to listen until the response has ended, there or not."""
+        return self._kept
 
     @property
     def is_kept(self) -> bool:
@@ -552,24 +594,24 @@ class RequestState:
         if self.has_stopped_listening:
             await self.join()
 
-    def set_default(self, block: DoorBlock) -> None:
+    def set_default(self, block: Door) -> None:
         """``block`` has the application's default timeout, which a route's own replaces."""
         if self.default is not None:
             self.lift_default()
         self.default = block
 
-    def add_policies(self, policies: Mapping[str, TimeoutPolicy]) -> None:
+    def add_policies(self, policies: Mapping[str, Any]) -> None:
         """Those of one more door: a mounted application has those of the one around it, too."""
         self.policies = policies if self.policies is None else {**self.policies, **policies}
 
-    def replace(self, block: DoorBlock, by: DoorBlock) -> None:
+    def replace(self, block: Door, by: Door) -> None:
         """``by`` has taken the place of ``block``."""
         if self.outermost is block:
             self.outermost = by
         if self.default is block:
             self.default = by
 
-    def replace_default(self, policy: TimeoutPolicy) -> None:
+    def replace_default(self, policy: Any) -> None:
         """The route has chosen a policy."""
         if self.default is None:
             raise RuntimeError(
@@ -616,9 +658,9 @@ class RequestState:
         logger.info("%s %s cancelled after %.3f s: %s", method, route, elapsed, why, extra=extra)
 
     def _enter_drain(self) -> None:
-        drain: Drain | None = self.loop.drain
-        if drain is not None and self.pen is None:
-            drain.add(self)
+        shutdown: Shutdown | None = self.loop.drain
+        if shutdown is not None and self.pen is None:
+            shutdown.add(self)
 
     def _leave_pen(self) -> None:
         if self.pen is not None:
@@ -632,41 +674,3 @@ def _tell(watcher: Watcher) -> None:
     except Exception:
         # Or those after it could never be stopped.
         logger.exception("a request could not be made cancelable")
-
-
-def route_of(scope: Scope) -> str:
-    """The route as it was written, for the log; where there is none the path, quoted: it may hold line breaks."""
-    return getattr(scope.get("route"), "path", None) or quote(scope.get("path", ""))
-
-
-def request_state(request: Request, *, held: bool = False) -> RequestState:
-    """The state of ``request``, made by the first who asks, who holds it if ``held``."""
-    scope = request.scope
-    state: RequestState | None = scope.get(SCOPE_KEY)
-    # Private, and the only way to give back to `request.body()` what the reader has read: FastAPI hands the same
-    # Request to all dependencies and the handler.
-    receive = request._receive
-    if state is None:
-        earlier = getattr(receive, "__self__", None)
-        if isinstance(earlier, RequestState) and not earlier.is_closed:
-            scope[SCOPE_KEY] = earlier
-            if held:
-                earlier.hold()
-            return earlier
-        state = RequestState(scope, receive, held=held)
-        if isinstance(earlier, RequestState):
-            # This is a background task, and its client has a response. Nor is it new, to be refused at shutdown.
-            state.token = CancelationToken()
-            state.close()
-    if receive is state.raw:
-        request._receive = state.receive
-    return state
-
-
-def handler_state(request: Request) -> RequestState:
-    """As `request_state`, called before the handler or in it: closed when the handler has returned."""
-    made = SCOPE_KEY not in request.scope
-    state = request_state(request)
-    if made:
-        state.close_with_handler()
-    return state

@@ -12,27 +12,24 @@ from weakref import WeakMethod, ref
 import anyio
 import anyio.lowlevel
 from starlette.exceptions import WebSocketException
-from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse
-from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+from starlette.websockets import WebSocketDisconnect
 
 from ..hosts.servers import can_refuse_socket_with
 from ..kernel.block import current
-from ..kernel.cancelable import cancelable_of
 from ..kernel.errors import CancelationError, DisconnectCancelation
 from ..kernel.foreign import SENDING, told
 from ..kernel.reasons import CancelationReason
 from ..kernel.unwrap import raise_as_it_is
-from . import state as _request
 from .blocks import DoorBlock, RequestBlock
-from .state import SCOPE_KEY, RequestState, request_state
+from .state import RequestState
 from .websocket_reader import SocketReader
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.types import Message, Receive, Scope, Send
+    from starlette.websockets import WebSocket
 
     from ..kernel.loops.base import EventLoop
-    from .run import Limits
 
 # A close frame has room for 125 bytes, two of which are the code.
 CLOSE_TEXT_BYTES = 123
@@ -65,6 +62,13 @@ class SocketState(RequestState):
     @property
     def reader(self) -> SocketReader:  # type: ignore[override]
         return self._reader
+
+    def take_over(self, reader: SocketReader) -> None:
+        """Read by the reader of an earlier state, which is closed: it knows what has been read."""
+        self._reader = reader  # pyright: ignore[reportIncompatibleVariableOverride]
+        reader.owner = self
+        if isinstance(reader.end, dict):
+            self.socket_left(reader.end, by_receiving=False)
 
     def socket_left(self, message: Message, *, by_receiving: bool) -> None:
         """The reader tells us."""
@@ -227,10 +231,6 @@ class SocketDoorBlock(SocketBlock, DoorBlock):
     """The block around the whole handler of a WebSocket."""
 
 
-SocketState.block_class = SocketBlock
-SocketState.door_class = SocketDoorBlock
-
-
 class _OnSocket(WebSocketException):
     """What makes a `CancelationError` a ``WebSocketException`` too, which Starlette answers with its ``code``.
 
@@ -263,7 +263,7 @@ def close_text(text: str) -> str:
     return text.encode()[:CLOSE_TEXT_BYTES].decode(errors="ignore")
 
 
-class _Outlet:
+class Outlet:
     """Stands for a WebSocket's own ``send``, which it does not keep alive."""
 
     def __init__(self, websocket: WebSocket, state: SocketState) -> None:
@@ -274,101 +274,3 @@ class _Outlet:
         send = self._send()
         assert send is not None
         await self._state.send(send, message)
-
-
-async def run_socket(app: ASGIApp, scope: Scope, receive: Receive, send: Send, limits: Limits) -> None:
-    """Run ``app`` for one WebSocket, stop it when the client drops, and close for the reason if it leaves that to us."""
-    state: SocketState | None = scope.get(SCOPE_KEY)
-    made = state is None
-    if state is None:
-        state = SocketState(scope, receive, held=True)
-        state.cleanup_grace = limits.cleanup_grace
-    if limits.policies:
-        state.add_policies(limits.policies)
-    try:
-        error = await _run_in_block(app, scope, state.reader.receive if made else receive, send, state)
-        if error is not None:
-            await state.answer(error, send)
-    finally:
-        if made:
-            await state.aclose()
-
-
-async def _run_in_block(
-    app: ASGIApp, scope: Scope, receive: Receive, send: Send, state: SocketState
-) -> CancelationError | None:
-    async def send_through(message: Message) -> None:
-        await state.send(send, message)
-
-    block = SocketDoorBlock(state, cleanup_grace=state.cleanup_grace)
-    try:
-        async with cancelable_of(block):
-            await app(scope, receive, send_through)
-    except CancelationError as exc:
-        return exc
-    # A middleware inside took our cancellation for its own, and sent nothing.
-    return None if state.token.cause is None else state.token.cause.error()
-
-
-def connection_state(connection: HTTPConnection, *, held: bool = False) -> RequestState:
-    """The state of a request or WebSocket, made by the first who asks, who holds it if ``held``."""
-    if isinstance(connection, Request):
-        return request_state(connection, held=held)
-    made = SCOPE_KEY not in connection.scope
-    state = socket_state(connection)
-    if made and held:
-        state.hold()
-    return state
-
-
-def handler_state(connection: HTTPConnection) -> RequestState:
-    """As `connection_state`, called before the handler or in it: closed when the handler has returned."""
-    if isinstance(connection, Request):
-        return _request.handler_state(connection)
-    made = SCOPE_KEY not in connection.scope
-    state = socket_state(connection)
-    if made:
-        state.close_with_handler()
-    return state
-
-
-def socket_state(websocket: HTTPConnection) -> SocketState:
-    """The state of ``websocket``, made by the first who asks."""
-    if not isinstance(websocket, WebSocket):
-        raise TypeError(f"cancelable_deps needs the Request or WebSocket that the framework made, not {websocket!r}")
-    state: SocketState | None = websocket.scope.get(SCOPE_KEY)
-    # Private: the only place where what we have read can be given back to whoever calls `websocket.receive()`.
-    raw = websocket._receive
-    if state is None:
-        state = _earlier_state(websocket) or SocketState(
-            websocket.scope, raw, is_connected=websocket.client_state is not WebSocketState.CONNECTING
-        )
-    if raw is state.reader.raw:
-        websocket._receive = state.reader.receive
-    if "send" not in vars(websocket):
-        state.is_accepted = state.is_accepted or websocket.application_state is WebSocketState.CONNECTED
-        state.is_over = state.is_over or websocket.application_state is WebSocketState.DISCONNECTED
-        websocket.send = _Outlet(websocket, state)  # type: ignore[method-assign]
-    return state
-
-
-def _earlier_state(websocket: WebSocket) -> SocketState | None:
-    reader = getattr(websocket._receive, "__self__", None)
-    if not isinstance(reader, SocketReader):
-        return None
-    state = reader.owner
-    if not isinstance(state, SocketState):
-        state = _take_over(websocket, reader)
-    websocket.scope[SCOPE_KEY] = state
-    return state
-
-
-def _take_over(websocket: WebSocket, reader: SocketReader) -> SocketState:
-    """The earlier state is closed, its handler has returned, but its reader knows what has been read."""
-    state = SocketState(websocket.scope, reader.raw)
-    state._reader = reader
-    reader.owner = state
-    vars(websocket).pop("send", None)
-    if isinstance(reader.end, dict):
-        state.socket_left(reader.end, by_receiving=False)
-    return state

@@ -17,7 +17,7 @@ except ImportError:  # pragma: no cover - httpx is installed with our tests
     raise ImportError('cancelable_deps.testing needs httpx: pip install "cancelable-deps[testing]"') from None
 
 from ..kernel.loops.current import current_loop
-from ..kernel.settings import seconds
+from ..kernel.options import seconds
 from .calls import Call, Disconnects, Exchange, HangUp, Personality, pieces_of
 from .clock import real_seconds
 from .tasks import tasks_left, tasks_now

@@ -15,7 +15,7 @@ import anyio.lowlevel
 
 from ..kernel.loops.asyncio_loop import AsyncioLoop
 from ..kernel.loops.current import current_loop
-from ..kernel.settings import seconds as checked
+from ..kernel.options import seconds as checked
 from ..kernel.settings import settings
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _PASSES = 5
 # Ours, of which a loop has one for all requests: the timer that finds old ones, those of equal deadlines, which are there
 # while anybody waits for one, and the keeper of idle processes.
-_SHARED = (Sweep._tick.__qualname__, Line._tick.__qualname__, Pool._keep.__qualname__)
+_SHARED = (Sweep.tick.__qualname__, Line.tick.__qualname__, Pool.keep.__qualname__)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def tasks_now() -> set[Any]:
     """All tasks of the running loop."""
     if not _on_trio():
         return set(asyncio.all_tasks())
-    import trio
+    import trio  # loads late: an application on asyncio may not have it
 
     root = trio.lowlevel.current_root_task()
     return set() if root is None else {root, *_below(root)}

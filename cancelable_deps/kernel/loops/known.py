@@ -192,7 +192,7 @@ def _strange_in_asyncio() -> Iterator[str]:
 
 
 def _strange_in_trio() -> Iterator[str]:
-    import trio
+    import trio  # loads late: an application on asyncio may not have it
 
     import_module("outcome").Error  # noqa: B018 - in which trio sends an exception to a task
     run = import_module("trio._core._run")

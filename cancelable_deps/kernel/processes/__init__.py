@@ -1,0 +1,1 @@
+"""Functions that run in a process of their own: `pool` keeps the processes, `child` is what runs in one."""

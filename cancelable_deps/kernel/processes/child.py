@@ -66,7 +66,7 @@ def _forget(*pipes: IO[bytes]) -> None:
 
 def _end_with(parent: int, jobs: int) -> None:
     """End this process and all that it has started as soon as the parent is dead, however that died."""
-    import select
+    import select  # loads late: not on every system
 
     watched = select.poll()
     watched.register(jobs, 0)
@@ -101,7 +101,7 @@ def _work(job: bytes) -> Any:
 
 @cache
 def _prepare(**main_module: str) -> None:
-    from multiprocessing import spawn
+    from multiprocessing import spawn  # loads late: few have a process
 
     os.environ[PREPARING] = "1"
     try:

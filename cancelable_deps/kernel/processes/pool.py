@@ -105,7 +105,7 @@ class Pool:
             await worker.start()
         self._all.add(worker)
         if self._keeper is None:
-            self._keeper = self._loop.spawn(self._keep, Context())
+            self._keeper = self._loop.spawn(self.keep, Context())
         return worker
 
     async def _end(self, worker: WorkerProcess) -> int:
@@ -117,7 +117,7 @@ class Pool:
             keeper.cancel()
         return code
 
-    async def _keep(self) -> None:
+    async def keep(self) -> None:
         me = self._keeper
         try:
             while self._keeper is me:
@@ -244,7 +244,7 @@ def _quietly(call: Callable[[], Any]) -> Any:
 
 def _main_module() -> dict[str, str]:
     # What `multiprocessing` tells a spawned process of its parent's main module; the function stands in it.
-    from multiprocessing import spawn
+    from multiprocessing import spawn  # loads late: few have a process
 
     known = spawn.get_preparation_data("cancelable_deps")
     return {name: known[name] for name in known if name.startswith("init_main_from")}

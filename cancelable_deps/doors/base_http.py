@@ -14,12 +14,11 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.routing import Mount, Router
 
 from ..kernel.block import current
-from ..kernel.errors import CancelationError
 from ..kernel.foreign import told
 from ..kernel.unwrap import raise_as_it_is
 from ..request.blocks import DoorBlock
-from ..request.policies import answer
-from ..request.run import ResponseWatch, error_of, run_through
+from ..request.response import ResponseWatch, answer
+from ..request.run import error_of, run_through
 from ..request.state import SCOPE_KEY, RequestState
 from .wsgi import Bridge, is_wsgi_bridge
 
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 
-def put_gateways(app: Any) -> None:
-    """Put a `Gateway` at each such place of the stack below us, and see to what is mounted."""
+def put_inner_doors(app: Any) -> None:
+    """Put a `InnerDoor` at each such place of the stack below us, and see to what is mounted."""
     seen: set[int] = set()
     outer: Any = None
     # A router has an `app` as well, which is a method.
@@ -48,23 +47,23 @@ def put_gateways(app: Any) -> None:
 
 
 def _put_inside(outer: Any) -> None:
-    if not isinstance(outer, Gateway) and not isinstance(outer.app, Gateway):
-        outer.app = Gateway(outer.app)
+    if not isinstance(outer, InnerDoor) and not isinstance(outer.app, InnerDoor):
+        outer.app = InnerDoor(outer.app)
 
 
 def _put_into_application(app: Starlette) -> None:
     """The same for an application whose own stack is built when it is called first."""
     if app.middleware_stack is not None:
-        put_gateways(app.middleware_stack)
+        put_inner_doors(app.middleware_stack)
         return
     build = app.build_middleware_stack
 
-    def build_with_gateways() -> ASGIApp:
+    def build_with_inner_doors() -> ASGIApp:
         stack = build()
-        put_gateways(stack)
+        put_inner_doors(stack)
         return stack
 
-    app.build_middleware_stack = build_with_gateways  # type: ignore[method-assign]
+    app.build_middleware_stack = build_with_inner_doors  # type: ignore[method-assign]
 
 
 def _look_through_mounts(routes: Iterable[Any]) -> None:
@@ -73,10 +72,10 @@ def _look_through_mounts(routes: Iterable[Any]) -> None:
             if is_wsgi_bridge(route.app):
                 route.app = Bridge(route.app)
             else:
-                put_gateways(route.app)
+                put_inner_doors(route.app)
 
 
-class Gateway:
+class InnerDoor:
     """Runs ``app``, and answers the request if it is stopped in there."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -88,12 +87,12 @@ class Gateway:
             await self.app(scope, receive, send)
             return
         block = current.get()
-        if not isinstance(block, DoorBlock) or block.state is not state or not block.move_in():
+        if not isinstance(block, DoorBlock) or not block.move_in(state):
             await self._run_in_task(state, scope, receive, send)
             return
         # The block of the middleware has not begun yet: nothing has been awaited on the way in.
         watch = ResponseWatch(send, state, is_outermost=False)
-        outcome = await run_through(block, self.app(scope, receive, watch.send))
+        outcome = await run_through(block, None, self.app, scope, receive, watch.send)
         try:
             if outcome is not None or state.token.cause is not None or state.stream_was_cancelled:
                 await _settle(outcome, watch, state, scope, receive, send)
@@ -108,17 +107,12 @@ class Gateway:
         block = DoorBlock(state, cleanup_grace=state.cleanup_grace)
         block.takes_groups_apart = False
         watch = ResponseWatch(send, state, is_outermost=False)
-        outcome: BaseException | None = None
+        outcome = None
         try:
-            try:
-                block.enter(state.loop)
-            except CancelationError as exc:
-                outcome = exc
-            else:
-                outcome = await run_through(block, self.app(scope, receive, watch.send))
-                if outcome is not None and not state.token.is_cancelled:
-                    # Else the task group around us would take it for the end of a task that was cancelled.
-                    outcome = told(outcome, state.loop, "the application")
+            outcome = await run_through(block, state.loop, self.app, scope, receive, watch.send)
+            if outcome is not None and not state.token.is_cancelled:
+                # Else the task group around us would take it for the end of a task that was cancelled.
+                outcome = told(outcome, state.loop, "the application")
             if outcome is not None or state.token.cause is not None or state.stream_was_cancelled:
                 await _settle(outcome, watch, state, scope, receive, send)
         finally:

@@ -1,0 +1,105 @@
+"""The state of a connection, found or made for whoever asks first, and the blocks that belong to it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from starlette.requests import HTTPConnection, Request
+from starlette.websockets import WebSocket, WebSocketState
+
+from ..hosts.starlette import RECEIVE, receive_of
+from ..kernel.token import CancelationToken
+from .blocks import DoorBlock, RequestBlock
+from .state import SCOPE_KEY, RequestState
+from .websocket import Outlet, SocketBlock, SocketDoorBlock, SocketState
+from .websocket_reader import SocketReader
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope
+
+
+def connection_state(connection: HTTPConnection, *, held: bool = False, with_handler: bool = False) -> RequestState:
+    """Return the state of a request or WebSocket, made by the first who asks.
+
+    :param held: whoever makes it will close it; until then, listening does not end with the last block.
+    :param with_handler: called before the handler or in it, one that is made is closed when the handler has returned.
+    """
+    # In one piece: it is asked for by every request, by some more than once.
+    scope = connection.scope
+    state: RequestState | None = scope.get(SCOPE_KEY)
+    made = state is None
+    if not isinstance(connection, Request):
+        state = _socket_state(connection)
+        if made and held:
+            state.hold()
+    else:
+        receive = receive_of(connection)
+        if state is None:
+            earlier = getattr(receive, "__self__", None)
+            if isinstance(earlier, RequestState):
+                state = _state_after(earlier, scope, receive, held)
+            else:
+                state = RequestState(scope, receive, held=held)
+        if receive is state.raw:
+            setattr(connection, RECEIVE, state.receive)
+    if made and with_handler:
+        state.close_with_handler()
+    return state
+
+
+def _state_after(earlier: RequestState, scope: Scope, receive: Receive, held: bool) -> RequestState:
+    """Return the state of a request that had one, which is out of the scope since its last block was left."""
+    if not earlier.is_closed:
+        scope[SCOPE_KEY] = earlier
+        if held:
+            earlier.hold()
+        return earlier
+    state = RequestState(scope, receive, held=held)
+    # This is a background task, and its client has a response. Nor is it new, to be refused at shutdown.
+    state.token = CancelationToken()
+    state.close()
+    return state
+
+
+def _socket_state(websocket: HTTPConnection) -> SocketState:
+    if not isinstance(websocket, WebSocket):
+        raise TypeError(f"cancelable_deps needs the Request or WebSocket that the framework made, not {websocket!r}")
+    state: SocketState | None = websocket.scope.get(SCOPE_KEY)
+    raw = receive_of(websocket)
+    if state is None:
+        state = _earlier_state(websocket, raw) or SocketState(
+            websocket.scope, raw, is_connected=websocket.client_state is not WebSocketState.CONNECTING
+        )
+    if raw is state.reader.raw:
+        setattr(websocket, RECEIVE, state.reader.receive)
+    if "send" not in vars(websocket):
+        state.is_accepted = state.is_accepted or websocket.application_state is WebSocketState.CONNECTED
+        state.is_over = state.is_over or websocket.application_state is WebSocketState.DISCONNECTED
+        websocket.send = Outlet(websocket, state)  # type: ignore[method-assign]
+    return state
+
+
+def _earlier_state(websocket: WebSocket, receive: Receive) -> SocketState | None:
+    reader = getattr(receive, "__self__", None)
+    if not isinstance(reader, SocketReader):
+        return None
+    state = reader.owner
+    if not isinstance(state, SocketState):
+        # The earlier one is closed: its handler has returned.
+        state = SocketState(websocket.scope, reader.raw)
+        vars(websocket).pop("send", None)
+        state.take_over(reader)
+    websocket.scope[SCOPE_KEY] = state
+    return state
+
+
+def new_block(state: RequestState, *, timeout: float | None = None, cleanup_grace: float | None = None) -> RequestBlock:
+    """Return a block that is stopped with the request or WebSocket of ``state``."""
+    kind = SocketBlock if isinstance(state, SocketState) else RequestBlock
+    return kind(state, timeout=timeout, cleanup_grace=cleanup_grace)
+
+
+def new_door(state: RequestState, *, timeout: float | None = None, cleanup_grace: float | None = None) -> DoorBlock:
+    """Return the block for a whole handler, which stops the request or WebSocket when it is stopped."""
+    kind = SocketDoorBlock if isinstance(state, SocketState) else DoorBlock
+    return kind(state, timeout=timeout, cleanup_grace=cleanup_grace)

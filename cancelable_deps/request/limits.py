@@ -1,0 +1,41 @@
+"""The limits that a door gives to its requests."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..kernel.options import seconds
+from .policies import TimeoutPolicy, named
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from datetime import timedelta
+
+
+class Limits:
+    """What a door was configured with, checked when the app is built."""
+
+    def __init__(
+        self,
+        default_timeout: float | timedelta | None,
+        cleanup_grace: float | None,
+        policies: Mapping[str, TimeoutPolicy] | None = None,
+        default_policy: str | TimeoutPolicy | None = None,
+    ) -> None:
+        self.timeout = None if default_timeout is None else seconds(default_timeout, "default_timeout")
+        self.policies = None if policies is None else _checked(policies)
+        self.policy = named(default_policy, policies or {}) if isinstance(default_policy, str) else default_policy
+        if self.policy is not None:
+            if not isinstance(self.policy, TimeoutPolicy):
+                raise TypeError(f"default_policy takes a name of `policies` or a TimeoutPolicy, not {default_policy!r}")
+            if self.timeout is not None:
+                raise TypeError("give default_timeout or default_policy, not both: a policy has a timeout")
+            self.timeout = self.policy.enforced_timeout
+        self.cleanup_grace = None if cleanup_grace is None else seconds(cleanup_grace, "cleanup_grace")
+
+
+def _checked(policies: Mapping[str, TimeoutPolicy]) -> Mapping[str, TimeoutPolicy]:
+    for name, policy in dict(policies).items():
+        if not isinstance(policy, TimeoutPolicy):
+            raise TypeError(f"policies maps names to TimeoutPolicy objects, and {name!r} is {policy!r}")
+    return policies
