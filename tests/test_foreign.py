@@ -1097,7 +1097,7 @@ async def test_what_ends_the_process_passes_when_all_requests_have_been_stopped(
     drain = Drain.joined(limits)
     requests = [InFlight(exit_kind) for _ in range(3)]
     for request in requests:
-        drain.add(request)
+        drain.in_flight.add(request)
     try:
         for stop in (drain._cut, drain._cut_background):
             with pytest.raises(exit_kind):

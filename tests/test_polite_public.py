@@ -315,7 +315,7 @@ def hooks_hidden(monkeypatch: pytest.MonkeyPatch, anyio_backend: str) -> None:
 @pytest.fixture
 async def watches(hooks_hidden: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What has been watched; and nothing is placed later, in the loop of this test."""
-    monkeypatch.setattr(current_loop(), "mark", None)
+    monkeypatch.setattr(current_loop(), "task_without_scope", None)
     seen: list[str] = []
     start = AsyncioWatch.start
 
@@ -384,7 +384,7 @@ async def test_a_thread_that_is_waited_for_costs_no_pass_after_pass(
 async def test_a_handler_inside_of_a_base_http_middleware_cleans_up_undisturbed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(current_loop(), "mark", None)
+    monkeypatch.setattr(current_loop(), "task_without_scope", None)
     journal: list[str] = []
     app = FastAPI()
 

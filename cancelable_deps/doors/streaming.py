@@ -17,7 +17,9 @@ from ..kernel.foreign import SENDING, with_own_failures
 from ..kernel.options import seconds
 from ..kernel.reasons import CancelationReason
 from ..request.blocks import RequestBlock
+from ..request.connection import known_state
 from ..request.cut import cut
+from ..request.lifetime import Lifetime
 from ..request.response import send_or_leave
 from ..request.state import SCOPE_KEY, RequestState
 from .generators import ThreadedGenerator, close, feed
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     from ..kernel.block import Block
     from ..kernel.loops.base import EventLoop, Timer
+    from ..request.first_door import FirstDoorBlock
 
     Chunk = str | bytes | memoryview
     Content = AsyncIterable[Chunk] | Iterable[Chunk]
@@ -97,11 +100,11 @@ class CancelableStreamingResponse(StreamingResponse):
         if scope["type"] != "http":
             await super().__call__(scope, receive, send)
             return
-        state: RequestState | None = scope.get(SCOPE_KEY)
+        state = known_state(scope)
         # One that was kept for us is ours to close; any other is that of a middleware or route class.
-        ours = state is None or state.is_kept_open
+        ours = state is None or state.lifetime is Lifetime.RESPONSE
         if state is None:
-            state = RequestState(scope, receive, held=True)
+            state = RequestState(scope, receive, lifetime=Lifetime.RESPONSE)
         try:
             error = await self._run(state, send, ours)
             if error is not None and await self._is_cut(error, state, send):
@@ -116,7 +119,7 @@ class CancelableStreamingResponse(StreamingResponse):
                     await state.aclose()
         if self.background is not None:
             if not ours and state.token.cause is not None:
-                state.spare_background()
+                state.complete_response()
             await with_own_failures("the background of a response", self.background)
         if error is not None:
             raise error
@@ -269,20 +272,21 @@ class _Limit:
         self._passed(self._seconds)
 
 
-def keep_for_stream(state: RequestState, response: CancelableStreamingResponse, *, made: bool = False) -> None:
+def keep_for_stream(state: RequestState, response: CancelableStreamingResponse) -> None:
     """Let ``state`` live until the stream has ended, if the handler's return would close it."""
-    if (made and not state.is_kept and not state.is_closed) or state.ends_with_handler:
+    if state.ends_with_handler:
         state.keep_through_response(response)
 
 
-def keep_listening(response: StreamingResponse, state: RequestState, made: bool) -> None:
-    """Listen until a stream that a handler has returned is over: ours lets us know, and Starlette's asks our reader.
-
-    :param made: whether the handler's return would close the state.
-    """
+def keep_listening(response: StreamingResponse, scope: Scope) -> None:
+    """Listen until a stream that a handler has returned is over: ours lets us know, and Starlette's asks our reader."""
+    found: RequestState | FirstDoorBlock | None = scope.get(SCOPE_KEY)
+    if found is None:
+        return
     if isinstance(response, CancelableStreamingResponse):
-        keep_for_stream(state, response, made=made)
-    elif state.is_listening:
+        keep_for_stream(found.state, response)
+    elif found.is_listening:
+        state = found.state
         _listen_through(response, state)
 
 

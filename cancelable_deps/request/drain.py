@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 import anyio.from_thread
@@ -12,8 +12,8 @@ from ..kernel.log import logger
 from ..kernel.loops.current import current_loop
 from ..kernel.reasons import CancelationReason
 from ..kernel.settings import settings
-from ..kernel.sweep import Sweep
 from ..kernel.token import CancelationToken, Cause, telling_everybody
+from .in_flight import in_flight_of
 
 if TYPE_CHECKING:
     from ..kernel.loops.base import EventLoop, Timer
@@ -21,19 +21,6 @@ if TYPE_CHECKING:
 # What a request may take beyond all graces to end, and its response to leave the process.
 _MARGIN = 1.0
 _SETTLING = 0.1
-
-
-class InFlight(Protocol):
-    """A request, as far as its end is concerned."""
-
-    pen: Any
-    is_closed: bool
-
-    def stop(self, cause: Cause) -> None:
-        """Cancel it, unless its result is there."""
-
-    def stop_all(self, cause: Cause) -> None:
-        """Cancel it; if its result is there, what sends it and what runs after that."""
 
 
 class Graces(NamedTuple):
@@ -59,7 +46,8 @@ class Drain:
 
     def __init__(self, loop: EventLoop) -> None:
         self.token = CancelationToken()
-        self.requests = _Requests()
+        self.in_flight = in_flight_of(loop)
+        self.in_flight.observers += (self,)
         self._loop = loop
         self._graces: list[Graces] = []
         self.token.listen(self)
@@ -70,6 +58,7 @@ class Drain:
         drain = running_drain()
         if drain.token.is_cancelled and not drain.is_joined:
             # Somebody has used the token without a lifespan.
+            drain.forget()
             drain = drain._loop.drain = cls(drain._loop)
         drain._graces.append(graces)
         return drain
@@ -78,8 +67,18 @@ class Drain:
         self._graces.remove(graces)
         if not self._graces:
             self._stop_timer()
+            self.forget()
             if self._loop.drain is self:
                 self._loop.drain = None
+
+    def forget(self) -> None:
+        """Know of no more requests."""
+        self.in_flight.observers = tuple(other for other in self.in_flight.observers if other is not self)
+
+    @property
+    def requests(self) -> dict[Any, None]:
+        """The requests that have run for a while."""
+        return self.in_flight.requests
 
     @property
     def is_joined(self) -> bool:
@@ -89,10 +88,8 @@ class Drain:
         """From any thread, or a signal handler."""
         self._loop.call_from_thread(self.token.cancel_nowait, CancelationReason.SIGNAL, message)
 
-    def add(self, request: InFlight) -> None:
-        """A request that has run for a while; it takes itself out of its pen."""
-        self.requests[request] = None
-        request.pen = self.requests
+    def request_is_old(self, request: Any) -> None:
+        """Stop a request that has run for a while, if it is too late for it."""
         if self._is_background_cut:
             request.stop_all(self.cause())
         elif self._is_cut and not request.is_closed:
@@ -120,7 +117,7 @@ class Drain:
         if self.requests:
             left = self._began + self._grace + self._background_grace + settings.cleanup_grace + _MARGIN
             with anyio.move_on_after(left - self._loop.time()):
-                await self.requests.wait_empty()
+                await self.in_flight.wait_empty()
                 await anyio.sleep(_SETTLING)
 
     async def _know_the_youngest(self) -> None:
@@ -128,8 +125,7 @@ class Drain:
         await anyio.sleep(max(0.0, self._began + 2 * settings.listen_after - self._loop.time()))
         with anyio.move_on_after(_MARGIN):
             # Timers are late where much is to do.
-            sweeps = [extra for extra in self._loop.extras.values() if isinstance(extra, Sweep)]
-            while any(sweep.is_wound for sweep in sweeps):  # noqa: ASYNC110
+            while self.in_flight.is_looked_after:  # noqa: ASYNC110
                 await anyio.sleep(settings.listen_after)
 
     @property
@@ -169,24 +165,6 @@ class Drain:
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-
-
-class _Requests(dict[InFlight, None]):
-    """A pen that can be waited for."""
-
-    _empty: anyio.Event | None = None
-
-    def pop(self, key: InFlight, default: None = None) -> None:  # type: ignore[override]
-        super().pop(key, default)
-        if self._empty is not None:
-            self._empty.set()
-
-    async def wait_empty(self) -> None:
-        while self:
-            # Each application of the loop may wait here.
-            if self._empty is None or self._empty.is_set():
-                self._empty = anyio.Event()
-            await self._empty.wait()
 
 
 def running_drain() -> Drain:
