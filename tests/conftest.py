@@ -1,19 +1,27 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]
 
 from cancelable_deps import configure
 
 from . import HIDDEN, hide_hooks
+from .machine import scaled
+from .servers import VARIANTS
 
 # A shell that starts the tests in the background ignores it for them, and every server would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Above every ceiling of a test's own, so that the test can say what it waited for.
+os.environ.setdefault("PYTEST_TIMEOUT", str(scaled(60)))
 
 # What `--public-api` runs: the kernel, the doors, and the drivers for whose sake a cleanup is not to be disturbed.
 ON_PUBLIC_API = {
@@ -33,6 +41,8 @@ ON_PUBLIC_API = {
     "test_task_group.py",
     "test_token.py",
 }
+
+SHARED = [variant.name for variant in VARIANTS]
 
 _NO_DEADLINE = "a deadline of anyio's strikes, also what we let finish: none is told"
 _CHECKPOINT = "trio's checkpoint() needs one more step, after which the first await of a cleanup may be disturbed"
@@ -83,12 +93,43 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None
 
 
+def asks_for_compat(expression: str) -> bool:
+    """Whether a `-m` wants the tier whose packages are not installed with the others."""
+    return "compat" in re.sub(r"not\s+compat", "", expression)
+
+
+def is_sample(item: Any) -> bool:
+    """Whether a case of `one_server` is on the first server, or has the first value of everything else."""
+    indices = dict(item.callspec.indices) if hasattr(item, "callspec") else {}
+    return not indices.pop(item.get_closest_marker("one_server").args[0], 0) or not any(indices.values())
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("one_server") and not is_sample(item):
+            item.add_marker(pytest.mark.real)
+    if not asks_for_compat(config.getoption("-m")):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("compat")])
+        items[:] = [item for item in items if not item.get_closest_marker("compat")]
     if config.getoption("--public-api"):
         for item in items:
             for name, reason in NOT_ON_PUBLIC_API.items():
                 if item.name.startswith(name):
                     item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    return ByServer(config, log)
+
+
+class ByServer(LoadFileScheduling):  # type: ignore[misc]
+    """Give a file to one worker, as its fixtures want it; but all cases of a shared server, so that it starts once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file, _, case = nodeid.partition("::")
+        if "test_servers" not in file:
+            return file
+        return next((name for name in SHARED if f"[{name}" in case), file)
 
 
 @pytest.fixture(params=["asyncio", "trio"])

@@ -40,13 +40,14 @@ from cancelable_deps import (
     current_cancelable,
     with_cancelation,
 )
+from tests.machine import scaled
 from tests.server_policies import policies_app
 from tests.server_workers import add_worker_endpoints
 
 DOWNLOAD = [hashlib.sha512(bytes([number])).digest() * 1024 for number in range(128)]
 DOWNLOAD_DIGEST = hashlib.sha256(b"".join(DOWNLOAD)).hexdigest()
-SHORT = 0.4
-JOURNAL_CEILING = 15
+SHORT = scaled(0.4)
+JOURNAL_CEILING = scaled(15)
 
 Work = Callable[[], Awaitable[Response]]
 Runner = Callable[[Work], Awaitable[Response]]

@@ -12,13 +12,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.machine import scaled
 from tests.servers import COMPLAINT, RECORD, ROOT, Connection, Response, free_port, request
 from tests.socket_client import SocketClient
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the servers and signals of Unix")
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(sys.platform == "win32", reason="the servers and signals of Unix"),
+]
 
 APP = "tests.shutdown_app:app"
-CEILING = 25
+CEILING = scaled(25)
 UVICORN = "uvicorn --port {port}"
 HYPERCORN = "hypercorn -b 127.0.0.1:{port} --graceful-timeout 10"
 GUNICORN = "gunicorn -b 127.0.0.1:{port} --no-control-socket"

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
+from tests.machine import scaled
 from tests.servers import COMPLAINT, RECORD, ROOT, Connection, Response, new_key, request
 
-CEILING = 20
+CEILING = scaled(20)
 """Seconds that a server on a busy machine may take for what a test waits for; reached only by a failure."""
-STARTUP = 55
+STARTUP = scaled(50)
 """The same for its start, which imports much."""
 STEP = 0.01
 
