@@ -87,6 +87,10 @@ def pytest_configure(config: pytest.Config) -> None:
         hide_hooks()
 
 
+def pytest_report_header() -> str:
+    return f"deadlines: {scaled(1):g} times as long as on an idle, usual machine"
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     if config.getoption("--public-api") and collection_path.name.startswith("test_"):
         return collection_path.name not in ON_PUBLIC_API

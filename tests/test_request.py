@@ -520,7 +520,7 @@ async def test_end_of_an_inner_response_does_not_blind_the_outer_door(inner: str
     if inner == "middleware":
         app.add_middleware(RequestCancelationMiddleware)
     app.add_middleware(Buffering, started=started)
-    app.add_middleware(RequestCancelationMiddleware)
+    app.add_middleware(RequestCancelationMiddleware, cleanup_grace=0.03)
     async with running(app) as call:
         await started.wait()
         await call.hang_up()
