@@ -112,7 +112,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("one_server") and not is_sample(item):
             item.add_marker(pytest.mark.real)
-    if not asks_for_compat(config.getoption("-m")):
+    if not asks_for_compat(config.option.markexpr):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("compat")])
         items[:] = [item for item in items if not item.get_closest_marker("compat")]
     if config.getoption("--public-api"):
