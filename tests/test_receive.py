@@ -12,14 +12,11 @@ from starlette.types import Message, Receive, Scope, Send
 
 from cancelable_deps import (
     CancelableRoute,
-    CancellationEvent,
-    RequestCancelable,
     RequestCancelationMiddleware,
-    RequestTaskGroup,
-    with_cancelation,
 )
 from cancelable_deps._receive import READ_AHEAD_BYTES
 from tests.asgi import Call, get, running
+from tests.doors import endpoint
 
 pytestmark = pytest.mark.anyio
 
@@ -34,29 +31,7 @@ def application(door: str, work: Any) -> FastAPI:
     router = app.router
     if door == "route":
         router.route_class = CancelableRoute
-
-    async def plain(request: Request) -> Any:
-        return await work(request)
-
-    async def cancelable(request: Request, cancel: RequestCancelable) -> Any:
-        async with cancel:
-            return await work(request)
-
-    async def task_group(request: Request, get_task_group: RequestTaskGroup) -> Any:
-        async with get_task_group():
-            return await work(request)
-
-    async def event(request: Request, cancellation: CancellationEvent) -> Any:
-        return await work(request)
-
-    endpoints = {
-        "decorator": with_cancelation(plain),
-        "cancelable": cancelable,
-        "task_group": task_group,
-        "event": event,
-    }
-    endpoint: Any = endpoints.get(door, plain)
-    router.post("/")(endpoint)
+    router.post("/")(endpoint(door, work, Request))
     return app
 
 

@@ -26,7 +26,6 @@ from cancelable_deps import (
     DisconnectCancelation,
     RequestCancelable,
     RequestCancelationMiddleware,
-    RequestTaskGroup,
     cancelable_with_timeout,
     configure,
     current_cancelable,
@@ -37,6 +36,7 @@ from cancelable_deps._request import _HANDLER_STACK_KEY, _REQUEST_STACK_KEY, SCO
 from cancelable_deps.testing import Call, CancelableClient, advance
 from tests import asgi
 from tests.calls import get, hang_up, movable_clock, running
+from tests.doors import endpoint
 from tests.leftovers import nothing_left
 
 pytestmark = pytest.mark.anyio
@@ -50,34 +50,7 @@ def application(door: str, work: Any, **options: Any) -> FastAPI:
     app = FastAPI()
     router = APIRouter(route_class=CancelableRoute) if door in {"route", "all"} else APIRouter()
 
-    async def plain() -> Any:
-        return await work()
-
-    async def cancelable(cancel: RequestCancelable) -> Any:
-        async with cancel:
-            return await work()
-
-    async def task_group(get_task_group: RequestTaskGroup) -> Any:
-        async with get_task_group():
-            return await work()
-
-    async def event(cancellation: CancellationEvent) -> Any:
-        return await work()
-
-    async def everything(
-        cancel: RequestCancelable, get_task_group: RequestTaskGroup, cancellation: CancellationEvent
-    ) -> Any:
-        async with cancel, get_task_group():
-            return await work()
-
-    endpoint: Any = {
-        "decorator": with_cancelation(plain),
-        "cancelable": cancelable,
-        "task_group": task_group,
-        "event": event,
-        "all": with_cancelation(everything),
-    }.get(door, plain)
-    router.get("/", **options)(endpoint)
+    router.get("/", **options)(endpoint(door, work))
     app.include_router(router)
     if door in {"middleware", "all"}:
         app.add_middleware(RequestCancelationMiddleware)
