@@ -34,7 +34,7 @@ from cancelable_deps import (
 )
 from cancelable_deps._request import RequestState
 
-from .asgi import Call
+from .asgi import Call, running
 from .calls import CEILING, checked_socket
 
 pytestmark = pytest.mark.anyio
@@ -310,6 +310,13 @@ async def test_a_websocket_is_kept_by_no_context(door: str) -> None:
     assert not block.client_has_left
 
 
+async def hang_up(app: FastAPI) -> None:
+    """One request whose client leaves as soon as somebody listens; nothing of it is kept here."""
+    async with running(app) as call:
+        await call.listened_to()
+        call.hang_up()
+
+
 async def test_a_left_block_still_says_what_became_of_it() -> None:
     blocks: list[Cancelable] = []
     app = FastAPI()
@@ -321,12 +328,7 @@ async def test_a_left_block_still_says_what_became_of_it() -> None:
             blocks.extend([cancel, cancel._parent])  # type: ignore[list-item]
             await anyio.sleep_forever()
 
-    call = Call(app)
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(call.run)
-        await call.listened_to()
-        call.hang_up()
-    del call
+    await hang_up(app)
     await settled()
     for block in blocks:
         assert getattr(block, "known_request") is None  # noqa: B009
@@ -369,12 +371,7 @@ async def test_a_block_that_was_left_before_its_client_left_hears_of_that(is_def
             await here(lambda: around.client_has_left)
             assert cancel.client_has_left
 
-    call = Call(app)
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(call.run)
-        await call.listened_to()
-        call.hang_up()
-    del call
+    await hang_up(app)
     await settled()
     (block,) = early
     assert getattr(block, "known_request") is None  # noqa: B009
@@ -400,12 +397,7 @@ async def test_a_stream_of_a_handle_that_was_left_is_still_stopped_with_its_requ
 
         return CancelableStreamingResponse(chunks(), cancel=cancel)
 
-    call = Call(app)
-    with anyio.fail_after(CEILING):
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(call.run)
-            await call.listened_to()
-            call.hang_up()
+    await hang_up(app)
     assert ended == ["stream"]
 
 

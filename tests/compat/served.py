@@ -111,6 +111,16 @@ class Served:
                     received.append(data)
             return b"".join(received)
 
+    def answer_of_its_end(self, key: str, packets: bytes) -> Response:
+        """What a request is answered whose work has started when the server is told to stop; the server ends."""
+        with self.connect() as connection:
+            connection.send(packets)
+            self.wait_for(key, "started")
+            self.begin_to_stop()
+            response = connection.response()
+        self.wait()
+        return response
+
     def tell(self, line: str) -> None:
         """Write to the server's standard input, which needs no connection: it takes none when it stops."""
         assert self._process.stdin is not None
