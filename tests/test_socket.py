@@ -496,17 +496,18 @@ async def test_reading_ahead_is_bounded(text: str, held: int) -> None:
 async def test_the_last_message_is_not_lost_to_the_disconnect() -> None:
     """Both arrive in one go while the handler waits: it has the message to work on, and is stopped at that."""
     got: list[str] = []
+    may_receive = anyio.Event()
 
     async def work(websocket: WebSocket) -> None:
         await websocket.accept()
-        await anyio.wait_all_tasks_blocked()
-        await anyio.sleep(0.02)
+        await may_receive.wait()
         got.append(await websocket.receive_text())
         await anyio.sleep_forever()
 
     async with connected(application("decorator", work)) as socket:
         await socket.listened_to()
-        await anyio.sleep(0.05)
+        may_receive.set()
+        await anyio.wait_all_tasks_blocked()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(socket.send_text, "last")
             tasks.start_soon(socket.drop)

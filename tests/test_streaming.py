@@ -28,7 +28,8 @@ from cancelable_deps import (
     with_cancelation,
 )
 from cancelable_deps._cut import format_sse
-from tests.calls import get, running
+from cancelable_deps.testing import advance
+from tests.calls import get, movable_clock, running
 from tests.leftovers import nothing_left
 
 pytestmark = pytest.mark.anyio
@@ -165,13 +166,14 @@ async def test_a_timeout_cuts_the_stream_visibly(limit: str) -> None:
     assert body.journal == ["cancelled", "cleaned up"]
 
 
+@movable_clock
 async def test_a_gap_begins_anew_with_each_chunk() -> None:
     async def paced() -> AsyncIterator[str]:
         for _ in range(8):
-            await anyio.sleep(0.1)
+            await advance(10)
             yield "."
 
-    call = await get(CancelableStreamingResponse(paced(), gap_timeout=0.7))
+    call = await get(CancelableStreamingResponse(paced(), gap_timeout=70))
     assert (call.body, call.is_complete) == (b"........", True)
 
 
