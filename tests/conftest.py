@@ -30,6 +30,7 @@ ON_PUBLIC_API = {
     "test_decorator.py",
     "test_decorator_stack.py",
     "test_dependencies.py",
+    "test_every_door.py",
     "test_foreign.py",
     "test_middleware.py",
     "test_nests.py",

@@ -4,12 +4,12 @@ from typing import Any
 
 import anyio
 import pytest
-from fastapi import APIRouter, BackgroundTasks, FastAPI, HTTPException, Request
+from fastapi import APIRouter, FastAPI, HTTPException, Request
 from starlette.responses import JSONResponse, Response
 
 from cancelable_deps import CancelableRoute, CancelationError, RequestCancelationMiddleware, with_cancelation
 from cancelable_deps.testing import advance
-from tests.calls import get, hang_up, movable_clock, running
+from tests.calls import get, hang_up, movable_clock
 
 pytestmark = pytest.mark.anyio
 
@@ -91,28 +91,6 @@ def test_wrong_timeouts_fail_when_the_class_is_made(bad: Any) -> None:
         CancelableRoute.with_timeout(bad)
     with pytest.raises((TypeError, ValueError), match="default_timeout"):
         type("Limited", (CancelableRoute,), {"default_timeout": bad})
-
-
-@movable_clock
-@pytest.mark.parametrize("seconds", [0, 0.03])
-async def test_background_tasks_are_spared(seconds: float) -> None:
-    done = anyio.Event()
-    router = APIRouter(route_class=CancelableRoute.with_timeout(6))
-
-    async def afterwards() -> None:
-        await advance(10)
-        done.set()
-
-    @router.get("/")
-    async def endpoint(tasks: BackgroundTasks) -> str:
-        await anyio.sleep(seconds)
-        tasks.add_task(afterwards)
-        return "ok"
-
-    async with running(app_with(router), "/r/") as call:
-        await call.response()
-        await call.hang_up()
-    assert (call.status, done.is_set()) == (200, True)
 
 
 async def test_under_the_middleware_it_is_one_request() -> None:
