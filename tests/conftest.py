@@ -103,16 +103,22 @@ def asks_for_compat(expression: str) -> bool:
     return "compat" in re.sub(r"not\s+compat", "", expression)
 
 
-def is_sample(item: Any) -> bool:
-    """Whether a case of `one_server` is on the first server, or has the first value of everything else."""
-    indices = dict(item.callspec.indices) if hasattr(item, "callspec") else {}
-    return not indices.pop(item.get_closest_marker("one_server").args[0], 0) or not any(indices.values())
+def beyond_one_server(items: list[pytest.Item]) -> Iterator[pytest.Item]:
+    """Yield the cases of `one_server` that are neither on the first server nor the first of their test on another."""
+    seen: set[object] = set()
+    for item in items:
+        mark, parameters = item.get_closest_marker("one_server"), getattr(item, "callspec", None)
+        if mark is None or parameters is None or not parameters.indices.get(*mark.args, 0):
+            continue
+        key = item.nodeid.partition("[")[0], parameters.indices[mark.args[0]]
+        if key in seen:
+            yield item
+        seen.add(key)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.get_closest_marker("one_server") and not is_sample(item):
-            item.add_marker(pytest.mark.real)
+    for item in beyond_one_server(items):
+        item.add_marker(pytest.mark.real)
     if not asks_for_compat(config.option.markexpr):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("compat")])
         items[:] = [item for item in items if not item.get_closest_marker("compat")]
