@@ -20,6 +20,7 @@ import uvloop
 from cancelable_deps._backend import AsyncioLoop, EventLoop, TrioLoop, current_loop
 
 from .leftovers import nothing_left
+from .machine import scaled
 
 pytestmark = pytest.mark.anyio
 
@@ -271,7 +272,7 @@ async def main():
 asyncio.run(main())
 assert "trio" not in sys.modules
 """
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=50)
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=scaled(50))
 
 
 async def test_a_task_that_is_left_is_found() -> None:

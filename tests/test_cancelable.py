@@ -34,6 +34,7 @@ from cancelable_deps import (
     current_cancelable,
 )
 
+from .calls import CEILING
 from .leftovers import nothing_left
 
 pytestmark = pytest.mark.anyio
@@ -671,7 +672,7 @@ async def test_of_two_that_share_a_token_the_inner_raises() -> None:
 async def test_the_outer_one_is_stopped_firmly_when_its_grace_is_over() -> None:
     token = CancelationToken()
     async with nothing_left():
-        with anyio.fail_after(10), pytest.raises(SignalCancelation):
+        with anyio.fail_after(CEILING), pytest.raises(SignalCancelation):
             async with Cancelable(token=token, cleanup_grace=SOON) as outer:
                 with pytest.raises(SignalCancelation):
                     async with Cancelable(token=token):

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from cancelable_deps import RequestCancelationMiddleware
 from cancelable_deps._wsgi import is_wsgi_bridge
 from cancelable_deps.testing import advance
-from tests.calls import movable_clock, running
+from tests.calls import CEILING, movable_clock, running
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -36,7 +36,7 @@ class View:
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         self.has_started.set()
-        self.may_go_on.wait(10)
+        self.may_go_on.wait(CEILING)
         self.events.append("done")
         start_response("200 OK", [("content-length", "6")])
         return [b"result"]
