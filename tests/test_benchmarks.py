@@ -8,6 +8,8 @@ from benchmarks import check, inflight, overhead
 from benchmarks._doors import OURS
 from benchmarks._variants import BARE, FLOORS, REFERENCES, Variant
 
+pytestmark = pytest.mark.real
+
 ROOT = Path(__file__).parent.parent
 DECORATOR = next(variant for variant in OURS if variant.name == "decorator")
 RIVALS = ["fastapi-disconnect", "aiofence", "hother-cancelable"]
