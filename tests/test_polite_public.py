@@ -39,6 +39,7 @@ from cancelable_deps.kernel.task_group import CancelableTaskGroup
 from . import HIDDEN
 from .calls import hang_up
 from .leftovers import nothing_left
+from .machine import scaled
 
 pytestmark = pytest.mark.anyio
 on_asyncio = pytest.mark.parametrize("anyio_backend", ["asyncio"])
@@ -217,7 +218,7 @@ def test_the_versions_that_are_installed_are_known() -> None:
 def run(code: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != HIDDEN}
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=50, env=environment
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=scaled(50), env=environment
     )
 
 
