@@ -33,7 +33,7 @@ from cancelable_deps.kernel.cancelable import block_of
 from cancelable_deps.kernel.loops import known
 from cancelable_deps.kernel.loops.current import current_loop
 from cancelable_deps.kernel.loops.public_asyncio import AsyncioWatch
-from cancelable_deps.kernel.loops.public_scopes import PublicGate, PublicScope
+from cancelable_deps.kernel.loops.public_scopes import PublicMemberScope, PublicScope
 from cancelable_deps.kernel.task_group import CancelableTaskGroup
 
 from . import HIDDEN
@@ -315,7 +315,7 @@ def hooks_hidden(monkeypatch: pytest.MonkeyPatch, anyio_backend: str) -> None:
 @pytest.fixture
 async def watches(hooks_hidden: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What has been watched; and nothing is placed later, in the loop of this test."""
-    monkeypatch.setattr(current_loop(), "mark", None)
+    monkeypatch.setattr(current_loop(), "task_without_scope", None)
     seen: list[str] = []
     start = AsyncioWatch.start
 
@@ -338,7 +338,7 @@ async def test_nothing_is_watched_before_something_is_cancelled(watches: list[st
 
     async with nothing_left(), CancelableTaskGroup(Cancelable()) as group:
         await group.start(wait)
-        assert all(isinstance(gate, PublicGate) for gate in group._gates.values())
+        assert all(isinstance(scope, PublicMemberScope) for scope in group._member_scopes.values())
         assert isinstance(block_of(group.cancelable).scope, PublicScope)
         await anyio.wait_all_tasks_blocked()
         handles = [handle for handle in (*loop._ready, *loop._scheduled) if not handle.cancelled()]
@@ -384,7 +384,7 @@ async def test_a_thread_that_is_waited_for_costs_no_pass_after_pass(
 async def test_a_handler_inside_of_a_base_http_middleware_cleans_up_undisturbed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(current_loop(), "mark", None)
+    monkeypatch.setattr(current_loop(), "task_without_scope", None)
     journal: list[str] = []
     app = FastAPI()
 

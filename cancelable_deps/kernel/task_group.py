@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from anyio import CancelScope, TaskHandle
 
-    from .loops.base import Gate
+    from .loops.base import MemberScope
 
 T = TypeVar("T")
 
@@ -64,12 +64,12 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         except BaseException as exc:
             self._block.leave(exc)
             raise
-        self._gate = self._make_gate()
-        self._gate.begin()
+        self._body_scope = self._new_member_scope()
+        self._body_scope.begin()
         self._is_open = True
         self._block.has_task_group = True
-        self._block.group_gates = self._gates = {self._block.task: self._gate}
-        self._scope = self._loop.scopes.told_scope(self._loop, self._group.cancel_scope, self._gates)
+        self._block.member_scopes = self._member_scopes = {self._block.task: self._body_scope}
+        self._scope = self._loop.scopes.told_scope(self._loop, self._group.cancel_scope, self._member_scopes)
         self._block.group_scope = getattr(self._scope, "late", self._scope)
         return self
 
@@ -77,16 +77,16 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         # A child that has ended makes the group cancel its body, and so its cleanup, once more: hence a gate here too.
-        gate = self._gate
-        raised = exc = gate.end(exc) or exc
-        is_told = gate.is_delivered
-        self._note_what_goes_on(gate, exc)
-        del self._gate, self._gates[self._block.task]  # It knows us: a cycle.
+        scope = self._body_scope
+        raised = exc = scope.end(exc) or exc
+        is_told = scope.is_delivered
+        self._note_what_goes_on(scope, exc)
+        del self._body_scope, self._member_scopes[self._block.task]  # It knows us: a cycle.
         # The group cancels itself when its body fails, and takes whatever anyio has worded for that.
         is_failure = exc is not None and is_anothers(exc, self._loop)
         if exc is not None:
             # The group is about to cancel its children.
-            for other in self._gates.values():
+            for other in self._member_scopes.values():
                 other.fire()
         try:
             if await self._group.__aexit__(exc_type, exc, traceback) and not is_failure:
@@ -96,11 +96,11 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
         if raised is None and self._goes_on is not None:
             # The group believes that it was cancelled by itself alone.
             raised = self._goes_on
-            gate.pass_on()
+            scope.pass_on()
         self._goes_on = None
         self._is_open = False
         stop_telling(self._scope)
-        self._block.group_scope = self._block.group_gates = None
+        self._block.group_scope = self._block.member_scopes = None
         outcome = self._block.leave(raised)
         if is_told and outcome is not None:
             self._loop.scopes.tell(self._loop, outcome)
@@ -147,34 +147,34 @@ class CancelableTaskGroup(anyio.abc.TaskGroup):
 
     async def _run(self, coro: Coroutine[Any, Any, T]) -> T:
         task = self._loop.current_task()
-        gate = self._gates[task] = self._make_gate()
-        gate.begin()
+        scope = self._member_scopes[task] = self._new_member_scope()
+        scope.begin()
         this_task = ThisTask()
         try:
-            result: T = await gate.watch(coro)
+            result: T = await scope.watch(coro)
         except BaseException as exc:
             # The group may be about to cancel its body and the other children.
-            for other in self._gates.values():
+            for other in self._member_scopes.values():
                 other.expect(self._is_cancelled)
-            self._note_what_goes_on(gate, exc)
+            self._note_what_goes_on(scope, exc)
             if this_task.is_anothers(exc) and not self._is_ours(None):
                 # The group would take the child for one that was cancelled, and its end for no failure.
                 exc = as_failure(exc, f"the task {getattr(coro, '__qualname__', coro)}")
             # The gate takes the cancellation that ends a grace for its own; to the group the child was cancelled.
-            raise gate.end(exc) or exc  # noqa: B904
+            raise scope.end(exc) or exc  # noqa: B904
         finally:
-            del self._gates[task]
-        gate.end(None)
-        if gate.is_lost:
+            del self._member_scopes[task]
+        scope.end(None)
+        if scope.is_lost:
             await anyio.lowlevel.checkpoint()
         return result
 
-    def _note_what_goes_on(self, gate: Gate, exc: BaseException | None) -> None:
-        if gate.is_passed_by and isinstance(exc, anyio.get_cancelled_exc_class()):
+    def _note_what_goes_on(self, scope: MemberScope, exc: BaseException | None) -> None:
+        if scope.is_passed_by and isinstance(exc, anyio.get_cancelled_exc_class()):
             self._goes_on = exc
 
-    def _make_gate(self) -> Gate:
-        return self._loop.scopes.polite_gate(self._loop, self._block.cleanup_grace, self._is_ours)
+    def _new_member_scope(self) -> MemberScope:
+        return self._loop.scopes.member_scope(self._loop, self._block.cleanup_grace, self._is_ours)
 
     def _is_ours(self, origin: object) -> bool:
         return self._block.cause is not None or self._is_cancelled()

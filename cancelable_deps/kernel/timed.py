@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from .timeouts import CLOSE, new_line, wait_alone, wait_belatedly
+from .timeouts import CLOSE, new_queue, wait_alone, wait_belatedly
 
 if TYPE_CHECKING:
     from .loops.base import EventLoop, PoliteScope
-    from .timeouts import Line
+    from .timeouts import TimeoutQueue
     from .token import Cause
 
 
@@ -23,7 +23,7 @@ class Timed:
     own_deadline: float = math.inf
     """On the clock of the loop; without those of the blocks around."""
 
-    line: Line | None = None
+    timeout_queue: TimeoutQueue | None = None
     """Where it waits for its deadline."""
 
     started: float = math.nan
@@ -52,20 +52,20 @@ class Timed:
     def wait_for_deadline(self, loop: EventLoop, timeout: float) -> None:
         """Wait from now on, which is when the block is entered."""
         if timeout <= CLOSE:
-            self.line = wait_alone(loop, self, self.own_deadline)
+            self.timeout_queue = wait_alone(loop, self, self.own_deadline)
             return
-        line = self.line = loop.lines.get(timeout) or new_line(loop, timeout)
-        line.waiting[self] = self.own_deadline
-        if line.looked_at_by is None:
-            line.begin()
+        queue = self.timeout_queue = loop.timeout_queues.get(timeout) or new_queue(loop, timeout)
+        queue.waiting[self] = self.own_deadline
+        if queue.looked_at_by is None:
+            queue.begin()
 
-    def leave_line(self) -> None:
-        line = self.line
-        if line is not None:
-            self.line = None
-            line.waiting.pop(self, None)
-            if line.timer is not None and not line.waiting:
-                line.end()
+    def leave_queue(self) -> None:
+        queue = self.timeout_queue
+        if queue is not None:
+            self.timeout_queue = None
+            queue.waiting.pop(self, None)
+            if queue.timer is not None and not queue.waiting:
+                queue.end()
 
     def time_is_up(self, now: float) -> None:
         """Called by the line."""
@@ -79,8 +79,8 @@ class Timed:
 
     def rearm(self) -> None:
         """Wait for the deadline that is set now, if the block is open and not stopped yet."""
-        if self.line is not None:
-            self.leave_line()
+        if self.timeout_queue is not None:
+            self.leave_queue()
         loop, scope = self.loop, self.scope
         if scope is not None:
             scope.move_deadline(self.own_deadline)
@@ -92,7 +92,7 @@ class Timed:
             # A timer would be a pass of the loop late, and the work that it is to stop be done by then.
             self.expire()
         else:
-            self.line = wait_belatedly(loop, self.timeout, self, self.own_deadline)
+            self.timeout_queue = wait_belatedly(loop, self.timeout, self, self.own_deadline)
 
     def move_own_deadline(self, by: float) -> None:
         """Move the deadline; from any thread."""

@@ -24,14 +24,14 @@ CLOSE = 0.1
 class Waiting(Protocol):
     """Somebody with a deadline."""
 
-    line: Line | None
+    timeout_queue: TimeoutQueue | None
     """Where it waits. Whoever is done before its time leaves."""
 
     def time_is_up(self, now: float) -> None:
         """Called once, in the event loop, when it has been taken out of its line."""
 
 
-class Line:
+class TimeoutQueue:
     """Equal limits end in the order in which they began, so the first to come is the first to be due.
 
     Somebody looks some time before the deadline of the first: the loop's sweep while the first is new, from then on a
@@ -79,9 +79,9 @@ class Line:
             if (due := self.waiting.pop(item, None)) is None:
                 continue
             if due > now and self._ahead:
-                item.line = wait_alone(self._loop, item, due)
+                item.timeout_queue = wait_alone(self._loop, item, due)
             else:
-                item.line = None
+                item.timeout_queue = None
                 _tell(item, now)
         return self._go_on(now)
 
@@ -105,8 +105,8 @@ class Line:
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
-        if self._loop.lines.get(self._limit) is self:
-            del self._loop.lines[self._limit]
+        if self._loop.timeout_queues.get(self._limit) is self:
+            del self._loop.timeout_queues[self._limit]
 
 
 def _tell(item: Waiting, now: float) -> None:
@@ -117,33 +117,33 @@ def _tell(item: Waiting, now: float) -> None:
         logger.exception("a timeout could not be acted on")
 
 
-def new_line(loop: EventLoop, limit: float) -> Line:
+def new_queue(loop: EventLoop, limit: float) -> TimeoutQueue:
     """The line for `limit`, which there is not yet."""
-    line = loop.lines[limit] = Line(loop, limit)
-    return line
+    queue = loop.timeout_queues[limit] = TimeoutQueue(loop, limit)
+    return queue
 
 
-def wait_alone(loop: EventLoop, item: Waiting, deadline: float) -> Line:
+def wait_alone(loop: EventLoop, item: Waiting, deadline: float) -> TimeoutQueue:
     """Let ``item`` wait for ``deadline`` with a timer of its own."""
-    line = Line(loop, 0.0, 0.0)
-    line.waiting[item] = line.looked_at_by = deadline
-    line.timer = loop.call_at(deadline, line.tick)
-    return line
+    queue = TimeoutQueue(loop, 0.0, 0.0)
+    queue.waiting[item] = queue.looked_at_by = deadline
+    queue.timer = loop.call_at(deadline, queue.tick)
+    return queue
 
 
-def wait_belatedly(loop: EventLoop, limit: float, item: Waiting, deadline: float) -> Line:
+def wait_belatedly(loop: EventLoop, limit: float, item: Waiting, deadline: float) -> TimeoutQueue:
     """Let ``item``, which began some time ago, wait for ``deadline``; alone if that is close or others came in between."""
     if deadline - loop.time() <= CLOSE:
         return wait_alone(loop, item, deadline)
-    line = loop.lines.get(limit)
-    if line is None:
-        line = new_line(loop, limit)
-    elif line.waiting:
-        if deadline < next(reversed(line.waiting.values())):
+    queue = loop.timeout_queues.get(limit)
+    if queue is None:
+        queue = new_queue(loop, limit)
+    elif queue.waiting:
+        if deadline < next(reversed(queue.waiting.values())):
             return wait_alone(loop, item, deadline)
-    elif line.looked_at_by is not None and deadline - CLOSE < line.looked_at_by:
+    elif queue.looked_at_by is not None and deadline - CLOSE < queue.looked_at_by:
         return wait_alone(loop, item, deadline)
-    line.waiting[item] = deadline
-    if line.looked_at_by is None:
-        line.begin()
-    return line
+    queue.waiting[item] = deadline
+    if queue.looked_at_by is None:
+        queue.begin()
+    return queue

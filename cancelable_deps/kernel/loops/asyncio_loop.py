@@ -14,18 +14,22 @@ import anyio
 from ..log import logger
 from . import known, public_asyncio
 
-with suppress(ImportError, AttributeError):
-    # Private parts of anyio that may be gone; `known` says so.
-    from . import asyncio_scopes
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from .base import EventLoop, ScopeFamily, Timer, Worker
 
+_hooked: ScopeFamily | None = None
+with suppress(ImportError, AttributeError):
+    # Private parts of anyio may be missing; `known` reports that.
+    from . import asyncio_scopes
+
+    _hooked = asyncio_scopes
+
 
 def _scopes() -> ScopeFamily:
-    return asyncio_scopes if known.hooks_are_known(is_trio=False) else public_asyncio
+    """Return the scopes with hooks, or those by public API where the hooks do not fit."""
+    return _hooked if known.hooks_are_known(is_trio=False) and _hooked is not None else public_asyncio
 
 
 class _AsyncioWorker:
@@ -61,7 +65,7 @@ class AsyncioLoop:
         self.home: EventLoop | None = self
         self.scopes = _scopes()
         self.task_without_scope = self.scopes.task_finder(loop)
-        self.lines: dict[float, Any] = {}
+        self.timeout_queues: dict[float, Any] = {}
 
     def is_running_here(self) -> bool:
         try:

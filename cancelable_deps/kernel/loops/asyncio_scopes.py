@@ -19,13 +19,15 @@ from weakref import ref
 from anyio._backends import _asyncio as anyio_asyncio
 from anyio._backends._asyncio import CancelScope
 
-from .spared import HookedGate, Spared, leave
+from .unwinding import HookedMemberScope, Unwinding, leave
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Iterator
 
-    from .base import EventLoop, Gate, IsOurs, Late, PoliteScope, TaskGate
+    from anyio import CancelScope as AnyCancelScope
+
+    from .base import EventLoop, IsOurs, Late, MemberScope, PoliteScope, TaskScope
 
 _states: Any = anyio_asyncio._task_states
 _make_state: Any = anyio_asyncio.TaskState
@@ -98,17 +100,17 @@ def _let_pass(scope: CancelScope) -> None:
 class _OurScope(CancelScope):
     """What scopes and gates have in common."""
 
-    __slots__ = ("_grace", "_loop", "_spared", "is_delivered")
+    __slots__ = ("_grace", "_loop", "_unwinding", "is_delivered")
 
     _grace: float
     _loop: EventLoop
-    _spared: Spared | None
+    _unwinding: Unwinding | None
     is_delivered: bool
 
     # Asked by anyio when it looks whether a cancellation from outside is visible; for delivering it there is our method.
     @property
     def shield(self) -> bool:
-        if self._shield or (self._spared is None and not self.is_delivered):
+        if self._shield or (self._unwinding is None and not self.is_delivered):
             return self._shield
         return self._is_told_by_error and self._comes_from_ours()
 
@@ -170,7 +172,7 @@ class _OurScope(CancelScope):
     def deliver(self) -> None:
         """The task has the cancellation; what it does now is its cleanup."""
         self.is_delivered = True
-        self._forget_error()
+        self._end_unwinding()
         if self._grace > 0:
             _let_pass(self)
             until = self._loop.time() + self._grace
@@ -188,7 +190,7 @@ class _OurScope(CancelScope):
     def cover(self, until: float) -> None:
         """A scope further out has told the task. Between that one and this something may strike beside: a task group."""
         self.is_delivered = True
-        self._forget_error()
+        self._end_unwinding()
         self._withdraw()
         self._leave_alone(until)
 
@@ -217,16 +219,16 @@ class _OurScope(CancelScope):
 
     @property
     def _is_told_by_error(self) -> bool:
-        return self._spared is not None and self._spared.is_on_its_way
+        return self._unwinding is not None and self._unwinding.is_active
 
-    def spare(self, error: BaseException) -> None:
+    def note_unwinding(self, error: BaseException) -> None:
         if not self.is_delivered and self._grace > 0:
-            if self._spared is None:
-                self._spared = Spared(self._loop, self._grace, self._go_on, self._lose_patience)
-            self._spared.add(error)
+            if self._unwinding is None:
+                self._unwinding = Unwinding(self._loop, self._grace, self._error_was_caught, self._grace_has_ended)
+            self._unwinding.add(error)
             self._withdraw()
             if self._is_inside_of_others():
-                self._spared.start_timer()
+                self._unwinding.start_timer()
 
     def _is_inside_of_others(self) -> bool:
         """Whether scopes of ours in another task may strike us, of which we are not told beforehand."""
@@ -235,23 +237,23 @@ class _OurScope(CancelScope):
             scope = scope._parent_scope
         return scope is not None and scope._host_task is not self._host_task
 
-    def _go_on(self) -> None:
+    def _error_was_caught(self) -> None:
         """Whoever has caught the exception works on, and can be stopped."""
-        self._spared = None
+        self._unwinding = None
         self._restart_cancellation_in_parent()
 
-    def _lose_patience(self) -> None:
+    def _grace_has_ended(self) -> None:
         """The exception is still on its way, and the grace is over."""
-        self._spared = None
+        self._unwinding = None
         parent = self._parent_scope
         if parent is not None and parent._effectively_cancelled and self._comes_from_ours():
             self.is_delivered = True
             self.cancel()
 
-    def _forget_error(self) -> None:
-        if self._spared is not None:
-            self._spared.end()
-            self._spared = None
+    def _end_unwinding(self) -> None:
+        if self._unwinding is not None:
+            self._unwinding.end()
+            self._unwinding = None
 
     def _leave(self, exc: BaseException | None) -> BaseException | None:
         if self._pending_uncancellations:
@@ -302,7 +304,7 @@ class AsyncioPoliteScope(_OurScope):
         CancelScope.__init__(self)
         self._loop = loop
         self._grace = grace
-        self._spared = None
+        self._unwinding = None
         self._asked = self._held = self.is_delivered = self._is_covered = False
         self.spares: Callable[..., bool] | None = None
 
@@ -331,8 +333,8 @@ class AsyncioPoliteScope(_OurScope):
     _child_scopes: Any = property(_get_children, _set_children)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def end(self, exc: BaseException | None) -> BaseException | None:
-        if self._spared is not None:
-            self._forget_error()
+        if self._unwinding is not None:
+            self._end_unwinding()
         if self._asked and not self._is_covered:
             self._cancel_called = True
             self._shield = False
@@ -366,8 +368,8 @@ class AsyncioPoliteScope(_OurScope):
             exc = exc.__context__
 
     def cancel_politely(self, why: str) -> None:
-        if self._spared is not None:
-            self._spared.look_again()
+        if self._unwinding is not None:
+            self._unwinding.drop_caught()
         self._asked = True
         if self._cancel_reason is None:
             # Not as anyio words it, by which it knows its own: with our shield above it, a scope further in would take
@@ -375,8 +377,8 @@ class AsyncioPoliteScope(_OurScope):
             self._cancel_reason = f"cancelled by cancelable_deps: {why} ({id(self):x})"
         if self._held or self.is_delivered:
             return
-        if self._spared is not None and self._spared.is_on_its_way:
-            self._spared.start_timer()
+        if self._unwinding is not None and self._unwinding.is_active:
+            self._unwinding.start_timer()
         else:
             self._cancel_called = True
             self._deliver_cancellation(self)
@@ -456,7 +458,7 @@ class AsyncioPoliteScope(_OurScope):
         # Not shielded: whoever catches the exception works on, and whatever else strikes may stop that.
         if not self.is_delivered and self._grace > 0:
             self.is_delivered = True
-            self._forget_error()
+            self._end_unwinding()
             self._withdraw()
             self._end_grace_at(self._loop.time() + self._grace)
 
@@ -472,14 +474,14 @@ class AsyncioPoliteScope(_OurScope):
     def _is_told_by_error(self) -> bool:
         # Also by `check()`, which this block was to answer for.
         is_told = self.is_delivered and not self._is_covered and self._grace > 0 and not self._cancel_called
-        return is_told or (self._spared is not None and self._spared.is_on_its_way)
+        return is_told or (self._unwinding is not None and self._unwinding.is_active)
 
-    def _go_on(self) -> None:
-        super()._go_on()
+    def _error_was_caught(self) -> None:
+        super()._error_was_caught()
         self._strike()
 
-    def _lose_patience(self) -> None:
-        self._spared = None
+    def _grace_has_ended(self) -> None:
+        self._unwinding = None
         if self._asked and not self._held:
             self.is_delivered = True
             self._strike()
@@ -515,7 +517,7 @@ class AsyncioPoliteScope(_OurScope):
             self._deadline = deadline
 
 
-class AsyncioGate(HookedGate, _OurScope):
+class AsyncioMemberScope(HookedMemberScope, _OurScope):
     """A scope inside of others, entered by anyio, that is shielded when a cancellation of ours has come through."""
 
     __slots__ = ("_is_ours",)
@@ -528,14 +530,14 @@ class AsyncioGate(HookedGate, _OurScope):
         self._loop = loop
         self._grace = grace
         self._is_ours = is_ours
-        self._spared = None
+        self._unwinding = None
         self.is_delivered = False
 
     def begin(self) -> None:
         self.__enter__()
 
     def end(self, exc: BaseException | None) -> BaseException | None:
-        self._forget_error()
+        self._end_unwinding()
         return self._leave(exc)
 
     @property
@@ -551,7 +553,7 @@ class AsyncioGate(HookedGate, _OurScope):
     def take_for_delivered(self) -> None:
         if not self.is_delivered and self._grace > 0:
             self.is_delivered = True
-            self._forget_error()
+            self._end_unwinding()
             self._leave_alone(self._loop.time() + self._grace)
 
     def _become_firm(self) -> None:
@@ -559,7 +561,7 @@ class AsyncioGate(HookedGate, _OurScope):
         self.cancel()
 
 
-class AsyncioTaskGate(AsyncioGate):
+class AsyncioTaskScope(AsyncioMemberScope):
     """A gate around all that is left of a task that is not ours, put there while the task runs."""
 
     __slots__ = ()
@@ -604,7 +606,7 @@ class AsyncioTaskGate(AsyncioGate):
                 outer._child_scopes.discard(inner)
 
     def _take_away(self) -> None:
-        self._forget_error()
+        self._end_unwinding()
         self._active = False
         for handle in (self._timeout_handle, self._cancel_handle):
             if handle is not None:
@@ -621,7 +623,7 @@ def tell(loop: EventLoop, error: BaseException) -> None:
         if scope._shield:
             # It has told the task before, and when it is left tells those around it.
             return
-        scope.spare(error)
+        scope.note_unwinding(error)
 
 
 def _ours_in(task: Any) -> Iterator[_OurScope]:
@@ -690,14 +692,14 @@ def polite_scope(loop: EventLoop, grace: float) -> PoliteScope:
     return scope
 
 
-def polite_gate(loop: EventLoop, grace: float, is_ours: IsOurs) -> Gate:
-    return AsyncioGate(loop, grace, is_ours)
+def member_scope(loop: EventLoop, grace: float, is_ours: IsOurs) -> MemberScope:
+    return AsyncioMemberScope(loop, grace, is_ours)
 
 
-def task_gate(loop: EventLoop, grace: float, is_ours: IsOurs) -> TaskGate:
-    return AsyncioTaskGate(loop, grace, is_ours)
+def task_scope(loop: EventLoop, grace: float, is_ours: IsOurs) -> TaskScope:
+    return AsyncioTaskScope(loop, grace, is_ours)
 
 
-def told_scope(loop: EventLoop, scope: CancelScope, gates: dict[Any, Gate]) -> CancelScope:
+def told_scope(loop: EventLoop, scope: AnyCancelScope, member_scopes: dict[Any, MemberScope]) -> AnyCancelScope:
     """``scope`` itself: the hook tells the gates."""
     return scope

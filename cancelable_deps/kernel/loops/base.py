@@ -66,7 +66,7 @@ class EventLoop(Protocol):
     def wake(self) -> None:
         """What has just been scheduled, perhaps by a signal handler, is not to wait until the loop wakes up by itself."""
 
-    lines: dict[float, Any]
+    timeout_queues: dict[float, Any]
     """By their limits, those in which somebody waits for a deadline."""
 
     def call_at(self, when: float, callback: Callable[[], object]) -> Timer: ...
@@ -123,7 +123,7 @@ class PoliteScope(Protocol):
         ...
 
 
-class Gate(Protocol):
+class MemberScope(Protocol):
     """One scope around a task that is cancelled from a scope further out."""
 
     def begin(self) -> None: ...
@@ -162,7 +162,7 @@ class Gate(Protocol):
         ...
 
 
-class TaskGate(Protocol):
+class TaskScope(Protocol):
     """A gate around all that is left of a task that is not ours."""
 
     def put_around(self, ended: Callable[[bool], object]) -> None:
@@ -174,16 +174,16 @@ class ScopeFamily(Protocol):
 
     def polite_scope(self, loop: EventLoop, grace: float) -> PoliteScope: ...
 
-    def polite_gate(self, loop: EventLoop, grace: float, is_ours: IsOurs) -> Gate:
+    def member_scope(self, loop: EventLoop, grace: float, is_ours: IsOurs) -> MemberScope:
         """A scope that makes a cancellation from further out polite, if ``is_ours(None)`` or a block of ours has struck."""
         ...
 
-    def task_gate(self, loop: EventLoop, grace: float, is_ours: IsOurs) -> TaskGate: ...
+    def task_scope(self, loop: EventLoop, grace: float, is_ours: IsOurs) -> TaskScope: ...
 
     def tell(self, loop: EventLoop, error: BaseException) -> None:
         """``error`` has told the current task to stop, and is on its way through the scopes that are open in the task."""
 
-    def told_scope(self, loop: EventLoop, scope: CancelScope, gates: dict[Any, Gate]) -> CancelScope:
+    def told_scope(self, loop: EventLoop, scope: CancelScope, member_scopes: dict[Any, MemberScope]) -> CancelScope:
         """``scope`` itself, or where no hook tells the ``gates`` inside of it, one in its place that does when cancelled."""
         ...
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
 
-from .public_scopes import PublicGate, PublicScope, Stepped, TellingScope, end_of_group
+from .public_scopes import PublicMemberScope, PublicScope, Stepped, TellingScope, end_of_group
 from .public_scopes import tell as tell  # noqa: PLC0414 - a part of the family
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from anyio import CancelScope
 
-    from .base import EventLoop, Gate, IsOurs, PoliteScope, TaskGate
+    from .base import EventLoop, IsOurs, MemberScope, PoliteScope, TaskScope
     from .public_scopes import _Pair
 
 _PASSES_WITHOUT_DELAY = 50
@@ -29,17 +29,17 @@ _SECONDS_BETWEEN_LOOKS = 0.05
 class AsyncioStepped(Stepped):
     """Awaits a coroutine, and tells its gate of a cancellation before that is thrown in."""
 
-    __slots__ = ("_gate",)
+    __slots__ = ("_member_scope",)
 
-    def __init__(self, coro: Any, gate: PublicGate) -> None:
+    def __init__(self, coro: Any, member_scope: PublicMemberScope) -> None:
         super().__init__(coro)
-        self._gate = gate
+        self._member_scope = member_scope
 
     def throw(self, exc: Any, *details: Any) -> Any:
         # It may be given as a class, by who still uses the old signature.
         is_cancelled = isinstance(exc, asyncio.CancelledError) or exc is asyncio.CancelledError
-        if is_cancelled and self._gate.is_open_to_us:
-            self._gate.was_delivered()
+        if is_cancelled and self._member_scope.is_open_to_us:
+            self._member_scope.was_delivered()
         return super().throw(exc, *details)
 
 
@@ -223,7 +223,7 @@ class AsyncioPublicScope(PublicScope):
     _new_watch = AsyncioWatch
 
 
-class AsyncioPublicGate(PublicGate):
+class AsyncioPublicMemberScope(PublicMemberScope):
     __slots__ = ()
 
     _new_watch = AsyncioWatch
@@ -243,18 +243,18 @@ def polite_scope(loop: EventLoop, grace: float) -> PoliteScope:
     return AsyncioPublicScope(loop, grace)
 
 
-def polite_gate(loop: EventLoop, grace: float, is_ours: IsOurs) -> Gate:
-    return AsyncioPublicGate(loop, grace, is_ours)
+def member_scope(loop: EventLoop, grace: float, is_ours: IsOurs) -> MemberScope:
+    return AsyncioPublicMemberScope(loop, grace, is_ours)
 
 
-def task_gate(loop: EventLoop, grace: float, is_ours: IsOurs) -> TaskGate:
+def task_scope(loop: EventLoop, grace: float, is_ours: IsOurs) -> TaskScope:
     """A gate that public API cannot put there: it tells the end of the task alone."""
     return _AsyncioTaskEnd(loop)
 
 
-def told_scope(loop: EventLoop, scope: CancelScope, gates: dict[Any, Gate]) -> CancelScope:
+def told_scope(loop: EventLoop, scope: CancelScope, member_scopes: dict[Any, MemberScope]) -> CancelScope:
     """A scope in place of ``scope`` that tells the ``gates`` when it is cancelled, which no hook does."""
-    return TellingScope(loop, scope, gates)
+    return TellingScope(loop, scope, member_scopes)
 
 
 def task_finder(loop: Any) -> None:

@@ -35,13 +35,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import anyio
 import anyio.to_thread
 
-from .spared import Spared, leave
+from .unwinding import Unwinding, leave
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
     from types import TracebackType
 
-    from .base import EventLoop, Gate, IsOurs, Late
+    from .base import EventLoop, IsOurs, Late, MemberScope
 
 # By which the deadline of a group's own scope, which anyio acts upon, trails our timer, which tells the gates first.
 _TRAIL = 0.05
@@ -70,7 +70,7 @@ def tell(loop: EventLoop, error: BaseException) -> None:
         if pair.is_left_alone:
             # When it is left, it tells those around it.
             return
-        pair.spare(error)
+        pair.note_unwinding(error)
 
 
 class Watch(Protocol):
@@ -93,7 +93,6 @@ class _Pair:
         "_above",
         "_cancelling",
         "_counted",
-        "_gates",
         "_grace",
         "_inner",
         "_is_cancelled",
@@ -101,10 +100,11 @@ class _Pair:
         "_is_held",
         "_is_left_alone",
         "_is_reached_from_above",
+        "_member_scopes",
         "_outer",
         "_outside",
-        "_spared",
         "_task",
+        "_unwinding",
         "_watch",
         "_why",
         "is_delivered",
@@ -120,9 +120,9 @@ class _Pair:
         self._inner = anyio.CancelScope()
         self._task: Any = None
         self._watch: Watch | None = None
-        self._gates: dict[PublicGate, None] = {}
+        self._member_scopes: dict[PublicMemberScope, None] = {}
         self.spares: Callable[..., bool] | None = None
-        self._spared: Spared | None = None
+        self._unwinding: Unwinding | None = None
         self._is_cancelled = self._is_held = self.is_delivered = self._is_covered = self._is_left_alone = False
         self._is_reached_from_above = True
         self._counted = 0
@@ -151,7 +151,7 @@ class _Pair:
 
     def end(self, exc: BaseException | None) -> BaseException | None:
         self._stop_watching()
-        self._forget_error()
+        self._end_unwinding()
         _remove_pair(self.loop, self._task, self)
         with suppress(ValueError):
             # Entered in one context and left in another, as a generator may be.
@@ -164,7 +164,7 @@ class _Pair:
             self.is_delivered = True
         self.nurseries.forget()
         self._task = None
-        self._gates.clear()
+        self._member_scopes.clear()
         self._above = ()
         return remaining
 
@@ -196,15 +196,15 @@ class _Pair:
         return None if isinstance(exc, asyncio.CancelledError) else exc
 
     def cancel_politely(self, why: str) -> None:
-        if self._spared is not None:
-            self._spared.look_again()
+        if self._unwinding is not None:
+            self._unwinding.drop_caught()
         self._is_cancelled = True
         self._why = self._why or f"cancelled by cancelable_deps: {why}"
         if self._is_held or self.is_delivered:
             return
-        if self._spared is not None and self._spared.is_on_its_way:
+        if self._unwinding is not None and self._unwinding.is_active:
             self.close()
-            self._spared.start_timer()
+            self._unwinding.start_timer()
         else:
             self._offer()
 
@@ -214,17 +214,18 @@ class _Pair:
         for pair in self._pairs_inside():
             pair.close_if_told_by_error()
         # Innermost first: what a gate has been told does not reach its task a second time from here.
-        for gate in reversed(self._gates):
-            gate.is_passed_by = gate.is_passed_by or self._is_outside_of(gate)
-            gate.fire()
-        if self._grace <= 0 or self.is_delivered or any(gate.task is self._task for gate in self._gates):
+        for member in reversed(self._member_scopes):
+            member.is_passed_by = member.is_passed_by or self._is_outside_of(member)
+            member.fire()
+        if self._grace <= 0 or self.is_delivered or any(member.task is self._task for member in self._member_scopes):
             # Of a grace that is over; or a gate in the same task stands in between, and tells us.
             self.open()
         elif self._watch is None:
-            self._watch = self._new_watch(self, self._task)
-            self._watch.start()
+            watch: Watch = self._new_watch(self, self._task)
+            self._watch = watch
+            watch.start()
 
-    def _is_outside_of(self, gate: PublicGate) -> bool:
+    def _is_outside_of(self, member: PublicMemberScope) -> bool:
         """Whether the group of ``gate`` is inside of this."""
         return True
 
@@ -272,7 +273,7 @@ class _Pair:
         if self.is_delivered:
             return
         self.is_delivered = True
-        self._forget_error()
+        self._end_unwinding()
         if self._grace > 0:
             self._is_left_alone = True
             self.close()
@@ -289,7 +290,7 @@ class _Pair:
     def cover(self, until: float) -> None:
         """A pair further out has told the task. Between that one and this something may strike beside: a task group."""
         self.is_delivered = self._is_covered = self._is_left_alone = True
-        self._forget_error()
+        self._end_unwinding()
         self._stop_watching()
         self.close()
         self._set_deadline(self._inner, until)
@@ -311,34 +312,34 @@ class _Pair:
 
     # A task that an exception has told.
 
-    def spare(self, error: BaseException) -> None:
+    def note_unwinding(self, error: BaseException) -> None:
         if self.is_delivered or self._grace <= 0:
             return
-        if self._spared is None:
-            self._spared = Spared(self.loop, self._grace, self._go_on, self._lose_patience)
-        self._spared.add(error)
+        if self._unwinding is None:
+            self._unwinding = Unwinding(self.loop, self._grace, self._error_was_caught, self._grace_has_ended)
+        self._unwinding.add(error)
         if self._is_cancelled:
             self._stop_watching()
             self.close()
-            self._spared.start_timer()
+            self._unwinding.start_timer()
 
-    def _go_on(self) -> None:
+    def _error_was_caught(self) -> None:
         """Whoever has caught the exception works on, and can be stopped."""
-        self._spared = None
+        self._unwinding = None
         if self._is_cancelled and not self._is_held and not self.is_delivered:
             self._offer()
 
-    def _lose_patience(self) -> None:
+    def _grace_has_ended(self) -> None:
         """The exception is still on its way, and the grace is over."""
-        self._spared = None
+        self._unwinding = None
         if self._is_cancelled and not self._is_held:
             self.is_delivered = True
             self.open()
 
-    def _forget_error(self) -> None:
-        if self._spared is not None:
-            self._spared.end()
-            self._spared = None
+    def _end_unwinding(self) -> None:
+        if self._unwinding is not None:
+            self._unwinding.end()
+            self._unwinding = None
 
     def is_seen_here(self) -> bool:
         """Whether the calling code, further in in the same task, would see a cancellation: no shield stands between.
@@ -391,7 +392,7 @@ class PublicScope(_Pair):
         if self.is_delivered or self._grace <= 0:
             return
         self.is_delivered = True
-        self._forget_error()
+        self._end_unwinding()
         self._stop_watching()
         if self._outer.cancel_called:
             self.close()
@@ -426,8 +427,8 @@ class PublicScope(_Pair):
         pass
 
 
-class PublicGate(_Pair):
-    """A `Gate`. It is fired by the scopes around it, which know it, or finds out by stepping its task."""
+class PublicMemberScope(_Pair):
+    """A `MemberScope`. It is fired by the scopes around it, which know it, or finds out by stepping its task."""
 
     _step: ClassVar[Any]
 
@@ -441,7 +442,7 @@ class PublicGate(_Pair):
     def begin(self) -> None:
         self._enter()
         for pair in self._above:
-            pair._gates[self] = None
+            pair._member_scopes[self] = None
         if anyio.current_effective_deadline() == -math.inf and self._is_ours(None):
             # It was told before it had begun.
             self.is_passed_by = any(pair._is_cancelled and pair._is_outside_of(self) for pair in self._above)
@@ -451,7 +452,7 @@ class PublicGate(_Pair):
         above, task, told = self._above, self._task, self.is_delivered
         self._in_task = tuple(pair for pair in above if pair.task is task)
         for pair in above:
-            pair._gates.pop(self, None)
+            pair._member_scopes.pop(self, None)
         remaining = super().end(exc)
         # They know us, or our task does: cycles, and there is no more to ask.
         self._is_ours = _nothing_is_ours
@@ -487,9 +488,9 @@ class PublicGate(_Pair):
     def watch(self, coro: Awaitable[Any]) -> Any:
         return self._step(coro, self)
 
-    def _is_outside_of(self, gate: PublicGate) -> bool:
+    def _is_outside_of(self, member: PublicMemberScope) -> bool:
         # Those of one group ask the same one.
-        return self.is_passed_by or self._is_ours != gate._is_ours
+        return self.is_passed_by or self._is_ours != member._is_ours
 
     @property
     def is_open_to_us(self) -> bool:
@@ -508,16 +509,16 @@ class TellingScope(anyio.CancelScope):
         # Not that of a backend, as anyio would make it.
         return object.__new__(cls)
 
-    def __init__(self, loop: EventLoop, scope: anyio.CancelScope, gates: dict[Any, Gate]) -> None:
+    def __init__(self, loop: EventLoop, scope: anyio.CancelScope, member_scopes: dict[Any, MemberScope]) -> None:
         self._loop = loop
         self._scope = scope
-        self._gates = gates
+        self._member_scopes = member_scopes
         self._deadline = scope.deadline
         self._timer: Any = None
 
     def cancel(self, reason: str | None = None) -> None:
-        for gate in reversed(list(self._gates.values())):
-            gate.fire()
+        for member in reversed(list(self._member_scopes.values())):
+            member.fire()
         self._scope.cancel(reason)
 
     @property

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import outcome
 import trio
 
-from .public_scopes import PublicGate, PublicScope, Stepped, TellingScope
+from .public_scopes import PublicMemberScope, PublicScope, Stepped, TellingScope
 from .public_scopes import tell as tell  # noqa: PLC0414 - a part of the family
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from anyio import CancelScope
 
-    from .base import EventLoop, Gate, IsOurs, PoliteScope, TaskGate
+    from .base import EventLoop, IsOurs, MemberScope, PoliteScope, TaskScope
     from .public_scopes import _Pair
 
 
@@ -173,27 +173,27 @@ def tell_at_exit(extras: dict[Any, Any], task: trio.lowlevel.Task, ended: Callab
 class TrioStepped(Stepped):
     """Awaits a coroutine, and tells its gate of a cancellation before that is sent in."""
 
-    __slots__ = ("_gate",)
+    __slots__ = ("_member_scope",)
 
-    def __init__(self, coro: Any, gate: PublicGate) -> None:
+    def __init__(self, coro: Any, member_scope: PublicMemberScope) -> None:
         super().__init__(coro)
-        self._gate = gate
+        self._member_scope = member_scope
 
     def send(self, value: Any) -> Any:
-        gate = self._gate
+        scope = self._member_scope
         is_cancelled = isinstance(value, outcome.Error) and isinstance(value.error, trio.Cancelled)
-        if not is_cancelled or not gate.is_open_to_us:
+        if not is_cancelled or not scope.is_open_to_us:
             return super().send(value)
-        if is_in_checkpoint(gate.task):
+        if is_in_checkpoint(scope.task):
             message = super().send(value)
             # Before trio hears what the task waits for next.
-            if gate.is_open_to_us:
-                gate.was_delivered()
-        elif is_anothers(gate):
+            if scope.is_open_to_us:
+                scope.was_delivered()
+        elif is_anothers(scope):
             message = super().send(value)
-            gate.reopen()
+            scope.reopen()
         else:
-            gate.was_delivered()
+            scope.was_delivered()
             message = super().send(value)
         return message
 
@@ -253,7 +253,7 @@ class TrioPublicScope(PublicScope):
     _new_watch = TrioWatch
 
 
-class TrioPublicGate(PublicGate):
+class TrioPublicMemberScope(PublicMemberScope):
     __slots__ = ()
 
     _new_watch = TrioWatch
@@ -273,18 +273,18 @@ def polite_scope(loop: EventLoop, grace: float) -> PoliteScope:
     return TrioPublicScope(loop, grace)
 
 
-def polite_gate(loop: EventLoop, grace: float, is_ours: IsOurs) -> Gate:
-    return TrioPublicGate(loop, grace, is_ours)
+def member_scope(loop: EventLoop, grace: float, is_ours: IsOurs) -> MemberScope:
+    return TrioPublicMemberScope(loop, grace, is_ours)
 
 
-def task_gate(loop: EventLoop, grace: float, is_ours: IsOurs) -> TaskGate:
+def task_scope(loop: EventLoop, grace: float, is_ours: IsOurs) -> TaskScope:
     """A gate that public API cannot put there: it tells the end of the task alone."""
     return _TrioTaskEnd(loop)
 
 
-def told_scope(loop: EventLoop, scope: CancelScope, gates: dict[Any, Gate]) -> CancelScope:
+def told_scope(loop: EventLoop, scope: CancelScope, member_scopes: dict[Any, MemberScope]) -> CancelScope:
     """A scope in place of ``scope`` that tells the ``gates`` when it is cancelled, which no hook does."""
-    return TellingScope(loop, scope, gates)
+    return TellingScope(loop, scope, member_scopes)
 
 
 def task_finder(loop: Any) -> None:

@@ -61,7 +61,7 @@ class ThreadLoop:
         self.time = time.monotonic if home is None else home.time
         self.extras: dict[Any, Any] = {}
         self.scopes: ScopeFamily = public_asyncio
-        self.lines: dict[float, Any] = {}
+        self.timeout_queues: dict[float, Any] = {}
 
     def is_running_here(self) -> bool:
         # Whichever thread cancels, there is nobody to be woken in another one.

@@ -10,19 +10,23 @@ import trio
 from ..log import logger
 from . import known, public_trio
 
-with suppress(ImportError, AttributeError):
-    # Private parts of trio that may be gone; `known` says so.
-    from . import trio_scopes
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from contextvars import Context
 
     from .base import EventLoop, ScopeFamily, Timer, Worker
 
+_hooked: ScopeFamily | None = None
+with suppress(ImportError, AttributeError):
+    # Private parts of trio may be missing; `known` reports that.
+    from . import trio_scopes
+
+    _hooked = trio_scopes
+
 
 def _scopes() -> ScopeFamily:
-    return trio_scopes if known.hooks_are_known(is_trio=True) else public_trio
+    """Return the scopes with hooks, or those by public API where the hooks do not fit."""
+    return _hooked if known.hooks_are_known(is_trio=True) and _hooked is not None else public_trio
 
 
 class _TrioWorker:
@@ -72,7 +76,7 @@ class TrioLoop:
         self.scopes = _scopes()
         self.extras: dict[Any, Any] = {}
         self.task_without_scope = self.scopes.task_finder(token)
-        self.lines: dict[float, Any] = {}
+        self.timeout_queues: dict[float, Any] = {}
 
     def is_running_here(self) -> bool:
         return trio.lowlevel.in_trio_run() and trio.lowlevel.current_trio_token() is self.token

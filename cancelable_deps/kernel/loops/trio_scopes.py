@@ -21,14 +21,14 @@ import outcome
 import trio
 from trio._core._run import CancelStatus
 
-from .spared import HookedGate, Spared, leave
+from .unwinding import HookedMemberScope, Unwinding, leave
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from anyio import CancelScope
 
-    from .base import EventLoop, Gate, IsOurs, Late, PoliteScope, TaskGate
+    from .base import EventLoop, IsOurs, Late, MemberScope, PoliteScope, TaskScope
 
 
 class _Stepper:
@@ -39,7 +39,7 @@ class _Stepper:
     def __init__(self, task: Any) -> None:
         self._task = task
         self._coro = task.coro
-        self.scopes: list[TrioGate] = []
+        self.scopes: list[TrioMemberScope] = []
         """Outermost first."""
         self.asked: TrioPoliteScope | None = None
         """One that has something to spare, and is cancelled: asked before each step."""
@@ -49,7 +49,7 @@ class _Stepper:
     def of(cls, task: Any) -> _Stepper:
         return task.coro if isinstance(task.coro, cls) else cls(task)
 
-    def remove(self, scope: TrioGate) -> None:
+    def remove(self, scope: TrioMemberScope) -> None:
         self.scopes.remove(scope)
         if self.asked is scope:
             self.asked = None
@@ -70,7 +70,7 @@ class _Stepper:
     def _end(self) -> None:
         """Take away what was put around all of the task, which has ended."""
         for scope in list(self.scopes):
-            if isinstance(scope, TrioTaskGate):
+            if isinstance(scope, TrioTaskScope):
                 scope.take_away()
 
     def __getattr__(self, name: str) -> Any:
@@ -161,7 +161,7 @@ def _has_cancelled(exc: BaseException | None) -> bool:
     return isinstance(exc, trio.Cancelled)
 
 
-class TrioGate(HookedGate):
+class TrioMemberScope(HookedMemberScope):
     """A scope around a task that is shielded once a cancellation of ours has been delivered, until the grace is over.
 
     It is asked by trio in place of its ``trio.CancelScope``.
@@ -172,9 +172,9 @@ class TrioGate(HookedGate):
         "_is_ours",
         "_loop",
         "_scope",
-        "_spared",
         "_stepper",
         "_task",
+        "_unwinding",
         "is_delivered",
         "status",
     )
@@ -185,7 +185,7 @@ class TrioGate(HookedGate):
         self._is_ours = is_ours
         self._scope: Any = trio.CancelScope()
         self._task: Any = trio.lowlevel.current_task()
-        self._spared: Spared | None = None
+        self._unwinding: Unwinding | None = None
         self.is_delivered = False
 
     def begin(self) -> None:
@@ -198,7 +198,7 @@ class TrioGate(HookedGate):
     def end(self, exc: BaseException | None) -> BaseException | None:
         stepper = self._stepper
         stepper.remove(self)
-        self._forget_error()
+        self._end_unwinding()
         if self._scope.shield:
             self._scope.shield = False
         remaining = leave(self._scope, exc)
@@ -248,7 +248,7 @@ class TrioGate(HookedGate):
         status = self.status
         while status is not None:
             scope = status._scope
-            if isinstance(scope, TrioGate) and scope.strikes:
+            if isinstance(scope, TrioMemberScope) and scope.strikes:
                 return True
             if status is not self.status and scope.shield:
                 return False
@@ -259,10 +259,10 @@ class TrioGate(HookedGate):
     def strikes(self) -> bool:
         return self._scope.cancel_called or self._is_ours(None)
 
-    def deliver(self, inside: list[TrioGate]) -> None:
+    def deliver(self, inside: list[TrioMemberScope]) -> None:
         """The task has the cancellation; what it does now is its cleanup, also where it stands in scopes ``inside``."""
         self.is_delivered = True
-        self._forget_error()
+        self._end_unwinding()
         if self._grace > 0:
             _let_pass(self.status)
             until = self._loop.time() + self._grace
@@ -284,7 +284,7 @@ class TrioGate(HookedGate):
     def cover(self, until: float) -> None:
         """A scope further out has told the task. Between that one and this something may strike beside: a task group."""
         self.is_delivered = True
-        self._forget_error()
+        self._end_unwinding()
         self._withdraw()
         self._leave_alone(until)
 
@@ -297,51 +297,51 @@ class TrioGate(HookedGate):
     def take_for_delivered(self) -> None:
         if not self.is_delivered and self._grace > 0:
             self.is_delivered = True
-            self._forget_error()
+            self._end_unwinding()
             self._leave_alone(self._loop.time() + self._grace)
 
     # A task that an exception has told.
 
     @property
     def _is_told_by_error(self) -> bool:
-        return self._spared is not None and self._spared.is_on_its_way
+        return self._unwinding is not None and self._unwinding.is_active
 
-    def spare(self, error: BaseException) -> None:
+    def note_unwinding(self, error: BaseException) -> None:
         if not self.is_delivered and self._grace > 0:
-            if self._spared is None:
-                self._spared = Spared(self._loop, self._grace, self._go_on, self._lose_patience)
-            self._spared.add(error)
+            if self._unwinding is None:
+                self._unwinding = Unwinding(self._loop, self._grace, self._error_was_caught, self._grace_has_ended)
+            self._unwinding.add(error)
             self._withdraw()
             self.status.recalculate()
             if self._is_inside_of_others():
-                self._spared.start_timer()
+                self._unwinding.start_timer()
 
     def _is_inside_of_others(self) -> bool:
         """Whether scopes of ours in another task may strike us, of which we are not told beforehand."""
         status: Any = self.status._parent
-        while status is not None and not isinstance(status._scope, TrioGate):
+        while status is not None and not isinstance(status._scope, TrioMemberScope):
             status = status._parent
         return status is not None and self._stepper.scopes[0] is self
 
-    def _go_on(self) -> None:
+    def _error_was_caught(self) -> None:
         """Whoever has caught the exception works on, and can be stopped."""
-        self._spared = None
+        self._unwinding = None
         self.status.recalculate()
 
-    def _lose_patience(self) -> None:
+    def _grace_has_ended(self) -> None:
         """The exception is still on its way, and the grace is over."""
-        self._spared = None
+        self._unwinding = None
         if _is_visible(self.status) and self._comes_from_ours():
             self.is_delivered = True
             self._scope.cancel()
 
-    def _forget_error(self) -> None:
-        if self._spared is not None:
-            self._spared.end()
-            self._spared = None
+    def _end_unwinding(self) -> None:
+        if self._unwinding is not None:
+            self._unwinding.end()
+            self._unwinding = None
 
 
-class TrioTaskGate(TrioGate):
+class TrioTaskScope(TrioMemberScope):
     """A gate around all that is left of a task that is not ours, put there while the task runs."""
 
     __slots__ = ("_ended",)
@@ -368,7 +368,7 @@ class TrioTaskGate(TrioGate):
         self._stepper.scopes.insert(0, self)
 
     def take_away(self) -> None:
-        self._forget_error()
+        self._end_unwinding()
         self._stepper.remove(self)
         self._scope.deadline = math.inf
         if self._task._cancel_status is self.status:
@@ -382,7 +382,7 @@ class TrioTaskGate(TrioGate):
         ended(False)
 
 
-class TrioPoliteScope(TrioGate):
+class TrioPoliteScope(TrioMemberScope):
     __slots__ = ("_asked", "_deadline", "_held", "_is_covered", "spares")
 
     # What is open inside when it delivers is made to let it pass.
@@ -412,13 +412,13 @@ class TrioPoliteScope(TrioGate):
         return super().deadline if self.is_delivered else min(super().deadline, self._deadline)
 
     def cancel_politely(self, why: str) -> None:
-        if self._spared is not None:
-            self._spared.look_again()
+        if self._unwinding is not None:
+            self._unwinding.drop_caught()
         self._asked = True
         if self._held or self.is_delivered:
             return
-        if self._spared is not None and self._spared.is_on_its_way:
-            self._spared.start_timer()
+        if self._unwinding is not None and self._unwinding.is_active:
+            self._unwinding.start_timer()
         elif self.spares is None or not self.spares():
             if self.spares is not None:
                 self._stepper.asked = self
@@ -438,12 +438,12 @@ class TrioPoliteScope(TrioGate):
     def reaches(self, inner: TrioPoliteScope) -> bool:
         status = inner.status._parent
         while status is not None and status is not self.status:
-            if status._scope.shield and not isinstance(status._scope, TrioGate):
+            if status._scope.shield and not isinstance(status._scope, TrioMemberScope):
                 return False
             status = status._parent
         return True
 
-    def deliver(self, inside: list[TrioGate]) -> None:
+    def deliver(self, inside: list[TrioMemberScope]) -> None:
         if not self._scope.cancel_called:
             # It came from outside, and goes on there.
             self._is_covered = True
@@ -459,7 +459,7 @@ class TrioPoliteScope(TrioGate):
         # Not shielded: whoever catches the exception works on, and whatever else strikes may stop that.
         if not self.is_delivered and self._grace > 0 and not self._is_about_to_be_told:
             self.is_delivered = True
-            self._forget_error()
+            self._end_unwinding()
             self._withdraw()
             self._scope.deadline = self._loop.time() + self._grace
 
@@ -469,13 +469,13 @@ class TrioPoliteScope(TrioGate):
         is_told = self.is_delivered and not self._is_covered and self._grace > 0 and not self._scope.cancel_called
         return is_told or super()._is_told_by_error
 
-    def _go_on(self) -> None:
-        super()._go_on()
+    def _error_was_caught(self) -> None:
+        super()._error_was_caught()
         if self._asked and not self._held:
             self._scope.cancel()
 
-    def _lose_patience(self) -> None:
-        self._spared = None
+    def _grace_has_ended(self) -> None:
+        self._unwinding = None
         if self._asked and not self._held:
             self.is_delivered = True
             self._scope.cancel()
@@ -519,7 +519,7 @@ def tell(loop: EventLoop, error: BaseException) -> None:
             if scope.is_told:
                 # When it is left, it tells those around it.
                 return
-            scope.spare(error)
+            scope.note_unwinding(error)
 
 
 def _current_task() -> object:
@@ -535,15 +535,15 @@ def polite_scope(loop: EventLoop, grace: float) -> PoliteScope:
     return scope
 
 
-def polite_gate(loop: EventLoop, grace: float, is_ours: IsOurs) -> Gate:
-    return TrioGate(loop, grace, is_ours)
+def member_scope(loop: EventLoop, grace: float, is_ours: IsOurs) -> MemberScope:
+    return TrioMemberScope(loop, grace, is_ours)
 
 
-def task_gate(loop: EventLoop, grace: float, is_ours: IsOurs) -> TaskGate:
-    return TrioTaskGate(loop, grace, is_ours)
+def task_scope(loop: EventLoop, grace: float, is_ours: IsOurs) -> TaskScope:
+    return TrioTaskScope(loop, grace, is_ours)
 
 
-def told_scope(loop: EventLoop, scope: CancelScope, gates: dict[Any, Gate]) -> CancelScope:
+def told_scope(loop: EventLoop, scope: CancelScope, member_scopes: dict[Any, MemberScope]) -> CancelScope:
     """``scope`` itself: the hook tells the gates."""
     return scope
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from .base import EventLoop, Timer
 
 
-class HookedGate:
-    """What a `Gate` that a hook tells of every cancellation does not need."""
+class HookedMemberScope:
+    """What a `MemberScope` that a hook tells of every cancellation does not need."""
 
     __slots__ = ()
 
@@ -46,21 +46,25 @@ class HookedGate:
         return coro
 
 
-class Spared:
+class Unwinding:
     """A task through which exceptions of ours are on their way: what it does is its cleanup, for one grace at most.
 
     Whoever catches them and lets go of them works on, and may be stopped by something new.
     """
 
-    __slots__ = ("_errors", "_go_on", "_grace", "_loop", "_lose_patience", "_timer")
+    __slots__ = ("_error_was_caught", "_errors", "_grace", "_grace_has_ended", "_loop", "_timer")
 
     def __init__(
-        self, loop: EventLoop, grace: float, go_on: Callable[[], object], lose_patience: Callable[[], object]
+        self,
+        loop: EventLoop,
+        grace: float,
+        error_was_caught: Callable[[], object],
+        grace_has_ended: Callable[[], object],
     ) -> None:
         self._loop = loop
         self._grace = grace
-        self._go_on = go_on
-        self._lose_patience = lose_patience
+        self._error_was_caught = error_was_caught
+        self._grace_has_ended = grace_has_ended
         self._timer: Timer | None = None
         self._errors: tuple[tuple[ref[Any], float], ...] = ()
 
@@ -72,21 +76,21 @@ class Spared:
             self.start_timer()
 
     @property
-    def is_on_its_way(self) -> bool:
+    def is_active(self) -> bool:
         now = self._loop.time()
         return any(error() is not None and now < until for error, until in self._errors)
 
-    def look_again(self) -> None:
+    def drop_caught(self) -> None:
         """Something new has struck: let go of what has been caught, and is held by nothing but its own traceback.
 
         `contextlib.AsyncExitStack` keeps what passes through it in a variable, and so in a cycle. Only what is young is
         looked at: a whole collection may block the event loop for long.
         """
-        if self.is_on_its_way:
+        if self.is_active:
             gc.collect(1)
 
     def start_timer(self) -> None:
-        """Something has struck, or may: call ``lose_patience`` when the grace is over."""
+        """Something has struck, or may: call ``grace_has_ended`` when the grace is over."""
         until = max((until for _, until in self._errors), default=math.inf)
         if self._timer is None and until < math.inf:
             self._timer = self._loop.call_at(until, self._is_over)
@@ -100,7 +104,7 @@ class Spared:
     def _is_over(self) -> None:
         if self._errors:
             self.end()
-            self._lose_patience()
+            self._grace_has_ended()
 
     def _is_gone(self, error: ref[Any]) -> None:
         if all(error is not other for other, _ in self._errors):
@@ -111,7 +115,7 @@ class Spared:
         self._errors = tuple(pair for pair in self._errors if pair[0] is not error)
         if not self._errors:
             self.end()
-            self._go_on()
+            self._error_was_caught()
 
 
 class _Trace:
