@@ -101,7 +101,7 @@ class _Observable:
 
 
 class Cancelable(_Observable):
-    """A block of work, entered once with ``async with``, that a token, a deadline or ``cancel()`` can stop.
+    """A block of work that a token, a deadline or ``cancel()`` can stop. It is entered once, with ``async with``.
 
     A cancellation is raised at the work's current ``await``, as the exception of the backend
     (``asyncio.CancelledError``, ``trio.Cancelled``), through an anyio cancel scope; a shielded section is finished
@@ -334,7 +334,7 @@ class Cancelable(_Observable):
             try:
                 raise_as_it_is(outcome)
             finally:
-                del outcome  # Its traceback knows this frame: a cycle, as long as this frame knows it.
+                del outcome  # Its traceback refers to this frame: a cycle while the frame refers to it.
 
     def __enter__(self) -> Self:
         """Enter the block in a worker thread.
@@ -352,7 +352,7 @@ class Cancelable(_Observable):
             try:
                 raise_as_it_is(outcome)
             finally:
-                del outcome  # Its traceback knows this frame: a cycle, as long as this frame knows it.
+                del outcome  # Its traceback refers to this frame: a cycle while the frame refers to it.
 
     async def run_in_thread(
         self,

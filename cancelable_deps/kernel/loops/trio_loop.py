@@ -1,4 +1,4 @@
-"""An event loop of trio's; imported only where one runs."""
+"""The `EventLoop` for trio. Imported only where trio runs."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ def _scopes() -> ScopeFamily:
 
 
 class _TrioWorker:
+    """A `Worker` that is a system task of trio."""
+
     __slots__ = ("_ended", "_scope")
 
     def __init__(self, work: Callable[[], Coroutine[Any, Any, None]], context: Context | None) -> None:
@@ -44,8 +46,8 @@ class _TrioWorker:
         except (KeyboardInterrupt, SystemExit, trio.Cancelled):
             raise
         except BaseException:
-            # Whatever leaves a system task ends trio itself, and with it the whole server.
-            logger.exception("a task of ours failed")
+            # An exception that leaves a system task ends trio itself, and so the server.
+            logger.exception("a background task of cancelable_deps failed")
         finally:
             self._ended.set()
 
@@ -65,6 +67,8 @@ class _TrioWorker:
 
 
 class TrioLoop:
+    """A run of trio."""
+
     is_trio = True
     is_thread = False
     drain: Any = None
@@ -88,11 +92,11 @@ class TrioLoop:
         return 0
 
     def is_cancelled_by(self, exc: BaseException, asked: int) -> bool:
-        # Nobody but a scope around the task can make one, and no task or future hands on that of another.
+        # Only a scope around the task can raise `Cancelled` in it: awaiting another task or a future never does.
         return isinstance(exc, trio.Cancelled)
 
     def wake(self) -> None:
-        pass  # trio wakes up at each signal
+        pass  # trio wakes up at each signal by itself
 
     def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
         async def call() -> None:
@@ -100,10 +104,10 @@ class TrioLoop:
                 await trio.sleep_until(when)
             elif timer.is_cancelled:
                 return
-            # Who is overdue by now is to be stopped in this pass of the loop: to sleep would take two more.
+            # An overdue callback is to run in this pass of the loop: a sleep would take two more.
             callback()
 
-        # Whoever looks at the tasks of a loop sees what this one is for.
+        # A tool that lists the tasks of a loop shows the purpose of this one.
         call.__qualname__ = getattr(callback, "__qualname__", call.__qualname__)
         timer = _TrioWorker(call, None)
         return timer
@@ -112,7 +116,7 @@ class TrioLoop:
         try:
             self.token.run_sync_soon(callback, *args)
         except trio.RunFinishedError:
-            logger.debug("the event loop is closed: nothing is left to cancel in it")
+            logger.debug("the event loop is closed, so it has nothing left to cancel")
 
     def spawn(self, work: Callable[[], Coroutine[Any, Any, None]], context: Context) -> Worker:
         return _TrioWorker(work, context)

@@ -1,18 +1,18 @@
-"""Polite cancellation: deliver it once, leave the cleanup alone for a grace, then repeat it at every ``await``.
+"""Polite cancellation: deliver it once, do not interrupt the cleanup for a grace, then repeat it at every ``await``.
 
-anyio repeats a cancellation at every ``await`` from the start, and that interrupts the very conversation by which a
-database driver stops its query. So the scope around the work is cancelled; once the cancellation has been *delivered* to
-the task, it is shielded against the repetitions, with the end of the grace as its deadline. Shielding earlier would lose
-the cancellation: a task in a shielded section, in a worker thread or not yet at its first ``await`` has not seen it, and
-a nursery through which it travels would take it for its own.
+anyio repeats a cancellation at every ``await`` from the start. That interrupts, for example, the network exchange by
+which a database driver stops its query. So the scope around the work is cancelled, and once the cancellation has been
+*delivered* to the task, the scope is shielded against repetitions, with the end of the grace as its deadline. An
+earlier shield would lose the cancellation: a task in a shielded section, in a worker thread or before its first
+``await`` has not received it yet, and a nursery that it passes through would swallow it as its own.
 
-That a task has been told is a fact of the task, not of one scope: what any scope, gate or exception of ours has begun,
-no other one interrupts. So a scope that delivers covers those inside it, and an exception that leaves one, or that
-`Cancelable.check` raises, spares those around it for as long as it is on its way.
+Delivery is a state of the task, not of one scope: a cleanup that any scope or exception of this package has started is
+not interrupted by another. So a scope that delivers also shields the scopes inside it. An exception that leaves a
+scope, or that `Cancelable.check` raises, delays the cancellations of the scopes around it while it unwinds the task.
 
-anyio has no direct way to see the moment of delivery in a block that somebody else's coroutine runs. What we use
-instead is private, and stands in `asyncio_scopes.py` and `trio_scopes.py`; `tests/test_polite.py` fails when it
-changes. Where `known.py` finds something else installed, `public_scopes.py` gets there by detours.
+anyio has no public way to see the moment of delivery in a block that runs a coroutine of another author. The hooks used
+instead are private, and are in `asyncio_scopes.py` and `trio_scopes.py`; `tests/test_polite.py` fails when they change.
+Where `known.py` finds that they do not fit the installed version, `public_scopes.py` uses public API, at a higher cost.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 
 class HookedMemberScope:
-    """What a `MemberScope` that a hook tells of every cancellation does not need."""
+    """The parts of a `MemberScope` that are not needed where a hook sees every cancellation."""
 
     __slots__ = ()
 
-    # What is not the own cancellation of a group or a scope goes on outwards by itself.
+    # A cancellation from further out passes through the group or scope by itself.
     is_passed_by = is_lost = False
 
     def fire(self) -> None: ...
@@ -47,9 +47,12 @@ class HookedMemberScope:
 
 
 class Unwinding:
-    """A task through which exceptions of ours are on their way: what it does is its cleanup, for one grace at most.
+    """The exceptions of this package that unwind a task at present, and so protect its cleanup for one grace at most.
 
-    Whoever catches them and lets go of them works on, and may be stopped by something new.
+    Code that catches such an exception and drops it continues its work, and may be cancelled again.
+
+    :param error_was_caught: called when all exceptions have been dropped.
+    :param grace_has_ended: called when the grace is over and an exception is still unwinding the task.
     """
 
     __slots__ = ("_error_was_caught", "_errors", "_grace", "_grace_has_ended", "_loop", "_timer")
@@ -69,6 +72,7 @@ class Unwinding:
         self._errors: tuple[tuple[ref[Any], float], ...] = ()
 
     def add(self, error: BaseException) -> None:
+        """Protect the cleanup for one grace, as long as ``error`` exists."""
         self._errors += ((_reference(error, self._is_gone), self._loop.time() + self._grace),)
         if self._timer is not None:
             self._timer.cancel()
@@ -77,25 +81,28 @@ class Unwinding:
 
     @property
     def is_active(self) -> bool:
+        """Whether an exception still exists whose grace is not over."""
         now = self._loop.time()
         return any(error() is not None and now < until for error, until in self._errors)
 
     def drop_caught(self) -> None:
-        """Something new has struck: let go of what has been caught, and is held by nothing but its own traceback.
+        """Free exceptions that have been caught and dropped, and are kept by a reference cycle only.
 
-        `contextlib.AsyncExitStack` keeps what passes through it in a variable, and so in a cycle. Only what is young is
-        looked at: a whole collection may block the event loop for long.
+        Called when something new cancels the task. `contextlib.AsyncExitStack` keeps an exception that passes through
+        it in a variable, and so in a cycle with its traceback. Only young objects are collected, because a full
+        collection may block the event loop for long.
         """
         if self.is_active:
             gc.collect(1)
 
     def start_timer(self) -> None:
-        """Something has struck, or may: call ``grace_has_ended`` when the grace is over."""
+        """Call ``grace_has_ended`` when the grace is over, because the task has been cancelled again, or may be."""
         until = max((until for _, until in self._errors), default=math.inf)
         if self._timer is None and until < math.inf:
             self._timer = self._loop.call_at(until, self._is_over)
 
     def end(self) -> None:
+        """Forget all exceptions, without a call."""
         self._errors = ()
         if self._timer is not None:
             self._timer.cancel()
@@ -119,20 +126,20 @@ class Unwinding:
 
 
 class _Trace:
-    """Goes when the exception goes that it is noted on."""
+    """An attribute of an exception, which is freed with it and can be referenced weakly."""
 
 
 def _reference(error: BaseException, when_gone: Callable[[ref[Any]], object]) -> ref[Any]:
     try:
         return ref(error, when_gone)
     except TypeError:
-        # Those that are written in C cannot be referred to weakly. What they carry can.
+        # Exceptions that are written in C do not support weak references. An object in their `__dict__` does.
         trace = error.__dict__.setdefault("_cancelable_deps_trace", _Trace())
         return ref(trace, when_gone)
 
 
 def leave(scope: Any, exc: BaseException | None) -> BaseException | None:
-    """``scope.__exit__`` as a function from exception to exception."""
+    """Leave ``scope`` with ``exc``, and return the exception that comes out; ``None`` if the scope swallows it."""
     if exc is None:
         scope.__exit__(None, None, None)
         return None
