@@ -105,7 +105,7 @@ class InnerDoor:
         watch = ResponseWatch(send, state, is_outermost=False)
         outcome = await run_through(block, None, self.app, scope, receive, watch.send)
         try:
-            if outcome is not None or state.token.cause is not None or state.stream_was_cancelled:
+            if outcome is not None or state.cause is not None or state.stream_was_cancelled:
                 await _settle(outcome, watch, state, scope, receive, send)
         finally:
             del outcome  # Its traceback knows this frame: a cycle, as long as this frame knows it.
@@ -121,10 +121,10 @@ class InnerDoor:
         outcome = None
         try:
             outcome = await run_through(block, state.loop, self.app, scope, receive, watch.send)
-            if outcome is not None and not state.token.is_cancelled:
+            if outcome is not None and state.cause is None:
                 # Else the task group around us would take it for the end of a task that was cancelled.
                 outcome = told(outcome, state.loop, "the application")
-            if outcome is not None or state.token.cause is not None or state.stream_was_cancelled:
+            if outcome is not None or state.cause is not None or state.stream_was_cancelled:
                 await _settle(outcome, watch, state, scope, receive, send)
         finally:
             del outcome  # Its traceback knows this frame: a cycle, as long as this frame knows it.

@@ -245,11 +245,11 @@ def _guard_generator(request: HTTPConnection | None, generator: Any, options: Op
         return GuardedGenerator(generator, block_of(options.make_lone_block()), current_loop())
     made = SCOPE_KEY not in request.scope
     state = connection_state(request, lifetime=Lifetime.HANDLER)
-    if state.token.cause is not None:
+    if state.cause is not None:
         # While there is still a status to choose: the response starts before the first item.
         if made:
             state.close()
-        raise options.translate(state.token.cause.error())
+        raise options.translate(state.cause.error())
     # Even one that a handle has made would be closed when FastAPI has got its generator.
     return EndpointGenerator(generator, options.make_block(state), state, ours=state.ends_with_handler)
 

@@ -33,7 +33,7 @@ class RequestCancellationEvent:
 
     def is_set(self) -> bool:
         """Ask as often as you like: it reads one attribute. The event loop must have had a turn to notice anything."""
-        return self._state.token.is_cancelled
+        return self._state.cause is not None
 
     async def wait(self) -> CancelationReason:
         """Wait until it is set, and return the reason. When the handler returns, listening ends."""
@@ -42,12 +42,14 @@ class RequestCancellationEvent:
     @property
     def reason(self) -> CancelationReason | None:
         """Why; ``None`` while it is not set."""
-        return self._state.token.reason
+        cause = self._state.cause
+        return None if cause is None else cause.reason
 
     @property
     def message(self) -> str | None:
         """What was given to ``cancel()``, or says which limit was passed."""
-        return self._state.token.message
+        cause = self._state.cause
+        return None if cause is None else cause.message
 
 
 async def cancelable_dependency(request: HTTPConnection) -> Cancelable:

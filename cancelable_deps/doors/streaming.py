@@ -118,7 +118,7 @@ class CancelableStreamingResponse(StreamingResponse):
                 with anyio.CancelScope(shield=True):
                     await state.aclose()
         if self.background is not None:
-            if not ours and state.token.cause is not None:
+            if not ours and state.cause is not None:
                 state.complete_response()
             await with_own_failures("the background of a response", self.background)
         if error is not None:

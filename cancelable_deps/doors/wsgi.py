@@ -40,7 +40,7 @@ class Bridge:
 
         async def send_in_time(message: Message) -> None:
             nonlocal started
-            if not started and state.token.cause is not None:
+            if not started and state.cause is not None:
                 return
             started = True
             await send(message)

@@ -87,6 +87,9 @@ class Block(Observed):
         """The request that this block, or one around it in the same task, belongs to."""
         return None if self.parent is None else self.parent.owner_of_client
 
+    def prepare_for_thread(self) -> None:
+        """Called before the block is entered in a thread: from there, what may stop it is not told of it at once."""
+
     def home(self) -> EventLoop | None:
         """Return the event loop in which what stops this block happens, if it is entered in a thread."""
         return None
@@ -201,6 +204,16 @@ class Block(Observed):
         if not self.is_unsettled:
             self.let_go()
         return outcome
+
+    def leave_undisturbed(self) -> None:
+        """Close a block that is alone in its task, has no token and no scope, and was left without an exception."""
+        assert self.loop is not None
+        self.late_task = None
+        self.ended = self.loop.time()
+        if self.timeout_queue is not None:
+            self.leave_queue()
+        current.reset(self.outside)
+        del self.outside
 
     def _tell_others(self, outcome: BaseException | None, is_delivered: bool) -> None:
         assert self.loop is not None

@@ -40,6 +40,7 @@ def enter_in_thread(block: Block) -> None:
     if block.loop is not None:
         raise block.entered_before()
     _refuse_a_running_loop(block)
+    block.prepare_for_thread()
     parent = current.get()
     home = block.home() or _home_of(parent)
     if block.condition is not None and home is None:

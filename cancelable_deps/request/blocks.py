@@ -15,7 +15,7 @@ from ..kernel.block import Block, current
 from ..kernel.errors import CancelationError, DisconnectCancelation
 from ..kernel.reasons import CancelationReason
 from ..kernel.settings import settings
-from ..kernel.token import Cause
+from ..kernel.token import CancelationToken, Cause
 from .client import PastRequest
 
 if TYPE_CHECKING:
@@ -54,12 +54,29 @@ class RequestBlock(Block):
         self.state = state
         if self._is_whole:
             self._token = state.token
-        else:
-            self.upstream = state.token
         if timeout is not None:
             self.timeout = timeout
         if cleanup_grace is not None:
             self.grace = cleanup_grace
+
+    def enter(self, loop: EventLoop | None = None) -> None:
+        if self._left is None:
+            self.upstream = self.state.root_token
+        super().enter(loop)
+
+    def leave(self, exc: BaseException | None) -> BaseException | None:
+        if exc is not None or self._token is not None or self.upstream is not None or self.scope or self.parent:
+            return super().leave(exc)
+        self.leave_undisturbed()
+        self.state.unwatch(self)
+        self.let_go()
+        return None
+
+    def token_is_made(self, token: CancelationToken) -> None:
+        """Called by the request state when its root token is made; until then nothing has stopped the request."""
+        if not self._is_whole:
+            self.upstream = token
+            token.listen(self)
 
     @property
     def is_cancelled(self) -> bool:
@@ -97,6 +114,9 @@ class RequestBlock(Block):
             # In a loop that was blocked the sweep is late as well. While the handler cleans up its client may leave.
             self.state.arm_now()
 
+    def prepare_for_thread(self) -> None:
+        self.upstream = self.state.token
+
     def home(self) -> EventLoop:
         return self.state.loop
 
@@ -109,8 +129,8 @@ class RequestBlock(Block):
         """Entered in the body of a response, after the handler's return had closed our own request state."""
         if state.scope is self.state.scope and not state.is_closed:
             self.state = state
-            self.upstream = state.token
-            state.token.listen(self)
+            if state.root_token is not None:
+                self.token_is_made(state.root_token)
 
     def unwatch(self) -> None:
         self.state.unwatch(self)
@@ -183,7 +203,7 @@ class DoorBlock(RequestBlock):
 
     def enter(self, loop: EventLoop | None = None) -> None:
         self.token.listen(self)
-        super().enter(loop)
+        super(RequestBlock, self).enter(loop)
 
     def expire(self) -> None:
         policy = self.policy

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope
 
     from ..kernel.loops.base import EventLoop
+    from ..kernel.token import Cause
 
 # So many waiters share one event of asyncio's.
 _WAITERS = 32
@@ -45,7 +46,6 @@ class Client:
     scope: Scope
     raw: Receive
     loop: EventLoop
-    token: CancelationToken
     started: float
     context: Context
 
@@ -62,6 +62,16 @@ class Client:
 
     def as_owner(self) -> Owner:
         """Return the request, as the reader sees it."""
+        raise NotImplementedError
+
+    @property
+    def token(self) -> CancelationToken:
+        """The root token: what stops the whole request."""
+        raise NotImplementedError
+
+    @property
+    def cause(self) -> Cause | None:
+        """The cause of the root token."""
         raise NotImplementedError
 
     def tell_listeners(self) -> None:
@@ -175,8 +185,8 @@ class Client:
 
     def note_disconnect(self) -> None:
         """Log that the client left, in the context of the caller, if nothing that was stopped has been logged."""
-        if self._left_after is not None and self.reason is None and self.token.cause is not None:
-            self.log(self.token.cause.reason, self.token.cause)
+        if self._left_after is not None and self.reason is None and self.cause is not None:
+            self.log(self.cause.reason, self.cause)
 
     def log(self, reason: CancelationReason, cause: object) -> None:
         """The one line about this request."""

@@ -71,7 +71,7 @@ def _state_after(
         return state
     state = RequestState(scope, receive, lifetime=lifetime)
     # This is a background task, and its client has a response. Nor is it new, to be refused at shutdown.
-    state.token = CancelationToken()
+    state.root_token = CancelationToken()
     state.close()
     return state
 

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 from weakref import ref
 
 from ..hosts.starlette import RECEIVE
-from ..kernel.block import current
 from ..kernel.settings import settings
-from .blocks import DoorBlock
+from .blocks import DoorBlock, RequestBlock
 from .in_flight import in_flight_of
 from .lifetime import Lifetime
 from .response import ResponseWatch, failed_to_send, has_no_more_work
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from ..kernel.loops.base import EventLoop
     from ..kernel.reasons import CancelationReason
     from ..kernel.shields import OwnerOfClient
+    from ..kernel.token import CancelationToken
     from .limits import Limits
 
 
@@ -64,6 +64,16 @@ class FirstDoorBlock(DoorBlock):
         return self._make_state() if self._made is None else self._made
 
     @property
+    def token(self) -> CancelationToken:
+        token = self._token
+        if token is None:
+            token = super().token
+            if self._made is not None:
+                # It is that of the state, whose blocks are to hear of it.
+                self._made.adopt(token)
+        return token
+
+    @property
     def known_request(self) -> RequestState | None:
         return self._made if self._left is None else self._left()
 
@@ -71,6 +81,8 @@ class FirstDoorBlock(DoorBlock):
         was_over = self.is_over
         state = self._made = RequestState(self.asgi_scope, self.raw, lifetime=self.lifetime, first=self)
         self.equip(state)
+        if self._token is not None:
+            state.adopt(self._token)
         if self.is_open:
             state.young_entry = self
             state.watch(self)
@@ -95,18 +107,13 @@ class FirstDoorBlock(DoorBlock):
         if shutdown is not None and shutdown.refuses:
             self.token.cancel_because(shutdown.cause())
         # The token, once it is made, has us among its listeners.
-        super(DoorBlock, self).enter(loop)
+        super(RequestBlock, self).enter(loop)
 
     def leave(self, exc: BaseException | None) -> BaseException | None:
         if exc is not None or self._made is not None or self._token is not None or self.scope or self.parent:
             return super().leave(exc)
         # Nothing has happened to the request but its handler, which is what happens to nearly all of them.
-        self.late_task = None
-        self.ended = self.loop_of_request.time()
-        if self.timeout_queue is not None:
-            self.leave_queue()
-        current.reset(self.outside)
-        del self.outside
+        self.leave_undisturbed()
         self.in_flight.young.pop(self, None)
         return None
 
@@ -257,7 +264,7 @@ class WholeDoorBlock(FirstDoorBlock):
     def is_undisturbed(self) -> bool:
         """Whether nothing has stopped the request, nor a stream of its."""
         made = self._made
-        return made is None or (made.token.cause is None and made.cut_by is None and not made.stream_was_cancelled)
+        return made is None or (made.cause is None and made.cut_by is None and not made.stream_was_cancelled)
 
     @property
     def response(self) -> ResponseWatch:

@@ -87,7 +87,7 @@ class ResponseProgress(Client):
 
     def postpones(self, block: Stoppable, cause: Cause) -> bool:
         """Return whether ``block`` is stopped later, or not at all, although the request is."""
-        if cause is not self.token.cause or self.is_closed or not self.loop.is_running_here():
+        if cause is not self.cause or self.is_closed or not self.loop.is_running_here():
             return False
         if self._guard is not None:
             self._guard.add(block, cause)
@@ -130,14 +130,14 @@ class ResponseProgress(Client):
     def start_response(self) -> None:
         """Note that the start of a response is on its way; `start_is_out` is to follow."""
         self.response_has_started = self.response_is_starting = True
-        if self.token.cause is not None:
+        if self.cause is not None:
             for door in self.doors:
                 door.hold()
 
     def start_is_out(self) -> None:
         """Note that the start of a response is sent: a stream can be stopped from here on."""
         self.response_is_starting = False
-        if self.token.cause is None or self.is_finished:
+        if self.cause is None or self.is_finished:
             return
         if self._postponed is not None and not self.ends_by_itself:
             postponed, self._postponed = self._postponed, None
@@ -148,7 +148,7 @@ class ResponseProgress(Client):
     def finish(self) -> None:
         """Note that the handler's result is there, and is the response: what of ours has not struck yet never will."""
         self.is_finished = True
-        if self.token.cause is not None:
+        if self.cause is not None:
             for door in self.doors:
                 door.finish()
 
@@ -157,12 +157,12 @@ class ResponseProgress(Client):
         if not self.is_work(self.loop.current_task()):
             # Starlette and others send a stream from a child task, and cancel that when they hear that the client has
             # left; anyio and trio repeat a cancellation at every `await`, also in the cleanup of the stream's generator.
-            scope = self.loop.scopes.task_scope(self.loop, self.grace, lambda origin: self.token.is_cancelled)
+            scope = self.loop.scopes.task_scope(self.loop, self.grace, lambda origin: self.cause is not None)
             scope.put_around(self._stream_ended)
 
     def _stream_ended(self, was_cancelled: bool) -> None:
         """Spare what comes after a stream that was told to end, and has: its background, the end of its framework."""
-        self.stream_was_cancelled = was_cancelled and not self.token.is_cancelled
+        self.stream_was_cancelled = was_cancelled and self.cause is None
         if self.ends_by_itself and not self.is_closed:
             self.complete_response()
 

@@ -90,7 +90,7 @@ async def _run_in_another_door(
     outcome = await run_through(block, state.loop, app, scope, receive, watch.send)
     if block.policy is not None:
         block.policy.judge(scope, block.elapsed)
-    if outcome is None and state.token.cause is None and state.cut_by is None:
+    if outcome is None and state.cause is None and state.cut_by is None:
         return None
     try:
         return await _settle(outcome, watch, state)
@@ -149,7 +149,7 @@ def error_of(outcome: BaseException | None, state: RequestState) -> CancelationE
         return outcome
     if outcome is None and state.cut_by is not None:
         return state.cut_by
-    cause = state.token.cause
+    cause = state.cause
     if cause is None or state.is_finished:
         return None
     if outcome is None:
@@ -178,9 +178,9 @@ async def run_socket(app: ASGIApp, scope: Scope, receive: Receive, send: Send, l
     block = SocketDoorBlock(state, cleanup_grace=state.cleanup_grace)
     try:
         outcome = await run_through(block, state.loop, app, scope, receive, send_through)
-        if outcome is None and state.token.cause is not None:
+        if outcome is None and state.cause is not None:
             # A middleware inside took our cancellation for its own, and sent nothing.
-            outcome = state.token.cause.error()
+            outcome = state.cause.error()
         try:
             if isinstance(outcome, CancelationError):
                 await state.answer(outcome, send)

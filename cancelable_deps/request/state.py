@@ -37,6 +37,9 @@ class Watcher(Protocol):
     def listening_begins(self) -> None:
         """Called when the request is listened to, or is already: from now on something may strike."""
 
+    def token_is_made(self, token: CancelationToken) -> None:
+        """Called when the root token is made, in any thread."""
+
     @property
     def is_cancelled(self) -> bool:
         """Whether it is a block that is being cancelled."""
@@ -97,6 +100,9 @@ class FirstBlock(Protocol):
     @property
     def token(self) -> CancelationToken: ...
 
+    @property
+    def cause(self) -> Cause | None: ...
+
 
 class Listening:
     """The `Watcher` of a handle that only asks, and runs nothing."""
@@ -109,6 +115,9 @@ class Listening:
 
     def listening_begins(self) -> None:
         """There is nothing that could be struck."""
+
+    def token_is_made(self, token: CancelationToken) -> None:
+        """Nothing is to be stopped by it."""
 
 
 class RequestState(ResponseProgress, Mortal):
@@ -140,6 +149,10 @@ class RequestState(ResponseProgress, Mortal):
     """The block with the timeout that a route's own replaces."""
 
     _watchers: Members[Watcher] = ()
+    root_token: CancelationToken | None = None
+    """`token`, once it has been made."""
+
+    _first: FirstBlock | None = None
 
     def __init__(
         self, scope: Scope, receive: Receive, *, lifetime: Lifetime = Lifetime.BLOCKS, first: FirstBlock | None = None
@@ -150,11 +163,11 @@ class RequestState(ResponseProgress, Mortal):
         loop = self.loop = current_loop() if first is None else first.loop_of_request
         self.in_flight = in_flight_of(loop)
         if first is None:
-            self.token = CancelationToken()
             self.started = loop.time()
             self.context = copy_context()
         else:
-            self.token, self.started, self.context = first.token, first.started, first.context
+            self._first = first
+            self.started, self.context = first.started, first.context
         scope[SCOPE_KEY] = self
         if PROBE_KEY in scope:
             scope[PROBE_KEY](self)
@@ -168,8 +181,27 @@ class RequestState(ResponseProgress, Mortal):
         return self
 
     @property
+    def token(self) -> CancelationToken:
+        """The root token: what stops the whole request. Made for the first who asks, as most requests are not stopped."""
+        token = self.root_token
+        if token is None:
+            token = self.adopt(CancelationToken() if self._first is None else self._first.token)
+        return token
+
+    def adopt(self, token: CancelationToken) -> CancelationToken:
+        """Have this root token, unless there is one; return the one that there is."""
+        # Whichever thread comes first: `setdefault` cannot be divided.
+        known: CancelationToken = vars(self).setdefault("root_token", token)
+        for watcher in self._watchers:
+            watcher.token_is_made(known)
+        return known
+
+    @property
     def cause(self) -> Cause | None:
-        return self.token.cause
+        token = self.root_token
+        if token is not None:
+            return token.cause
+        return None if self._first is None else self._first.cause
 
     def as_owner(self) -> Owner:
         return self
@@ -249,7 +281,13 @@ class RequestState(ResponseProgress, Mortal):
     def close(self) -> None:
         """As `complete`, and no background task of ours runs on."""
         if not self.is_closed:
-            self.complete()
+            if self._reader is None and self.root_token is None and not self._deferrals:
+                # Nobody has read, listened or stopped anything, as with most requests.
+                self.is_closed = True
+                self.scope.pop(SCOPE_KEY, None)
+                self.handler_stack = None
+            else:
+                self.complete()
         self._leave_in_flight()
         # Or every request would be garbage of the kind that only the collector finds.
         self.outermost = None

@@ -83,9 +83,9 @@ class SocketState(RequestState):
         self.client_left()
         self._quiet = False
         block = current.get()
-        if by_receiving and block is not None and self.token.cause is not None:
+        if by_receiving and block is not None and self.cause is not None:
             # The message tells the task, which may take as long for what it does then as for a cleanup.
-            block.is_told(self.token.cause, None)
+            block.is_told(self.cause, None)
 
     @property
     def has_listeners(self) -> bool:
@@ -98,8 +98,8 @@ class SocketState(RequestState):
 
     def _disconnect(self) -> None:
         super()._disconnect()
-        assert self.token.cause is not None
-        self.log(self.token.cause.reason, self.token.cause)
+        assert self.cause is not None
+        self.log(self.cause.reason, self.cause)
 
     def note_disconnect(self) -> None:
         """Log nothing: that was done when the disconnect was heard, or is left to what handles it."""
