@@ -144,7 +144,7 @@ async def _settle(
             await answer(error, scope, receive, send)
         elif not watch.is_complete:
             # A ``BaseHTTPMiddleware`` would send a last chunk, as if the response were whole.
-            state.is_cut = True
-            state.cut_by = error
+            state.is_aborted = True
+            state.aborted_by = error
     finally:
         del outcome, error  # Their tracebacks know this frame: cycles, as long as this frame knows them.

@@ -18,7 +18,7 @@ from ..kernel.errors import CancelationError
 from ..kernel.foreign import EXITS, SENDING, ThisTask, as_failure, call_in_thread
 from ..kernel.reasons import CancelationReason
 from ..kernel.unwrap import raise_as_it_is
-from ..request.cut import cut_at_once
+from ..request.abort import abort_at_once
 from ..request.sse import reason_and_message
 
 if TYPE_CHECKING:
@@ -275,7 +275,7 @@ class EndpointGenerator(GuardedGenerator):
             self._close_state()
             if event is not None:
                 return event
-            if await cut_at_once(raw, self._state.scope):
+            if await abort_at_once(raw, self._state.scope):
                 raise StopAsyncIteration
         raise_as_it_is(error)
 

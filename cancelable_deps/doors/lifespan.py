@@ -12,7 +12,7 @@ from ..kernel.errors import RETRY_AFTER_SECONDS
 from ..kernel.loops.current import current_loop
 from ..kernel.options import seconds
 from ..kernel.reasons import CancelationReason
-from ..request.drain import Drain, Graces, running_drain
+from ..request.shutdown import Graces, Shutdown, running_shutdown
 
 if TYPE_CHECKING:
     import signal
@@ -110,7 +110,7 @@ def shutdown_token() -> CancelationToken:
 
     :raises RuntimeError: in a thread that neither runs an event loop nor works for one.
     """
-    return running_drain().token
+    return running_shutdown().token
 
 
 def begin_shutdown(message: str | None = None) -> bool:
@@ -121,19 +121,19 @@ def begin_shutdown(message: str | None = None) -> bool:
     :return: whether this call did it; ``False`` if the shutdown had begun before.
     :raises RuntimeError: if no `cancelation_lifespan` runs in this event loop.
     """
-    drain = running_drain()
-    if not drain.is_joined:
+    shutdown = running_shutdown()
+    if not shutdown.is_joined:
         raise RuntimeError(
             "no cancelation_lifespan runs in this event loop. Give one to the application, "
             "FastAPI(lifespan=cancelation_lifespan(grace=10)), and see that your server or test client runs lifespans."
         )
-    return drain.token.cancel_nowait(CancelationReason.SIGNAL, message)
+    return shutdown.token.cancel_nowait(CancelationReason.SIGNAL, message)
 
 
-def _teller(drain: Drain) -> Callable[[signal.Signals], object]:
+def _teller(shutdown: Shutdown) -> Callable[[signal.Signals], object]:
     def tell(number: signal.Signals) -> None:
         # Into the loop, as a handler runs in the middle of anything, the cancelling of this very token included.
-        drain.begin_from_thread(number.name)
+        shutdown.begin_from_thread(number.name)
 
     return tell
 
@@ -159,12 +159,12 @@ def _refuse_what_is_no_lifespan(lifespan: Any) -> None:
 
 @asynccontextmanager
 async def _run(app: Any, lifespan: Any, graces: Graces) -> AsyncIterator[Any]:
-    drain = Drain.joined(graces)
+    shutdown = Shutdown.joined(graces)
     try:
-        with heard(_teller(drain), current_loop()):
+        with heard(_teller(shutdown), current_loop()):
             async with nullcontext() if lifespan is None else lifespan(app) as state:
                 # Not in a `finally`: whoever cancels a lifespan has no time to wait.
                 yield state
-                await drain.finish()
+                await shutdown.finish()
     finally:
-        drain.leave(graces)
+        shutdown.leave(graces)

@@ -16,8 +16,8 @@ from ..kernel.errors import CancelationError
 from ..kernel.foreign import SENDING, with_own_failures
 from ..kernel.options import seconds
 from ..kernel.reasons import CancelationReason
+from ..request.abort import abort_response
 from ..request.blocks import RequestBlock
-from ..request.cut import cut
 from ..request.response import send_or_leave
 from ..request.state import SCOPE_KEY, RequestState
 from .generators import ThreadedGenerator, close, feed
@@ -104,12 +104,12 @@ class CancelableStreamingResponse(StreamingResponse):
             state = RequestState(scope, receive, held=True)
         try:
             error = await self._run(state, send, ours)
-            if error is not None and await self._is_cut(error, state, send):
+            if error is not None and await self._abort(error, state, send):
                 error = None
             elif error is not None and not ours:
                 # The door around us raises it into the server. From here it would meet those that answer errors.
-                state.cut_by, error = error, None
-                state.cannot_be_cut = True
+                state.aborted_by, error = error, None
+                state.cannot_be_aborted = True
         finally:
             if ours:
                 with anyio.CancelScope(shield=True):
@@ -159,11 +159,11 @@ class CancelableStreamingResponse(StreamingResponse):
             finally:
                 cancel.token.unlisten(block)
 
-    async def _is_cut(self, error: CancelationError, state: RequestState, send: Send) -> bool:
+    async def _abort(self, error: CancelationError, state: RequestState, send: Send) -> bool:
         """Cut the stream; return whether that was possible, or nobody is there to be told."""
-        is_cut = await cut(self.raw_headers, self._last, error, send, state, stalled=self._stalled)
+        is_aborted = await abort_response(self.raw_headers, self._last, error, send, state, stalled=self._stalled)
         # A client may have left while the iterator cleaned up.
-        return is_cut or state.has_left
+        return is_aborted or state.has_left
 
 
 class _Stream:

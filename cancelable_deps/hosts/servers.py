@@ -31,14 +31,14 @@ _unknown: set[str] = set()
 class Server:
     """One that knows nothing beyond ASGI: it ends a response early only if the application raises, and logs that."""
 
-    cuts_what_is_unfinished = False
+    aborts_unfinished_responses = False
     """Whether it closes the connection, or resets the stream, of an application that returns early, without a word."""
 
     def __init__(self, owner: Any, scope: Scope) -> None:
         self._owner = owner
         self._shares_connection = not str(scope.get("http_version")).startswith("1.")
 
-    async def cut(self, *, drop: bool) -> bool:
+    async def abort(self, *, drop: bool) -> bool:
         """Close the connection, or reset the stream, of a response that has started; whether that could be done.
 
         What the application sends after that is lost, and what it leaves unfinished is no error.
@@ -94,7 +94,7 @@ class _OneStream(Server):
     def is_behind(owner: Any, scope: Scope) -> bool:
         return _can(owner, "abort_stream") and hasattr(owner, "disconnected")
 
-    async def cut(self, *, drop: bool) -> bool:
+    async def abort(self, *, drop: bool) -> bool:
         if not self._owner.disconnected:
             self._owner.abort_stream()
             # It does nothing where the whole connection is being closed, and then says so later.
@@ -110,7 +110,7 @@ class _WholeConnection(Server):
         is_alone = str(scope.get("http_version")).startswith("1.")
         return is_alone and hasattr(owner, "disconnected") and _can(getattr(owner, "transport", None), "close", "abort")
 
-    async def cut(self, *, drop: bool) -> bool:
+    async def abort(self, *, drop: bool) -> bool:
         cycle, transport = self._owner, self._owner.transport
         if not drop:
             transport.close()
@@ -138,9 +138,9 @@ class _Queue(Server):
     the client would wait for the rest. Nor does daphne. An exception would do no better with either.
     """
 
-    cuts_what_is_unfinished = True
+    aborts_unfinished_responses = True
 
-    async def cut(self, *, drop: bool) -> bool:
+    async def abort(self, *, drop: bool) -> bool:
         stream = self._hypercorns_stream() if self._shares_connection else None
         if stream is None:
             return False
@@ -202,7 +202,7 @@ class _TrioChannel(_Queue):
 class _Native(Server):
     """granian: it knows whether a response has been started, and breaks off what is left unfinished."""
 
-    cuts_what_is_unfinished = True
+    aborts_unfinished_responses = True
 
     @staticmethod
     def is_behind(owner: Any, scope: Scope) -> bool:

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 from ..kernel.errors import CancelationError
 from ..kernel.foreign import SENDING, ThisTask, as_failure, told, with_own_failures
 from ..kernel.unwrap import raise_as_it_is
-from .cut import cut
+from .abort import abort_response
 
 if TYPE_CHECKING:
     from starlette.responses import Response
@@ -62,7 +62,7 @@ class ResponseWatch:
             if message.get("more_body", False) or self._trailers:
                 self.last = message.get("body") or self.last
                 state.body_has_begun = True
-            elif state.is_cut:
+            elif state.is_aborted:
                 return
             else:
                 self._complete()
@@ -107,9 +107,9 @@ class ResponseWatch:
         elif not state.is_finished:
             state.finish()
 
-    async def cut(self, error: CancelationError) -> None:
+    async def abort(self, error: CancelationError) -> None:
         """End the response without its last chunk, or as an event stream by a last event."""
-        await cut(self.stream_headers, self.last, error, self._send, self._state)
+        await abort_response(self.stream_headers, self.last, error, self._send, self._state)
 
 
 def _is_last(kind: str, message: Message) -> bool:

@@ -134,7 +134,7 @@ class RequestState:
     pen: Any = None
     is_closed = False
     has_left = False
-    is_cut = False
+    is_aborted = False
     """Nothing more of the response may be sent: it ends without its last chunk."""
 
     response_has_started = False
@@ -156,10 +156,10 @@ class RequestState:
     is_finished = False
     """The handler's result is there: nothing of ours stops what sends it."""
 
-    cut_by: CancelationError | None = None
-    """With which error a stream was stopped further in; its response is to be cut."""
+    aborted_by: CancelationError | None = None
+    """The error that stopped a stream further in; its response is to be aborted."""
 
-    cannot_be_cut = False
+    cannot_be_aborted = False
     """That error is to be raised into the server, which closes the connection then."""
 
     main_tasks: tuple[object, ...] = ()
@@ -206,7 +206,7 @@ class RequestState:
         scope[SCOPE_KEY] = self
         if PROBE_KEY in scope:
             scope[PROBE_KEY](self)
-        shutdown: Shutdown | None = loop.drain
+        shutdown: Shutdown | None = loop.shutdown
         if shutdown is not None and shutdown.refuses:
             self.token.cancel_because(shutdown.cause())
 
@@ -226,7 +226,7 @@ class RequestState:
         if self.is_armed or self.is_closed:
             if not self.is_closed:
                 self.reader.arm(self.loop)
-            self._enter_drain()
+            self._enter_shutdown()
             watcher.listening_begins()
         elif self.pen is None:
             interval = settings.listen_after
@@ -270,7 +270,7 @@ class RequestState:
             self.reader.arm(self.loop)
             for watcher in list(self._watchers):
                 _tell(watcher)
-        self._enter_drain()
+        self._enter_shutdown()
 
     def arm_now(self) -> None:
         """Listen from now on: somebody waits for nothing else."""
@@ -657,8 +657,8 @@ class RequestState:
         why = " ".join(str(cause).splitlines())
         logger.info("%s %s cancelled after %.3f s: %s", method, route, elapsed, why, extra=extra)
 
-    def _enter_drain(self) -> None:
-        shutdown: Shutdown | None = self.loop.drain
+    def _enter_shutdown(self) -> None:
+        shutdown: Shutdown | None = self.loop.shutdown
         if shutdown is not None and self.pen is None:
             shutdown.add(self)
 

@@ -52,7 +52,7 @@ class _AsyncioWorker:
 
 class AsyncioLoop:
     is_trio = is_thread = False
-    drain: Any = None
+    shutdown: Any = None
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop

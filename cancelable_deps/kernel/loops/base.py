@@ -48,7 +48,7 @@ class EventLoop(Protocol):
 
     time: Callable[[], float]
     extras: dict[Any, Any]
-    drain: Any
+    shutdown: Any
     """What ends the loop's requests at shutdown, if anything does: asked for each request, so no entry in `extras`."""
 
     def is_running_here(self) -> bool: ...

@@ -63,7 +63,7 @@ class _TrioWorker:
 class TrioLoop:
     is_trio = True
     is_thread = False
-    drain: Any = None
+    shutdown: Any = None
 
     def __init__(self, token: trio.lowlevel.TrioToken) -> None:
         self.token = token

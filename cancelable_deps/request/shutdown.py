@@ -45,7 +45,7 @@ class Graces(NamedTuple):
     refuse_new: bool
 
 
-class Drain:
+class Shutdown:
     """Knows the requests in flight that are older than some milliseconds, and ends them when the token is cancelled.
 
     The applications that share an event loop share one; of their limits the longest count.
@@ -53,8 +53,8 @@ class Drain:
 
     refuses = False
     _began = math.inf
-    _is_cut = False
-    _is_background_cut = False
+    _stopped_requests = False
+    _stopped_background = False
     _timer: Timer | None = None
 
     def __init__(self, loop: EventLoop) -> None:
@@ -65,21 +65,21 @@ class Drain:
         self.token.listen(self)
 
     @classmethod
-    def joined(cls, graces: Graces) -> Drain:
+    def joined(cls, graces: Graces) -> Shutdown:
         """The running loop's, with the limits of one more application."""
-        drain = running_drain()
-        if drain.token.is_cancelled and not drain.is_joined:
+        shutdown = running_shutdown()
+        if shutdown.token.is_cancelled and not shutdown.is_joined:
             # Somebody has used the token without a lifespan.
-            drain = drain._loop.drain = cls(drain._loop)
-        drain._graces.append(graces)
-        return drain
+            shutdown = shutdown._loop.shutdown = cls(shutdown._loop)
+        shutdown._graces.append(graces)
+        return shutdown
 
     def leave(self, graces: Graces) -> None:
         self._graces.remove(graces)
         if not self._graces:
             self._stop_timer()
-            if self._loop.drain is self:
-                self._loop.drain = None
+            if self._loop.shutdown is self:
+                self._loop.shutdown = None
 
     @property
     def is_joined(self) -> bool:
@@ -93,9 +93,9 @@ class Drain:
         """A request that has run for a while; it takes itself out of its pen."""
         self.requests[request] = None
         request.pen = self.requests
-        if self._is_background_cut:
+        if self._stopped_background:
             request.stop_all(self.cause())
-        elif self._is_cut and not request.is_closed:
+        elif self._stopped_requests and not request.is_closed:
             request.stop(self.cause())
 
     def cause(self) -> Cause:
@@ -146,17 +146,17 @@ class Drain:
         self._began = self._loop.time()
         self.refuses = any(graces.refuse_new for graces in self._graces)
         logger.info("shutdown begins (%s): requests have %g s to finish", self.token.cause, self._grace)
-        self._wait(self._grace, self._cut)
+        self._wait(self._grace, self._stop_requests)
 
-    def _cut(self) -> None:
-        self._is_cut = self.refuses = True
+    def _stop_requests(self) -> None:
+        self._stopped_requests = self.refuses = True
         with telling_everybody():
             for request in [request for request in self.requests if not request.is_closed]:
                 request.stop(self.cause())
-        self._wait(self._background_grace, self._cut_background)
+        self._wait(self._background_grace, self._stop_background)
 
-    def _cut_background(self) -> None:
-        self._is_background_cut = True
+    def _stop_background(self) -> None:
+        self._stopped_background = True
         with telling_everybody():
             for request in list(self.requests):
                 request.stop_all(self.cause())
@@ -189,13 +189,13 @@ class _Requests(dict[InFlight, None]):
             await self._empty.wait()
 
 
-def running_drain() -> Drain:
+def running_shutdown() -> Shutdown:
     """The running loop's own; in a worker thread, that of the loop which has started it."""
     try:
         loop = current_loop()
     except RuntimeError:
-        return anyio.from_thread.run_sync(running_drain)
-    drain: Drain | None = loop.drain
-    if drain is None:
-        drain = loop.drain = Drain(loop)
-    return drain
+        return anyio.from_thread.run_sync(running_shutdown)
+    shutdown: Shutdown | None = loop.shutdown
+    if shutdown is None:
+        shutdown = loop.shutdown = Shutdown(loop)
+    return shutdown

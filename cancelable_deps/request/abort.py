@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _LEAVE_SECONDS = 5.0
 
 
-async def cut(
+async def abort_response(
     headers: Headers,
     last: bytes | memoryview,
     error: CancelationError,
@@ -48,9 +48,9 @@ async def cut(
     if says_farewell and await with_own_failures(SENDING, _say_farewell, error, last, send):
         return True
     # Our own middleware, further out, drops the last chunk if somebody in between sends one all the same.
-    state.is_cut = True
+    state.is_aborted = True
     receive = state.reader.raw
-    if await cut_at_once(receive, state.scope, drop=stalled) or _is_cut_by_returning(receive, state.scope):
+    if await abort_at_once(receive, state.scope, drop=stalled) or _is_aborted_by_returning(receive, state.scope):
         return True
     if is_base_http_middleware(receive):
         await _break(send, error)
@@ -70,20 +70,20 @@ async def _say_farewell(error: CancelationError, last: bytes | memoryview, send:
     return False
 
 
-async def cut_at_once(receive: Receive, scope: Scope, *, drop: bool = False) -> bool:
+async def abort_at_once(receive: Receive, scope: Scope, *, drop: bool = False) -> bool:
     """Close the connection of a started response, or reset its stream, without noise; whether that could be done.
 
     :param receive: the server's own; behind a middleware that wraps it nothing can be told.
     :param drop: what has not been sent yet.
     """
-    return await server_of(servers_own(receive), scope).cut(drop=drop)
+    return await server_of(servers_own(receive), scope).abort(drop=drop)
 
 
-def _is_cut_by_returning(receive: Receive, scope: Scope) -> bool:
+def _is_aborted_by_returning(receive: Receive, scope: Scope) -> bool:
     # A `BaseHTTPMiddleware` in between completes what is left unfinished.
-    return not is_base_http_middleware(receive) and server_of(receive, scope).cuts_what_is_unfinished
+    return not is_base_http_middleware(receive) and server_of(receive, scope).aborts_unfinished_responses
 
 
 async def _break(send: Send, error: CancelationError) -> None:
     """Make a ``BaseHTTPMiddleware`` fail in its own task: an error of the application's ends its stream as if whole."""
-    await send({"type": "cancelable_deps.cut", **reason_and_message(error)})
+    await send({"type": "cancelable_deps.abort", **reason_and_message(error)})
