@@ -126,7 +126,7 @@ async def test_an_unknown_server_is_named_once_in_the_log(
     for _ in range(2):
         await cut_stream(Cycle().receive, HTTP2)
     told = [record for record in caplog.records if record.levelno == logging.DEBUG]
-    assert [record.getMessage().partition(" is no server")[0] for record in told] == ["tests.test_server.Cycle"]
+    assert [record.getMessage().partition(" is not a server")[0] for record in told] == ["tests.test_server.Cycle"]
 
 
 async def test_a_known_server_is_not_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:

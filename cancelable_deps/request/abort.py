@@ -1,10 +1,13 @@
-"""How a response that has started takes its leave: an event stream by a last event, any other by a visible cut.
+"""Abort a response: end one that has started, so that the client sees that it is incomplete.
 
-A connection is to be closed without the last chunk of its response, and without an error in the server's log. ASGI has
-no message for it. An application that raises is logged with a traceback, and so (by uvicorn, in one line) is one that
-returns early. Starlette's ``BaseHTTPMiddleware`` sends the last chunk in either case, as if the response were whole.
-`hosts.servers` knows the servers, `hosts.starlette` that middleware, by its private parts;
-`tests/test_servers_streaming.py` fails when they change. Where it cannot tell, the caller raises, which every server answers by closing.
+An event stream gets a last event that says why. Any other response is ended without its last chunk: the connection is
+closed, or the HTTP/2 stream reset, and the server should not log an error. ASGI has no message for that. If an
+application raises, the server logs a traceback; if it returns early, uvicorn logs a line. Starlette's
+``BaseHTTPMiddleware`` sends the last chunk in either case, as if the response were complete.
+
+`hosts.servers` knows the servers and `hosts.starlette` that middleware, by their private parts;
+`tests/test_servers_streaming.py` fails when these change. If a response cannot be aborted like this, the caller raises,
+which makes every server close the connection.
 """
 
 from __future__ import annotations
@@ -26,8 +29,8 @@ if TYPE_CHECKING:
     from .sse import Headers
     from .state import RequestState
 
-# For the last event: a client that does not read may not hold it up for ever.
-_LEAVE_SECONDS = 5.0
+# For the last event: a client that does not read must not block it for ever.
+_LAST_EVENT_SECONDS = 5.0
 
 
 async def abort_response(
@@ -39,30 +42,30 @@ async def abort_response(
     *,
     stalled: bool = False,
 ) -> bool:
-    """End a started response with these headers; whether its client can tell that it is not whole.
+    """Abort a response that has started with these headers; return whether its client can see that it is incomplete.
 
-    :param last: what was sent of its body at last, if anything.
-    :param stalled: the client does not read: drop what has not been sent yet.
+    :param last: the last piece of the body that was sent, if any.
+    :param stalled: whether the client does not read; what has not been sent yet is discarded.
     """
-    says_farewell = not stalled and is_event_stream(headers)
-    if says_farewell and await with_own_failures(SENDING, _say_farewell, error, last, send):
+    can_say_why = not stalled and is_event_stream(headers)
+    if can_say_why and await with_own_failures(SENDING, _send_last_event, error, last, send):
         return True
-    # Our own middleware, further out, drops the last chunk if somebody in between sends one all the same.
+    # Our own middleware, further out, discards the last chunk if a middleware in between sends one all the same.
     state.is_aborted = True
     receive = state.reader.raw
     if await abort_at_once(receive, state.scope, drop=stalled) or _is_aborted_by_returning(receive, state.scope):
         return True
     if is_base_http_middleware(receive):
-        await _break(send, error)
+        await _make_middleware_fail(send, error)
     else:
         log_unknown(receive)
     return False
 
 
-async def _say_farewell(error: CancelationError, last: bytes | memoryview, send: Send) -> bool:
-    with anyio.move_on_after(_LEAVE_SECONDS, shield=True):
+async def _send_last_event(error: CancelationError, last: bytes | memoryview, send: Send) -> bool:
+    with anyio.move_on_after(_LAST_EVENT_SECONDS, shield=True):
         data = last_event(error, last)
-        # Since ASGI 2.4 this may raise, and then the client has left.
+        # Since ASGI 2.4 send() raises if the client has left.
         with suppress(OSError):
             await send({"type": "http.response.body", "body": data, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -71,10 +74,10 @@ async def _say_farewell(error: CancelationError, last: bytes | memoryview, send:
 
 
 async def abort_at_once(receive: Receive, scope: Scope, *, drop: bool = False) -> bool:
-    """Close the connection of a started response, or reset its stream, without noise; whether that could be done.
+    """Close the connection of a started response, or reset its stream, quietly; return whether that was possible.
 
-    :param receive: the server's own; behind a middleware that wraps it nothing can be told.
-    :param drop: what has not been sent yet.
+    :param receive: the server's own ``receive()``; one that another middleware has wrapped hides the server.
+    :param drop: discard what has not been sent yet.
     """
     return await server_of(servers_own(receive), scope).abort(drop=drop)
 
@@ -84,6 +87,9 @@ def _is_aborted_by_returning(receive: Receive, scope: Scope) -> bool:
     return not is_base_http_middleware(receive) and server_of(receive, scope).aborts_unfinished_responses
 
 
-async def _break(send: Send, error: CancelationError) -> None:
-    """Make a ``BaseHTTPMiddleware`` fail in its own task: an error of the application's ends its stream as if whole."""
+async def _make_middleware_fail(send: Send, error: CancelationError) -> None:
+    """Make a ``BaseHTTPMiddleware`` fail in its own task, by a message that it does not know.
+
+    An error that the application raises would end the middleware's stream as if it were complete.
+    """
     await send({"type": "cancelable_deps.abort", **reason_and_message(error)})

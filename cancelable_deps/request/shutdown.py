@@ -1,4 +1,4 @@
-"""The end of all requests of one event loop."""
+"""The shutdown of one event loop: the end of all its requests."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from ..kernel.token import CancelationToken, Cause, telling_everybody
 if TYPE_CHECKING:
     from ..kernel.loops.base import EventLoop, Timer
 
-# What a request may take beyond all graces to end, and its response to leave the process.
+# Seconds that a request may take beyond all graces to end, and its response to leave the process.
 _MARGIN = 1.0
 _SETTLING = 0.1
 
 
 class InFlight(Protocol):
-    """A request, as far as its end is concerned."""
+    """A request in flight, as far as a shutdown uses it."""
 
     pen: Any
     is_closed: bool
 
     def stop(self, cause: Cause) -> None:
-        """Cancel it, unless its result is there."""
+        """Cancel the request, unless its handler has a result."""
 
     def stop_all(self, cause: Cause) -> None:
-        """Cancel it; if its result is there, what sends it and what runs after that."""
+        """Cancel the request, and also the sending of a result and the work after that."""
 
 
 class Graces(NamedTuple):
-    """What the lifespan of one application allows its requests when the server shuts down."""
+    """The limits that the lifespan of one application gives its requests when the server shuts down."""
 
     grace: float
     background_grace: float
@@ -46,9 +46,9 @@ class Graces(NamedTuple):
 
 
 class Shutdown:
-    """Knows the requests in flight that are older than some milliseconds, and ends them when the token is cancelled.
+    """The requests in flight that are older than some milliseconds, which it ends when its token is cancelled.
 
-    The applications that share an event loop share one; of their limits the longest count.
+    The applications that share an event loop share one `Shutdown`. The longest of their limits apply.
     """
 
     refuses = False
@@ -66,15 +66,16 @@ class Shutdown:
 
     @classmethod
     def joined(cls, graces: Graces) -> Shutdown:
-        """The running loop's, with the limits of one more application."""
+        """Return the running loop's `Shutdown`, with the limits of one more application."""
         shutdown = running_shutdown()
         if shutdown.token.is_cancelled and not shutdown.is_joined:
-            # Somebody has used the token without a lifespan.
+            # Its token was cancelled while no lifespan ran.
             shutdown = shutdown._loop.shutdown = cls(shutdown._loop)
         shutdown._graces.append(graces)
         return shutdown
 
     def leave(self, graces: Graces) -> None:
+        """Remove the limits of an application whose lifespan has ended."""
         self._graces.remove(graces)
         if not self._graces:
             self._stop_timer()
@@ -83,14 +84,15 @@ class Shutdown:
 
     @property
     def is_joined(self) -> bool:
+        """Whether the lifespan of an application runs."""
         return bool(self._graces)
 
     def begin_from_thread(self, message: str) -> None:
-        """From any thread, or a signal handler."""
+        """Begin the shutdown, from any thread or from a signal handler."""
         self._loop.call_from_thread(self.token.cancel_nowait, CancelationReason.SIGNAL, message)
 
     def add(self, request: InFlight) -> None:
-        """A request that has run for a while; it takes itself out of its pen."""
+        """Add a request that has run for a while; it removes itself when it ends."""
         self.requests[request] = None
         request.pen = self.requests
         if self._stopped_background:
@@ -104,18 +106,18 @@ class Shutdown:
         return Cause(CancelationReason.SIGNAL, None, headers={"retry-after": str(retry_after)})
 
     def token_cancelled(self, token: CancelationToken, cause: Cause) -> None:
-        """Our token tells us that the shutdown begins."""
+        """Begin the shutdown: this is called by the token."""
         if self._loop.is_running_here():
             self._begin()
         else:
             self._loop.call_from_thread(self._begin)
 
     async def finish(self) -> None:
-        """A lifespan ends: wait for the requests that the server has left behind, as long as their limits allow."""
+        """Wait, when a lifespan ends, for the requests that the server has left running, as long as their limits allow."""
         if not self.token.is_cancelled and (len(self._graces) > 1 or not self.requests):
             return
         self.token.cancel_nowait(CancelationReason.SIGNAL)
-        self._begin()  # Unless it is on its way from a thread.
+        self._begin()  # The token may have been cancelled in a thread, whose call has not arrived yet.
         await self._know_the_youngest()
         if self.requests:
             left = self._began + self._grace + self._background_grace + settings.cleanup_grace + _MARGIN
@@ -124,10 +126,10 @@ class Shutdown:
                 await anyio.sleep(_SETTLING)
 
     async def _know_the_youngest(self) -> None:
-        """Wait until a request that came just before is known to us."""
+        """Wait until the requests that arrived just before have been added."""
         await anyio.sleep(max(0.0, self._began + 2 * settings.listen_after - self._loop.time()))
         with anyio.move_on_after(_MARGIN):
-            # Timers are late where much is to do.
+            # On a busy loop timers are late.
             sweeps = [extra for extra in self._loop.extras.values() if isinstance(extra, Sweep)]
             while any(sweep.is_wound for sweep in sweeps):  # noqa: ASYNC110
                 await anyio.sleep(settings.listen_after)
@@ -172,7 +174,7 @@ class Shutdown:
 
 
 class _Requests(dict[InFlight, None]):
-    """A pen that can be waited for."""
+    """A set of requests that can be waited for until it is empty."""
 
     _empty: anyio.Event | None = None
 
@@ -182,15 +184,16 @@ class _Requests(dict[InFlight, None]):
             self._empty.set()
 
     async def wait_empty(self) -> None:
+        """Wait until no request is left."""
         while self:
-            # Each application of the loop may wait here.
+            # The lifespan of each application of the loop may wait here.
             if self._empty is None or self._empty.is_set():
                 self._empty = anyio.Event()
             await self._empty.wait()
 
 
 def running_shutdown() -> Shutdown:
-    """The running loop's own; in a worker thread, that of the loop which has started it."""
+    """Return the running loop's `Shutdown`; in a worker thread, that of the loop which has started the thread."""
     try:
         loop = current_loop()
     except RuntimeError:
