@@ -172,7 +172,9 @@ async def test_a_cut_response_is_no_whole_one(messages: list[dict[str, Any]]) ->
             await send(message)
 
     async with CancelableClient(app, lifespan=False) as client:
-        with pytest.raises(httpx.RemoteProtocolError, match="the response was cut: <GET /: the application returned"):
+        with pytest.raises(
+            httpx.RemoteProtocolError, match="the response is incomplete: <GET /: the application returned"
+        ):
             await client.get("/")
         async with client.start("GET", "/") as call:
             response = await call.response()
