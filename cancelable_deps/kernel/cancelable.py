@@ -177,6 +177,7 @@ class Cancelable(_Observable):
 
     @property
     def name(self) -> str | None:
+        """The name that was given to the block, for logs and ``repr()``."""
         return self._block.name
 
     @property
@@ -191,6 +192,7 @@ class Cancelable(_Observable):
 
     @property
     def is_cancelled(self) -> bool:
+        """Whether the block has been cancelled, even if its work has not stopped yet."""
         return self._block.cause is not None
 
     @property

@@ -129,6 +129,7 @@ class CancelationToken:
 
     @property
     def is_cancelled(self) -> bool:
+        """Whether the token has been cancelled."""
         return self._cause is not None
 
     @property
@@ -248,6 +249,7 @@ class CancelationToken:
             listener.token_cancelled(self, self._cause)
 
     def unlisten(self, listener: Listener) -> None:
+        """Remove ``listener``; without effect if the token does not know it."""
         self._listeners.pop(listener, None)
 
     @property
