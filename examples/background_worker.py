@@ -2,7 +2,7 @@
 
     python -m examples.background_worker
 
-There is no HTTP here: press Ctrl-C to see it stop in the middle of a job.
+There is no HTTP, and no curl command: press Ctrl-C to see it stop in the middle of a job.
 """
 
 from __future__ import annotations

@@ -12,11 +12,12 @@ import trio.testing
 from cancelable_deps.request.state import SCOPE_KEY
 from cancelable_deps.testing import Call, CancelableClient, SocketCall
 from tests.leftovers import nothing_left
+from tests.machine import scaled
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-CEILING = 10
+CEILING = scaled(10)
 """Seconds after which a state that a test waits for will not come any more."""
 
 movable_clock = pytest.mark.parametrize(

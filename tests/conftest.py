@@ -1,19 +1,27 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]
 
 from cancelable_deps import configure
 
 from . import HIDDEN, hide_hooks
+from .machine import scaled
+from .servers import VARIANTS
 
 # A shell that starts the tests in the background ignores it for them, and every server would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Above every ceiling of a test's own, so that the test can say what it waited for.
+os.environ.setdefault("PYTEST_TIMEOUT", str(scaled(60)))
 
 # What `--public-api` runs: the kernel, the doors, and the drivers for whose sake a cleanup is not to be disturbed.
 ON_PUBLIC_API = {
@@ -22,6 +30,7 @@ ON_PUBLIC_API = {
     "test_decorator.py",
     "test_decorator_stack.py",
     "test_dependencies.py",
+    "test_every_door.py",
     "test_foreign.py",
     "test_middleware.py",
     "test_nests.py",
@@ -33,6 +42,8 @@ ON_PUBLIC_API = {
     "test_task_group.py",
     "test_token.py",
 }
+
+SHARED = [variant.name for variant in VARIANTS]
 
 _NO_DEADLINE = "a deadline of anyio's strikes, also what we let finish: none is told"
 _CHECKPOINT = "trio's checkpoint() needs one more step, after which the first await of a cleanup may be disturbed"
@@ -77,18 +88,59 @@ def pytest_configure(config: pytest.Config) -> None:
         hide_hooks()
 
 
+def pytest_report_header() -> str:
+    return f"deadlines: {scaled(1):g} times as long as on an idle, usual machine"
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     if config.getoption("--public-api") and collection_path.name.startswith("test_"):
         return collection_path.name not in ON_PUBLIC_API
     return None
 
 
+def asks_for_compat(expression: str) -> bool:
+    """Whether a `-m` wants the tier whose packages are not installed with the others."""
+    return "compat" in re.sub(r"not\s+compat", "", expression)
+
+
+def beyond_one_server(items: list[pytest.Item]) -> Iterator[pytest.Item]:
+    """Yield the cases of `one_server` that are neither on the first server nor the first of their test on another."""
+    seen: set[object] = set()
+    for item in items:
+        mark, parameters = item.get_closest_marker("one_server"), getattr(item, "callspec", None)
+        if mark is None or parameters is None or not parameters.indices.get(*mark.args, 0):
+            continue
+        key = item.nodeid.partition("[")[0], parameters.indices[mark.args[0]]
+        if key in seen:
+            yield item
+        seen.add(key)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in beyond_one_server(items):
+        item.add_marker(pytest.mark.real)
+    if not asks_for_compat(config.option.markexpr):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("compat")])
+        items[:] = [item for item in items if not item.get_closest_marker("compat")]
     if config.getoption("--public-api"):
         for item in items:
             for name, reason in NOT_ON_PUBLIC_API.items():
                 if item.name.startswith(name):
                     item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    return ByServer(config, log)
+
+
+class ByServer(LoadFileScheduling):  # type: ignore[misc]
+    """Give a file to one worker, as its fixtures want it; but all cases of a shared server, so that it starts once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file, _, case = nodeid.partition("::")
+        if "test_servers" not in file:
+            return file
+        return next((name for name in SHARED if f"[{name}" in case), file)
 
 
 @pytest.fixture(params=["asyncio", "trio"])

@@ -34,12 +34,12 @@ from cancelable_deps import (
     CancellationEvent,
     RequestCancelable,
     RequestCancelationMiddleware,
-    RequestTaskGroup,
     cancelable_with_timeout,
     with_cancelation,
 )
 from cancelable_deps.request.state import SCOPE_KEY
 from tests.leftovers import nothing_left
+from tests.runners import Runner, Work, run_in_group, run_plainly
 
 LIMIT = 0.5
 """Seconds, of every door that has a timeout."""
@@ -231,14 +231,6 @@ def response(plan: Plan, data: bytes) -> Response:
     return Response(plan.key, background=task)
 
 
-Work = Callable[[], Awaitable[Response]]
-Runner = Callable[[Work], Awaitable[Response]]
-
-
-async def run_plainly() -> Runner:
-    return lambda work: work()
-
-
 async def run_in_block(request: Request, cancel: RequestCancelable) -> Runner:
     return _in_block(plan_of(request), cancel)
 
@@ -257,20 +249,6 @@ def _in_block(plan: Plan, cancel: Cancelable) -> Runner:
                 cancel.cancel_nowait()
             response = await work()
         return response
-
-    return run
-
-
-async def run_in_group(get_task_group: RequestTaskGroup) -> Runner:
-    async def run(work: Work) -> Response:
-        responses: list[Response] = []
-
-        async def child() -> None:
-            responses.append(await work())
-
-        async with get_task_group() as tg:
-            tg.start_soon(child)
-        return responses[0]
 
     return run
 

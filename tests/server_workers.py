@@ -21,9 +21,10 @@ from cancelable_deps import (
     with_cancelation,
 )
 from tests import jobs
+from tests.machine import scaled
 
-CEILING = 15
-LIMIT = 0.2
+CEILING = scaled(15)
+LIMIT = scaled(0.2)
 
 Note = Callable[[str], None]
 

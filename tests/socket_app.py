@@ -23,8 +23,7 @@ from cancelable_deps import (
 )
 from tests.server_app import gates, journal
 from tests.server_app import root as http
-
-SHORT = 0.2
+from tests.server_workers import LIMIT
 
 
 def key_of(websocket: WebSocket) -> str:
@@ -165,7 +164,7 @@ def build() -> FastAPI:
         router = APIRouter(prefix=f"/{name}")
         add_endpoints(router, wrap)
         app.include_router(router)
-    covered = FastAPI(middleware=[Middleware(RequestCancelationMiddleware, default_timeout=SHORT)])
+    covered = FastAPI(middleware=[Middleware(RequestCancelationMiddleware, default_timeout=LIMIT)])
     add_endpoints(covered, as_it_is)
     app.mount("/mw", covered)
     return app
@@ -175,7 +174,7 @@ app = build()
 
 
 @app.websocket("/timed")
-@with_cancelation(timeout=SHORT)
+@with_cancelation(timeout=LIMIT)
 async def timed(websocket: WebSocket) -> None:
     await websocket.accept()
     await anyio.sleep_forever()
@@ -183,7 +182,7 @@ async def timed(websocket: WebSocket) -> None:
 
 @app.websocket("/idle")
 async def idle(websocket: WebSocket, cancel: RequestCancelable) -> None:
-    async with CancelableWebSocket(websocket, cancel, idle_timeout=SHORT) as socket:
+    async with CancelableWebSocket(websocket, cancel, idle_timeout=LIMIT) as socket:
         await socket.accept()
         async for text in socket.iter_text():
             await socket.send_text(text)

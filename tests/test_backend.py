@@ -23,6 +23,7 @@ from cancelable_deps.kernel.loops.current import current_loop
 from cancelable_deps.kernel.loops.trio_loop import TrioLoop
 
 from .leftovers import nothing_left
+from .machine import scaled
 
 pytestmark = pytest.mark.anyio
 
@@ -274,7 +275,7 @@ async def main():
 asyncio.run(main())
 assert "trio" not in sys.modules
 """
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=50)
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=scaled(50))
 
 
 async def test_a_task_that_is_left_is_found() -> None:

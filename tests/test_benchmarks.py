@@ -12,6 +12,8 @@ from benchmarks._doors import OURS
 from benchmarks._rivals import BY_HAND
 from benchmarks._variants import BARE, FLOORS, REFERENCES, Variant
 
+pytestmark = pytest.mark.real
+
 ROOT = Path(__file__).parent.parent
 DECORATOR = next(variant for variant in OURS if variant.name == "decorator")
 HANDLE = next(variant for variant in OURS if variant.name == "RequestCancelable")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import anyio
 import pytest
-from fastapi import APIRouter, BackgroundTasks, Body, Depends, FastAPI, Header, HTTPException, Query, Request
+from fastapi import APIRouter, Body, Depends, FastAPI, Header, HTTPException, Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.applications import Starlette
@@ -24,8 +24,7 @@ from cancelable_deps import (
     current_cancelable,
     with_cancelation,
 )
-from cancelable_deps.testing import advance
-from tests.calls import get, hang_up, movable_clock, running
+from tests.calls import get, hang_up, running
 
 pytestmark = pytest.mark.anyio
 
@@ -301,29 +300,6 @@ async def test_twice_and_nested_is_one_request() -> None:
 
     call = await hang_up(app)
     assert (call.status, call.most_readers) == (499, 1)
-
-
-@movable_clock
-@pytest.mark.parametrize("seconds", [0, 0.03])
-async def test_background_tasks_are_spared(seconds: float) -> None:
-    done = anyio.Event()
-    app = FastAPI()
-
-    async def afterwards() -> None:
-        await advance(3)
-        done.set()
-
-    @app.get("/")
-    @with_cancelation(timeout=2)
-    async def endpoint(tasks: BackgroundTasks) -> str:
-        await anyio.sleep(seconds)
-        tasks.add_task(afterwards)
-        return "ok"
-
-    async with running(app) as call:
-        await call.response()
-        await call.hang_up()
-    assert (call.status, done.is_set()) == (200, True)
 
 
 @pytest.mark.parametrize("seconds", [0, 0.03])

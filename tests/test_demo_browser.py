@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.real
+
 # As root Chromium has no sandbox, and nothing here may look for the world outside.
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
 
@@ -38,7 +40,6 @@ def page(browser: Browser, tmp_path: Path) -> Iterator[Page]:
         yield page
 
 
-@pytest.mark.xdist_group("demo")
 def test_hang_up_by_hand(page: Page) -> None:
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
@@ -63,7 +64,6 @@ def test_hang_up_by_hand(page: Page) -> None:
     assert errors == []
 
 
-@pytest.mark.xdist_group("demo")
 def test_process_is_shown_and_gone(page: Page) -> None:
     card = page.locator("[data-work=collatz]")
     covered = card.locator("[data-lane=with]")

@@ -210,7 +210,8 @@ def test_one_with_parameters_of_its_type(kind: str) -> None:
     exec(f"{kind} endpoint[T: int](n: int, value: T | None = None) -> T | None: ...", namespace)  # noqa: S102
     function, decorated = namespace["endpoint"], with_cancelation(namespace["endpoint"])
     assert decorated.__type_params__ == function.__type_params__
-    assert typing.get_type_hints(decorated) == typing.get_type_hints(function)
+    # The first Pythons 3.12 do not know the parameters in them.
+    assert outcome(typing.get_type_hints, decorated) == outcome(typing.get_type_hints, function)
     assert described(decorated) == described(function)
 
 

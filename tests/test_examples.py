@@ -39,7 +39,7 @@ from examples import (
     upload,
     websocket,
 )
-from tests.calls import connected, movable_clock, running
+from tests.calls import CEILING, connected, movable_clock, running
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -56,7 +56,7 @@ EXAMPLES = sorted(path.stem for path in Path(__file__).parent.with_name("example
 async def hang_up(app: FastAPI, method: str, path: str, *body: bytes) -> int | None:
     """The status of a request whose client leaves before its last byte, as soon as somebody listens for that."""
     size = sum(map(len, body))
-    async with CancelableClient(app, ceiling=20) as client:
+    async with CancelableClient(app, ceiling=CEILING) as client:
         async with client.start(method, path, content=body or None, hang_up=HangUp.after_request(size - 1)) as call:
             pass
     return call.status
@@ -64,7 +64,7 @@ async def hang_up(app: FastAPI, method: str, path: str, *body: bytes) -> int | N
 
 async def stay(app: FastAPI, method: str, path: str, *body: bytes, after: float = 0) -> httpx.Response:
     """The response to a client that stays, when the clock has gone on by so many seconds."""
-    async with CancelableClient(app, ceiling=20) as client:
+    async with CancelableClient(app, ceiling=CEILING) as client:
         async with client.start(method, path, content=body or None) as call:
             if after:
                 await call.running()
@@ -148,7 +148,7 @@ async def test_background_worker_is_interrupted() -> None:
     async def work() -> None:
         outcomes.update(await background_worker.work_off({"endless": 10_000, "next": 1}, stop, limit=60))
 
-    with anyio.fail_after(20):
+    with anyio.fail_after(CEILING):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(work)
             await anyio.wait_all_tasks_blocked()
@@ -180,7 +180,7 @@ async def test_websocket_dropped(path: str, capsys: pytest.CaptureFixture[str]) 
 
 @movable_clock
 async def test_shutdown(capsys: pytest.CaptureFixture[str]) -> None:
-    async with CancelableClient(shutdown.app, ceiling=20) as client:
+    async with CancelableClient(shutdown.app, ceiling=CEILING) as client:
         async with (
             client.start("GET", "/report") as report,
             client.start("GET", "/ticks") as ticks,
@@ -206,7 +206,7 @@ async def test_sync_handlers(capsys: pytest.CaptureFixture[str]) -> None:
 
 async def test_sync_handlers_legacy(monkeypatch: pytest.MonkeyPatch) -> None:
     may_end = threading.Event()
-    monkeypatch.setattr(sync_handlers, "time", SimpleNamespace(sleep=lambda seconds: may_end.wait(20)))
+    monkeypatch.setattr(sync_handlers, "time", SimpleNamespace(sleep=lambda seconds: may_end.wait(CEILING)))
     assert (await stay(sync_handlers.app, "GET", "/legacy")).status_code == 504
     assert anyio.to_thread.current_default_thread_limiter().borrowed_tokens == 1
     may_end.set()

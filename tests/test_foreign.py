@@ -1097,7 +1097,7 @@ async def test_what_ends_the_process_passes_when_all_requests_have_been_stopped(
     shutdown = Shutdown.joined(limits)
     requests = [InFlight(exit_kind) for _ in range(3)]
     for request in requests:
-        shutdown.add(request)
+        shutdown.in_flight.add(request)
     try:
         for stop in (shutdown._stop_requests, shutdown._stop_background):
             with pytest.raises(exit_kind):

@@ -184,7 +184,7 @@ async def test_a_stream_that_a_late_handler_returns_is_stopped() -> None:
         return StreamingResponse(chunks())
 
     call = await get(app)
-    # trio decides by chance whether the stream's task or that which listens goes first: nothing may be sent by then.
+    # Which of them is first, the head of the response or the end of the time, trio leaves to chance.
     assert (call.status, call.is_complete) in {(200, False), (504, True)}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import anyio
 import pytest
-from fastapi import BackgroundTasks, FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.middleware.gzip import GZipMiddleware
 from starlette.applications import Starlette
@@ -88,30 +88,6 @@ async def test_one_line_is_logged_and_nothing_louder(caplog: pytest.LogCaptureFi
     assert re.fullmatch(r"GET / cancelled after \d+\.\d+ s: disconnect", ours[0].getMessage())
     assert (ours[0].__dict__["reason"], ours[0].__dict__["route"]) == ("disconnect", "/")
     assert max(record.levelno for record in caplog.records) == logging.INFO
-
-
-@movable_clock
-@pytest.mark.parametrize("handler_seconds", [0, 0.03])
-async def test_background_tasks_are_spared(handler_seconds: float) -> None:
-    done = anyio.Event()
-    app = FastAPI()
-
-    async def afterwards() -> None:
-        await advance(3)
-        done.set()
-
-    @app.get("/")
-    async def endpoint(tasks: BackgroundTasks) -> str:
-        await anyio.sleep(handler_seconds)
-        tasks.add_task(afterwards)
-        return "ok"
-
-    app.add_middleware(RequestCancelationMiddleware, default_timeout=2)
-    async with running(app) as call:
-        await call.response()
-        await call.hang_up()
-    assert call.status == 200
-    assert done.is_set()
 
 
 async def test_plain_starlette_application() -> None:

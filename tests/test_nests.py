@@ -93,6 +93,19 @@ async def beside(work: Callable[[], Awaitable[object]]) -> AsyncGenerator[None]:
         yield
 
 
+async def check_that_it_becomes_firm(
+    block: Cancelable, work: Callable[[], Awaitable[object]], cleanup: Cleanup
+) -> None:
+    """Stop a block whose grace is five seconds: the cleanup in it is disturbed after these, and not before."""
+    async with beside(work):
+        block.cancel_nowait()
+        await advance(4.9)
+        assert cleanup.journal == ["told"]
+        await advance(0.2)
+        await settled()
+    assert cleanup.journal == ["told", "disturbed"]
+
+
 async def settled() -> None:
     """Nothing more happens because of what has been done."""
     for _ in range(20):
@@ -308,13 +321,7 @@ async def test_an_outer_block_becomes_firm_when_the_exception_is_still_on_its_wa
         async with outer:
             await cleanup.run(stop)
 
-    async with beside(work):
-        outer.cancel_nowait()
-        await advance(4.9)
-        assert cleanup.journal == ["told"]
-        await advance(0.2)
-        await settled()
-    assert cleanup.journal == ["told", "disturbed"]
+    await check_that_it_becomes_firm(outer, work, cleanup)
 
 
 @movable_clock
@@ -334,13 +341,7 @@ async def test_whatever_was_covered_becomes_firm_with_the_scope_that_has_told(wh
             else:
                 await inner()
 
-    async with beside(work):
-        block.cancel_nowait()
-        await advance(4.9)
-        assert cleanup.journal == ["told"]
-        await advance(0.2)
-        await settled()
-    assert cleanup.journal == ["told", "disturbed"]
+    await check_that_it_becomes_firm(block, work, cleanup)
 
 
 @movable_clock

@@ -25,6 +25,7 @@ from cancelable_deps import (
 )
 from cancelable_deps.testing import CancelableClient, assert_cancelled
 
+from .calls import CEILING
 from .leftovers import nothing_left
 
 pytestmark = pytest.mark.anyio
@@ -149,7 +150,7 @@ async def test_one_that_does_not_ask_is_waited_for() -> None:
         try:
             yield "one"
             anyio.from_thread.run_sync(inside.set)
-            go_on.wait(20)
+            go_on.wait(CEILING)
             events.append("went on")
             yield "two"
             events.append("never")

@@ -41,6 +41,7 @@ from cancelable_deps.testing import CancelableClient, SocketClosed, advance, ass
 from tests.calls import movable_clock
 
 from .leftovers import nothing_left
+from .machine import scaled
 
 pytestmark = pytest.mark.anyio
 SOON = 0.03
@@ -567,7 +568,9 @@ for asked_for in (False, True):
 
 
 def test_timeouts_are_off_under_a_debugger_unless_asked_for() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=scaled(50), check=True
+    )
     assert done.stdout.split() == ["200", "200", "504", "504"]
 
 
@@ -575,7 +578,7 @@ def test_timeouts_strike_under_coverage(tmp_path: Path) -> None:
     program = PROGRAM.replace("sys.settrace(debugger.trace_dispatch)", "").replace("sys.settrace(None)", "")
     (tmp_path / "program.py").write_text(program)
     command = [sys.executable, "-m", "coverage", "run", "program.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=scaled(50), check=False)
     assert done.stdout.split() == ["504"] * 4, done.stderr
 
 

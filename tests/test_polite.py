@@ -25,6 +25,7 @@ from cancelable_deps import Cancelable, CancelationError, CancelationToken, Manu
 from cancelable_deps.kernel.loops.trio_scopes import _Stepper
 from cancelable_deps.kernel.task_group import CancelableTaskGroup
 
+from .calls import CEILING
 from .leftovers import nothing_left
 
 pytestmark = pytest.mark.anyio
@@ -459,7 +460,7 @@ async def test_the_default_grace_is_that_of_the_settings(monkeypatch: pytest.Mon
 async def test_work_that_swallows_the_cancellation_is_stopped_after_the_grace() -> None:
     journal: list[str] = []
     async with nothing_left():
-        with anyio.fail_after(10), pytest.raises(ManualCancelation):
+        with anyio.fail_after(CEILING), pytest.raises(ManualCancelation):
             async with Cancelable(cleanup_grace=SOON) as block:
                 try:
                     await block.cancel()
@@ -594,7 +595,7 @@ async def test_work_that_goes_on_after_check_has_raised_is_stopped_after_the_gra
 ) -> None:
     token = CancelationToken()
     async with nothing_left():
-        with anyio.fail_after(10), pytest.raises(ManualCancelation):
+        with anyio.fail_after(CEILING), pytest.raises(ManualCancelation):
             async with Cancelable(token=token, cleanup_grace=SOON):
                 await stand(token)
 
@@ -692,7 +693,7 @@ async def test_a_group_does_not_end_well_because_of_a_child_that_was_cancelled_b
         token.cancel_nowait()
 
     async with nothing_left():
-        with anyio.fail_after(10):
+        with anyio.fail_after(CEILING):
             async with anyio.create_task_group() as others:
                 others.start_soon(cancel)
                 with pytest.raises(ManualCancelation):

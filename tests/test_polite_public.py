@@ -39,6 +39,7 @@ from cancelable_deps.kernel.task_group import CancelableTaskGroup
 from . import HIDDEN
 from .calls import hang_up
 from .leftovers import nothing_left
+from .machine import scaled
 
 pytestmark = pytest.mark.anyio
 on_asyncio = pytest.mark.parametrize("anyio_backend", ["asyncio"])
@@ -217,7 +218,7 @@ def test_the_versions_that_are_installed_are_known() -> None:
 def run(code: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != HIDDEN}
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=50, env=environment
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=scaled(50), env=environment
     )
 
 
@@ -315,7 +316,7 @@ def hooks_hidden(monkeypatch: pytest.MonkeyPatch, anyio_backend: str) -> None:
 @pytest.fixture
 async def watches(hooks_hidden: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What has been watched; and nothing is placed later, in the loop of this test."""
-    monkeypatch.setattr(current_loop(), "mark", None)
+    monkeypatch.setattr(current_loop(), "task_without_scope", None)
     seen: list[str] = []
     start = AsyncioWatch.start
 
@@ -384,7 +385,7 @@ async def test_a_thread_that_is_waited_for_costs_no_pass_after_pass(
 async def test_a_handler_inside_of_a_base_http_middleware_cleans_up_undisturbed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(current_loop(), "mark", None)
+    monkeypatch.setattr(current_loop(), "task_without_scope", None)
     journal: list[str] = []
     app = FastAPI()
 

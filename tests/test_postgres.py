@@ -17,6 +17,7 @@ import pytest
 from anyio.abc import SocketAttribute, SocketStream
 from starlette.types import ASGIApp, Message
 
+from tests.machine import scaled
 from tests.postgres import Observer, WebServer, lets_us_in, observer, postgres_server, uvicorn
 from tests.postgres_app import (
     DATABASES,
@@ -29,13 +30,13 @@ from tests.postgres_app import (
     task_group_of_two,
 )
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.real]
 
 TIMES_IN_A_ROW = 4
 TIMEOUTS_IN_A_ROW = 2
-HALF_A_SECOND = 0.5
+HALF_A_SECOND = scaled(0.5)
 # Long enough for the query to be seen running before its time is up, also by a busy machine.
-TIMEOUT = 0.8
+TIMEOUT = scaled(0.8)
 
 NO_SERVER = "postgresql://postgres@127.0.0.1:1/postgres"
 

@@ -12,14 +12,12 @@ from starlette.types import Message, Receive, Scope, Send
 
 from cancelable_deps import (
     CancelableRoute,
-    CancellationEvent,
-    RequestCancelable,
     RequestCancelationMiddleware,
-    RequestTaskGroup,
-    with_cancelation,
 )
 from cancelable_deps.request.http_reader import READ_AHEAD_BYTES
 from tests.asgi import Call, get, running
+from tests.calls import CEILING
+from tests.doors import endpoint
 
 pytestmark = pytest.mark.anyio
 
@@ -34,29 +32,7 @@ def application(door: str, work: Any) -> FastAPI:
     router = app.router
     if door == "route":
         router.route_class = CancelableRoute
-
-    async def plain(request: Request) -> Any:
-        return await work(request)
-
-    async def cancelable(request: Request, cancel: RequestCancelable) -> Any:
-        async with cancel:
-            return await work(request)
-
-    async def task_group(request: Request, get_task_group: RequestTaskGroup) -> Any:
-        async with get_task_group():
-            return await work(request)
-
-    async def event(request: Request, cancellation: CancellationEvent) -> Any:
-        return await work(request)
-
-    endpoints = {
-        "decorator": with_cancelation(plain),
-        "cancelable": cancelable,
-        "task_group": task_group,
-        "event": event,
-    }
-    endpoint: Any = endpoints.get(door, plain)
-    router.post("/")(endpoint)
+    router.post("/")(endpoint(door, work, Request))
     return app
 
 
@@ -69,7 +45,7 @@ async def test_body_that_was_read_ahead_is_replayed_unchanged(door: str) -> None
         return hashlib.sha256(await request.body()).hexdigest()
 
     call = Call(application(door, work), method="POST", body=pieces)
-    with anyio.fail_after(10):
+    with anyio.fail_after(CEILING):
         await call.run()
     assert call.json == hashlib.sha256(b"".join(pieces)).hexdigest()
     assert call.most_readers == 1
@@ -85,7 +61,7 @@ async def test_pieces_keep_their_order_and_borders(door: str) -> None:
         return lengths
 
     call = Call(application(door, work), method="POST", body=[b"a" * 10, b"b" * 20, b"c" * 30])
-    with anyio.fail_after(10):
+    with anyio.fail_after(CEILING):
         await call.run()
     assert call.json == [10, 20, 30, 0]
     assert call.most_readers == 1
@@ -203,7 +179,7 @@ async def test_what_receive_raises_reaches_whoever_reads(door: str) -> None:
 
     inner = application(door, work)
     call = Call(refusing, method="POST", body=[b"first", b"second"])
-    with anyio.fail_after(10):
+    with anyio.fail_after(CEILING):
         await call.run()
     assert call.json == "first,too long"
 
@@ -223,7 +199,7 @@ async def test_receive_that_repeats_itself_does_not_hang_the_loop() -> None:
         return "done"
 
     call = Call(application("decorator", work), method="POST")
-    with anyio.fail_after(10):
+    with anyio.fail_after(CEILING):
         await call.app(call.scope, receive, send)
     assert sent[0]["status"] == 200
 
@@ -241,7 +217,7 @@ async def test_reading_in_two_tasks_loses_nothing() -> None:
         return sorted(sizes)
 
     call = Call(application("decorator", work), method="POST", body=[b"a", b"bb", b"ccc"])
-    with anyio.fail_after(10):
+    with anyio.fail_after(CEILING):
         await call.run()
     assert call.json == [1, 2, 3]
     assert call.most_readers == 1

@@ -26,7 +26,6 @@ from cancelable_deps import (
     DisconnectCancelation,
     RequestCancelable,
     RequestCancelationMiddleware,
-    RequestTaskGroup,
     cancelable_with_timeout,
     configure,
     current_cancelable,
@@ -39,6 +38,7 @@ from cancelable_deps.request.state import SCOPE_KEY, RequestState
 from cancelable_deps.testing import Call, CancelableClient, advance
 from tests import asgi
 from tests.calls import get, hang_up, movable_clock, running
+from tests.doors import endpoint
 from tests.leftovers import nothing_left
 
 pytestmark = pytest.mark.anyio
@@ -52,34 +52,7 @@ def application(door: str, work: Any, **options: Any) -> FastAPI:
     app = FastAPI()
     router = APIRouter(route_class=CancelableRoute) if door in {"route", "all"} else APIRouter()
 
-    async def plain() -> Any:
-        return await work()
-
-    async def cancelable(cancel: RequestCancelable) -> Any:
-        async with cancel:
-            return await work()
-
-    async def task_group(get_task_group: RequestTaskGroup) -> Any:
-        async with get_task_group():
-            return await work()
-
-    async def event(cancellation: CancellationEvent) -> Any:
-        return await work()
-
-    async def everything(
-        cancel: RequestCancelable, get_task_group: RequestTaskGroup, cancellation: CancellationEvent
-    ) -> Any:
-        async with cancel, get_task_group():
-            return await work()
-
-    endpoint: Any = {
-        "decorator": with_cancelation(plain),
-        "cancelable": cancelable,
-        "task_group": task_group,
-        "event": event,
-        "all": with_cancelation(everything),
-    }.get(door, plain)
-    router.get("/", **options)(endpoint)
+    router.get("/", **options)(endpoint(door, work))
     app.include_router(router)
     if door in {"middleware", "all"}:
         app.add_middleware(RequestCancelationMiddleware)
@@ -525,7 +498,7 @@ async def test_end_of_an_inner_response_does_not_blind_the_outer_door(inner: str
     if inner == "middleware":
         app.add_middleware(RequestCancelationMiddleware)
     app.add_middleware(Buffering, started=started)
-    app.add_middleware(RequestCancelationMiddleware)
+    app.add_middleware(RequestCancelationMiddleware, cleanup_grace=0.03)
     async with running(app) as call:
         await started.wait()
         await call.hang_up()

@@ -10,6 +10,7 @@ import pytest
 from tests.servers import DOORS, WORKING, Connection, Response, Server, let_it_listen, new_key, request
 
 pytest_plugins = ["tests.servers"]
+pytestmark = pytest.mark.one_server("shared_server")
 
 MIB = 2**20
 CANCELLING = tuple(door for door in DOORS if door != "event")

@@ -9,7 +9,21 @@ from contextlib import closing
 import httpx
 import pytest
 
-from tests.servers import DOORS, HYPERCORN, UVICORN, Http2Connection, Server, Variant, new_key
+from tests.machine import scaled
+from tests.servers import (
+    DOORS,
+    HYPERCORN,
+    PATIENCE,
+    UVICORN,
+    Http2Connection,
+    Server,
+    Variant,
+    new_key,
+    started,
+    without_complaints,
+)
+
+pytestmark = pytest.mark.one_server("server")
 
 UVICORN_HTTP2 = f"{UVICORN} --http zttp --http2"
 VARIANTS = [
@@ -21,17 +35,15 @@ VARIANTS = [
 ]
 CANCELLING = tuple(door for door in DOORS if door != "event")
 STACKS = ("", "/mounted", "/inside")
+LIMIT = scaled(0.2)
 
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=lambda variant: variant.name)
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     if request.param.name.startswith("uvicorn"):
         pytest.importorskip("uvicorn.protocols.http.zttp_h2_impl", reason="HTTP/2 came with uvicorn 0.54 and zttp")
-    running = Server(request.param, tmp_path_factory.mktemp("server") / "log")
-    yield running
-    complaints = running.complaints()
-    running.stop()
-    assert not complaints, f"{running.variant.name} complains: {''.join(complaints)}"
+    with started(request.param, tmp_path_factory.mktemp("server")) as running, without_complaints(running):
+        yield running
 
 
 async def answer(client: httpx.AsyncClient, target: str, key: str, **headers: str) -> str:
@@ -50,7 +62,7 @@ def cut_beside(server: Server, target: str, gate: str = "") -> tuple[str, str]:
 
     async def ask() -> tuple[str, str]:
         async with httpx.AsyncClient(
-            http1=False, http2=True, base_url=f"http://127.0.0.1:{server.port}", timeout=20, trust_env=False
+            http1=False, http2=True, base_url=f"http://127.0.0.1:{server.port}", timeout=PATIENCE, trust_env=False
         ) as client:
             beside = asyncio.create_task(answer(client, "/mw/work", other, before="gate"))
             await asyncio.to_thread(server.journal, other, "started")
@@ -66,7 +78,7 @@ def cut_beside(server: Server, target: str, gate: str = "") -> tuple[str, str]:
 
 @pytest.mark.parametrize("stack", STACKS)
 def test_a_stream_that_times_out_is_reset_alone(server: Server, stack: str) -> None:
-    cut, other = cut_beside(server, f"{stack}/stream?timeout=0.2")
+    cut, other = cut_beside(server, f"{stack}/stream?timeout={LIMIT}")
     assert "StreamReset" in cut
     assert other == '200 {"ok":true}'
 
@@ -103,7 +115,7 @@ def is_told_at_once(server: Server) -> bool:
 def test_a_stream_is_reset_alone_behind_a_base_http_middleware(server: Server) -> None:
     if not is_told_at_once(server):
         server.expected.add('assert message["type"] == "http.response.body"')
-    cut, other = cut_beside(server, "/outside/stream?timeout=0.2")
+    cut, other = cut_beside(server, f"/outside/stream?timeout={LIMIT}")
     assert "StreamReset" in cut
     assert other == '200 {"ok":true}'
 
@@ -120,12 +132,12 @@ def test_a_generator_endpoint_is_reset_alone_under_the_decorator_alone(server: S
 
 def test_what_was_sent_before_the_cut_arrives(server: Server) -> None:
     with closing(Http2Connection(server.port)) as connection:
-        assert connection.response(connection.send("/stream?timeout=0.2", new_key())) == (200, b"first", "cut")
+        assert connection.response(connection.send(f"/stream?timeout={LIMIT}", new_key())) == (200, b"first", "cut")
 
 
 def test_an_event_stream_ends_with_the_reason(server: Server) -> None:
     with closing(Http2Connection(server.port)) as connection:
-        status, body, end = connection.response(connection.send("/stream?timeout=0.2&kind=text/event-stream"))
+        status, body, end = connection.response(connection.send(f"/stream?timeout={LIMIT}&kind=text/event-stream"))
     assert (status, end) == (200, "whole")
     assert b'event: cancelled\ndata: {"reason": "timeout"' in body
 
@@ -155,7 +167,7 @@ def test_a_stream_that_its_client_resets_is_stopped_alone(server: Server, stack:
     gone, other = new_key(), new_key()
     with closing(Http2Connection(server.port)) as connection:
         reset = connection.send(f"{stack}/stream", gone)
-        stays = connection.send(f"{stack}/stream?timeout=5&kind=text/event-stream", other)
+        stays = connection.send(f"{stack}/stream?timeout={scaled(5)}&kind=text/event-stream", other)
         assert connection.body_begins(reset) == connection.body_begins(stays) == b"first"
         connection.reset(reset)
         assert server.journal(gone, "ended") == ["status:200", "cancelled", "cleaned up", "ended"]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tests.server_policies import LONGER
+from tests.server_policies import LONGER, SHORT
 from tests.servers import Server, new_key, request
 
 pytest_plugins = ["tests.servers"]
+pytestmark = pytest.mark.one_server("shared_server")
 
 
 def test_the_default_policy_is_answered_with_its_status(server: Server) -> None:
@@ -36,7 +37,7 @@ def test_an_advisory_policy_only_logs_and_counts(server: Server) -> None:
     assert server.ask(f"/policies/advisory?seconds={LONGER}", key).status == 200
     server.journal(key, "ended")
     assert server.ask("/policies/exceeded").json() == exceeded + 1
-    assert "longer than its advisory limit of 0.1 s" in server.log().removeprefix(before)
+    assert f"longer than its advisory limit of {SHORT:g} s" in server.log().removeprefix(before)
 
 
 @pytest.mark.parametrize("how", ["none", "advisory"])

@@ -1,12 +1,16 @@
 """WebSockets on real servers, through every door: drops, close codes, replay, and a quiet log."""
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 
 import pytest
 
-from tests.servers import HYPERCORN, UVICORN, Server, Variant, new_key
+from tests.server_workers import LIMIT
+from tests.servers import HYPERCORN, PATIENCE, UVICORN, Server, Variant, new_key, started, without_complaints
 from tests.socket_client import SocketClient
+
+pytestmark = pytest.mark.one_server("server")
 
 APP = "tests.socket_app:app"
 VARIANTS = [
@@ -23,11 +27,11 @@ CODES = {"MANUAL": (499, 4499), "TIMEOUT": (504, 4504), "SIGNAL": (503, 1012), "
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=lambda variant: variant.name)
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    running = Server(request.param, tmp_path_factory.mktemp("server") / "log")
-    yield running
-    complaints = [record for record in running.complaints() if "UvicornDeprecationWarning" not in record]
-    running.stop()
-    assert not complaints, f"{running.variant.name} complains: {''.join(complaints)}"
+    with (
+        started(request.param, tmp_path_factory.mktemp("server")) as running,
+        without_complaints(running, "UvicornDeprecationWarning"),
+    ):
+        yield running
 
 
 def connect(server: Server, target: str, key: str = "") -> SocketClient:
@@ -91,7 +95,9 @@ def test_a_stop_before_accept_refuses_the_handshake(server: Server, door: str, r
 
 
 @pytest.mark.parametrize(
-    ("target", "text"), [("timed", "Timed out after 0.2 seconds"), ("idle", "No message for 0.2 seconds")]
+    ("target", "text"),
+    [("timed", f"Timed out after {LIMIT:g} seconds"), ("idle", f"No message for {LIMIT:g} seconds")],
+    ids=["timed", "idle"],
 )
 def test_timeouts_close_with_4504(server: Server, target: str, text: str) -> None:
     with closing(connect(server, f"/{target}")) as client:
@@ -145,10 +151,9 @@ def test_100_drops_at_once_leave_nothing(server: Server) -> None:
 
 
 def wait_for_readers(server: Server, expected: int) -> None:
-    for _ in range(500):
-        if server.ask("/readers", x_before="0.01").json() == expected:
-            return
-    pytest.fail(f"there are never {expected} readers")
+    deadline = time.monotonic() + PATIENCE
+    while server.ask("/readers", x_before="0.01").json() != expected:
+        assert time.monotonic() < deadline, f"there are never {expected} readers"
 
 
 @pytest.mark.parametrize("door", DOORS)

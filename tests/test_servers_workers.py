@@ -7,10 +7,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.server_workers import LIMIT
 from tests.servers import VARIANTS, Server, new_key, request
 from tests.test_processes import has_ended, wait_until
 
 pytest_plugins = ["tests.servers"]
+pytestmark = pytest.mark.one_server("shared_server")
 
 DOORS = ("deco", "route", "mw", "dep")
 TIMED = ("timed-deco", "timed-route", "timed-mw")
@@ -49,7 +51,7 @@ def test_a_hang_up_is_seen_by_a_thread_that_asks(server: Server) -> None:
 def test_a_timeout_stops_a_thread_that_checks(server: Server, door: str) -> None:
     key = new_key()
     response = server.ask(f"/workers/{door}/thread", key)
-    assert (response.status, response.json()) == (504, {"detail": "Timed out after 0.2 seconds"})
+    assert (response.status, response.json()) == (504, {"detail": f"Timed out after {LIMIT:g} seconds"})
     assert server.journal(key, "ended") == ["started", "stopped:timeout", "status:504", "ended"]
 
 
@@ -101,6 +103,7 @@ def all_of(server: Server) -> list[psutil.Process]:
     return [process for process in (main, *main.children(recursive=True)) if process.status() != "zombie"]
 
 
+@pytest.mark.real
 def test_no_process_is_left_when_the_server_is_stopped(own_server: Server) -> None:
     idle = own_server.ask("/workers/dep/process-id").json()
     assert not has_ended(idle)
@@ -108,6 +111,7 @@ def test_no_process_is_left_when_the_server_is_stopped(own_server: Server) -> No
     wait_until(lambda: has_ended(idle))
 
 
+@pytest.mark.real
 def test_no_process_is_left_when_the_server_is_killed(own_server: Server, told: Path) -> None:
     with closing(own_server.connect()) as connection:
         connection.send(request(f"/workers/dep/process?told={told}"))

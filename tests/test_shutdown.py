@@ -321,7 +321,7 @@ async def test_a_fast_request_never_meets_the_registry(monkeypatch: pytest.Monke
     work = Work(cancelation_lifespan())
     work.gate.set()
     async with served(work.app):
-        monkeypatch.setattr(running_shutdown(), "add", None)
+        monkeypatch.setattr(running_shutdown().in_flight, "add", None)
         for door in DOORS:
             assert (await get(work.app, f"/{door}/")).status == 200
 

@@ -8,24 +8,33 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from inspect import signature
 from pathlib import Path
 
 import pytest
+import uvicorn
 
+from tests.machine import scaled
 from tests.servers import COMPLAINT, RECORD, ROOT, Connection, Response, free_port, request
 from tests.socket_client import SocketClient
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the servers and signals of Unix")
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(sys.platform == "win32", reason="the servers and signals of Unix"),
+]
 
 APP = "tests.shutdown_app:app"
-CEILING = 25
+CEILING = scaled(25)
 UVICORN = "uvicorn --port {port}"
+# uvicorn gives a new worker five seconds to be up; where that takes longer, it calls a reload off, and tells nobody.
+PATIENT = f"--timeout-worker-healthcheck {CEILING:.0f}"
+WORKERS = "--workers 2 " + (PATIENT if "timeout_worker_healthcheck" in signature(uvicorn.Config).parameters else "")
 HYPERCORN = "hypercorn -b 127.0.0.1:{port} --graceful-timeout 10"
 GUNICORN = "gunicorn -b 127.0.0.1:{port} --no-control-socket"
 SERVERS = {
     "uvicorn-h11-asyncio": f"{UVICORN} --http h11 --loop asyncio",
     "uvicorn-httptools-uvloop": f"{UVICORN} --http httptools --loop uvloop",
-    "uvicorn-workers": f"{UVICORN} --workers 2",
+    "uvicorn-workers": f"{UVICORN} {WORKERS}",
     "uvicorn-reload": f"{UVICORN} --reload --reload-dir tests",
     "hypercorn-asyncio": f"{HYPERCORN} -w 0 -k asyncio",
     "hypercorn-uvloop": f"{HYPERCORN} -w 0 -k uvloop",

@@ -43,6 +43,7 @@ from cancelable_deps.request.state import SCOPE_KEY
 from cancelable_deps.request.websocket import CLOSE_TEXT_BYTES, close_text
 from tests.calls import checked_socket as checked
 from tests.calls import closed, connected, say
+from tests.doors import endpoint
 from tests.leftovers import nothing_left
 
 pytestmark = pytest.mark.anyio
@@ -65,35 +66,7 @@ async def pass_on(request: Request, call_next: RequestResponseEndpoint) -> Respo
 def application(door: str, work: Callable[[WebSocket], Any], **options: Any) -> FastAPI:
     """An app whose WebSocket ``/`` does ``await work(websocket)`` under the named door."""
     app = FastAPI()
-
-    async def plain(websocket: WebSocket) -> Any:
-        return await work(websocket)
-
-    async def cancelable(websocket: WebSocket, cancel: RequestCancelable) -> Any:
-        async with cancel:
-            return await work(websocket)
-
-    async def task_group(websocket: WebSocket, get_task_group: RequestTaskGroup) -> Any:
-        async with get_task_group():
-            return await work(websocket)
-
-    async def event(websocket: WebSocket, cancellation: CancellationEvent) -> Any:
-        return await work(websocket)
-
-    async def everything(
-        websocket: WebSocket, cancel: RequestCancelable, get: RequestTaskGroup, cancellation: CancellationEvent
-    ) -> Any:
-        async with cancel, get():
-            return await work(websocket)
-
-    endpoint: Any = {
-        "decorator": with_cancelation(plain),
-        "cancelable": cancelable,
-        "task_group": task_group,
-        "event": event,
-        "all": with_cancelation(everything),
-    }.get(door, plain)
-    app.websocket("/", **options)(endpoint)
+    app.websocket("/", **options)(endpoint(door, work, WebSocket))
     if door in {"middleware", "all"}:
         app.add_middleware(BaseHTTPMiddleware, dispatch=pass_on)
         app.add_middleware(RequestCancelationMiddleware, default_timeout=0)
@@ -523,17 +496,18 @@ async def test_reading_ahead_is_bounded(text: str, held: int) -> None:
 async def test_the_last_message_is_not_lost_to_the_disconnect() -> None:
     """Both arrive in one go while the handler waits: it has the message to work on, and is stopped at that."""
     got: list[str] = []
+    may_receive = anyio.Event()
 
     async def work(websocket: WebSocket) -> None:
         await websocket.accept()
-        await anyio.wait_all_tasks_blocked()
-        await anyio.sleep(0.02)
+        await may_receive.wait()
         got.append(await websocket.receive_text())
         await anyio.sleep_forever()
 
     async with connected(application("decorator", work)) as socket:
         await socket.listened_to()
-        await anyio.sleep(0.05)
+        may_receive.set()
+        await anyio.wait_all_tasks_blocked()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(socket.send_text, "last")
             tasks.start_soon(socket.drop)

@@ -28,7 +28,8 @@ from cancelable_deps import (
     with_cancelation,
 )
 from cancelable_deps.request.sse import format_sse
-from tests.calls import get, running
+from cancelable_deps.testing import advance
+from tests.calls import get, movable_clock, running
 from tests.leftovers import nothing_left
 
 pytestmark = pytest.mark.anyio
@@ -165,13 +166,14 @@ async def test_a_timeout_cuts_the_stream_visibly(limit: str) -> None:
     assert body.journal == ["cancelled", "cleaned up"]
 
 
+@movable_clock
 async def test_a_gap_begins_anew_with_each_chunk() -> None:
     async def paced() -> AsyncIterator[str]:
         for _ in range(8):
-            await anyio.sleep(0.1)
+            await advance(10)
             yield "."
 
-    call = await get(CancelableStreamingResponse(paced(), gap_timeout=0.7))
+    call = await get(CancelableStreamingResponse(paced(), gap_timeout=70))
     assert (call.body, call.is_complete) == (b"........", True)
 
 
@@ -374,11 +376,12 @@ async def test_a_given_handle_may_be_entered_inside_once() -> None:
     assert not call.is_complete
 
 
+@movable_clock
 @pytest.mark.parametrize("disconnect", ["repeats", "once"])
 @pytest.mark.parametrize("where", ["before the first chunk", "in the cleanup", "after the last chunk"])
 async def test_a_hang_up_at_any_moment(where: str, disconnect: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    here = anyio.Event()
+    here, waiting, may_end = anyio.Event(), anyio.Event(), anyio.Event()
     journal: list[str] = []
     app = FastAPI()
 
@@ -387,8 +390,9 @@ async def test_a_hang_up_at_any_moment(where: str, disconnect: str, caplog: pyte
     async def stop_here(moment: str) -> None:
         if moment == where:
             here.set()
-            await anyio.sleep(0.05 if in_cleanup else 10)
+            await (may_end.wait() if in_cleanup else anyio.sleep_forever())
         elif in_cleanup and moment == "after the last chunk":
+            waiting.set()
             await anyio.sleep_forever()
 
     async def tokens(cancel: Cancelable) -> AsyncIterator[str]:
@@ -403,13 +407,18 @@ async def test_a_hang_up_at_any_moment(where: str, disconnect: str, caplog: pyte
 
     @app.get("/")
     async def stream(cancel: RequestCancelable) -> Any:
-        timeout = 0.02 if in_cleanup else None
+        timeout = 20 if in_cleanup else None
         return cancelable_streaming_response(tokens(cancel), cancel, timeout=timeout, media_type="text/event-stream")
 
     async with nothing_left(), running(app, disconnect=disconnect) as call:
+        if in_cleanup:
+            await waiting.wait()
+            await advance(20)
         await here.wait()
         await call.listened_to()
-        await call.hang_up()
+        call.hang_up_nowait()
+        await anyio.wait_all_tasks_blocked()
+        may_end.set()
     assert journal == ["cleaned up"]
     assert (b'"timeout"' in call.body) == call.is_complete == in_cleanup
     assert not [record for record in caplog.records if record.levelno > logging.INFO]

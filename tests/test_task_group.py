@@ -31,7 +31,7 @@ from cancelable_deps import (
 from cancelable_deps.kernel.task_group import CancelableTaskGroup
 from cancelable_deps.testing import advance
 
-from .calls import movable_clock
+from .calls import CEILING, movable_clock
 from .leftovers import nothing_left
 
 pytestmark = pytest.mark.anyio
@@ -441,7 +441,7 @@ async def test_a_child_whose_cleanup_never_ends_is_stopped(grace: float, cause: 
                 journal.append("stopped")
                 await anyio.sleep_forever()
 
-    with anyio.fail_after(10), ending(cause):
+    with anyio.fail_after(CEILING), ending(cause):
         async with group(cleanup_grace=grace) as tasks:
             tasks.start_soon(child)
             await anyio.wait_all_tasks_blocked()
@@ -459,7 +459,7 @@ async def test_a_child_that_swallows_the_cancellation_is_stopped_after_its_grace
             journal.append("swallowed")
         await anyio.sleep_forever()
 
-    with anyio.fail_after(10), pytest.raises(ManualCancelation):
+    with anyio.fail_after(CEILING), pytest.raises(ManualCancelation):
         async with group(cleanup_grace=SOON) as tasks:
             tasks.start_soon(child)
             await anyio.wait_all_tasks_blocked()

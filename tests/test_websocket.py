@@ -21,8 +21,9 @@ from cancelable_deps import (
     TimeoutCancelation,
     current_cancelable,
 )
+from cancelable_deps.testing import advance
 from tests.calls import checked_socket as checked
-from tests.calls import closed, connected, say
+from tests.calls import closed, connected, movable_clock, say
 
 pytestmark = pytest.mark.anyio
 
@@ -103,16 +104,17 @@ async def test_silence_closes() -> None:
     assert closed(client) == (4504, "No message for 0.05 seconds")
 
 
+@movable_clock
 async def test_the_handlers_own_time_is_no_silence() -> None:
     async def work(socket: CancelableWebSocket) -> None:
         await socket.accept()
         for _ in range(3):
             text = await socket.receive_text()
-            await anyio.sleep(0.15)
+            await advance(15)
             await socket.send_text(text)
         await socket.close()
 
-    async with checked(application(work, idle_timeout=0.1)) as client:
+    async with checked(application(work, idle_timeout=10)) as client:
         await say(client, "one", "two", "three")
     assert [await client.receive_text() for _ in range(3)] == ["one", "two", "three"]
     assert closed(client) == (1000, "")

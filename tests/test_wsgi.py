@@ -16,7 +16,8 @@ from fastapi import FastAPI
 
 from cancelable_deps import RequestCancelationMiddleware
 from cancelable_deps.doors.wsgi import is_wsgi_bridge
-from tests.calls import running
+from cancelable_deps.testing import advance
+from tests.calls import CEILING, movable_clock, running
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -35,7 +36,7 @@ class View:
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         self.has_started.set()
-        self.may_go_on.wait(10)
+        self.may_go_on.wait(CEILING)
         self.events.append("done")
         start_response("200 OK", [("content-length", "6")])
         return [b"result"]
@@ -62,11 +63,12 @@ async def test_it_is_waited_for_when_its_client_leaves() -> None:
     assert (view.events, call.status, call.exception) == (["done"], 499, None)
 
 
+@movable_clock
 async def test_a_timeout_is_answered_when_the_thread_is_done() -> None:
     view = View()
-    async with running(application(view, default_timeout=0.05)) as call:
+    async with running(application(view, default_timeout=5)) as call:
         await started(view)
-        await anyio.sleep(0.2)  # the time that is to be up meanwhile
+        await advance(20)
         assert call.sent == []
         view.may_go_on.set()
     assert (view.events, call.status, call.exception) == (["done"], 504, None)

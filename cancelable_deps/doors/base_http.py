@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from starlette.applications import Starlette
 from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.errors import ServerErrorMiddleware
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.routing import Mount, Router
 
 from ..kernel.block import current
 from ..kernel.foreign import told
 from ..kernel.unwrap import raise_as_it_is
 from ..request.blocks import DoorBlock
+from ..request.connection import known_state
 from ..request.response import ResponseWatch, answer
-from ..request.run import error_of, run_through
-from ..request.state import SCOPE_KEY, RequestState
+from ..request.run import error_of, lost_stream, run_through
 from .wsgi import Bridge, is_wsgi_bridge
 
 if TYPE_CHECKING:
@@ -27,21 +30,29 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
+    from ..request.state import RequestState
+
+
+# Every application has these around its router; nothing is lost to them if the request is answered further out.
+_SEE_NO_ANSWER = {ServerErrorMiddleware, ExceptionMiddleware, AsyncExitStackMiddleware}
+
 
 def put_inner_doors(app: Any) -> None:
     """Put a `InnerDoor` at each such place of the stack below us, and see to what is mounted."""
     seen: set[int] = set()
     outer: Any = None
+    is_observed = False
     # A router has an `app` as well, which is a method.
     while hasattr(app, "app") and not isinstance(app, Router) and id(app) not in seen:
         seen.add(id(app))
         if isinstance(app, BaseHTTPMiddleware):
             _put_inside(app)
+        is_observed = is_observed or type(app) not in _SEE_NO_ANSWER
         outer, app = app, app.app
     if isinstance(app, Starlette):
         _put_into_application(app)
     elif isinstance(app, Router):
-        if outer is not None:
+        if outer is not None and is_observed:
             _put_inside(outer)
         _look_through_mounts(app.routes)
 
@@ -82,8 +93,8 @@ class InnerDoor:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        state: RequestState | None = scope.get(SCOPE_KEY)
-        if state is None or scope["type"] != "http" or state.is_closed:
+        state = known_state(scope) if scope["type"] == "http" else None
+        if state is None or state.is_closed:
             await self.app(scope, receive, send)
             return
         block = current.get()
@@ -129,11 +140,9 @@ async def _settle(
     receive: Receive,
     send: Send,
 ) -> None:
-    """Answer the request, leave a response that has started to be cut, or raise what is not ours."""
+    """Answer the request, leave a response that has started to be aborted, or raise what is not ours."""
     state.note_disconnect()
-    if outcome is None and not watch.is_complete and state.stream_was_cancelled:
-        # By something that it awaited, and its task group keeps that for itself. It is an error as any other.
-        outcome = RuntimeError("the task that sent the response was cancelled before its end")
+    outcome = lost_stream(outcome, watch, state)
     error = error_of(outcome, state)
     try:
         if error is None:

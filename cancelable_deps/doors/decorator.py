@@ -17,6 +17,7 @@ from ..kernel.loops.current import current_loop
 from ..kernel.threads import call_in_thread
 from ..kernel.unwrap import raise_as_it_is
 from ..request.connection import connection_state
+from ..request.lifetime import Lifetime
 from ..request.policies import POLICY_ATTRIBUTE
 from ..request.response import written
 from ..request.state import SCOPE_KEY
@@ -166,25 +167,20 @@ def _decorate(endpoint: Any, options: Options) -> Any:
 
 def _guard(work: Any, find: RequestFinder, options: Options) -> Any:
     # `guarded` becomes a function of the endpoint's module, among whose globals ours are not.
-    run_alone, state_of, keep, judge, raise_it = _run_alone, connection_state, keep_listening, _judge, raise_as_it_is
-    key, is_a, stream, refusal, anything = SCOPE_KEY, isinstance, StreamingResponse, CancelationError, BaseException
+    run_alone, keep, judge, raise_it = _run_alone, keep_listening, _judge, raise_as_it_is
+    is_a, stream, refusal, anything = isinstance, StreamingResponse, CancelationError, BaseException
 
     async def guarded(*args: Any, **kwargs: Any) -> Any:
         request = find(args, kwargs)
         if request is None:
             return await run_alone(work, args, kwargs, options)
-        made = key not in request.scope
-        state = state_of(request, held=True)
-        if made and request.scope.get("endpoint") is not find.function:
-            # Perhaps a dependency, or one step of a handler: what comes after it is to be listened for as well.
-            made = not state.close_with_handler()
+        block, owned = options.open_door(request, find.function)
         raised: BaseException | None = None
         result: Any = None
         # What `run_through` does, in this frame: a coroutine more would cost the handler something at every `await`.
         try:
-            block = options.make_block(state)
             try:
-                block.enter(state.loop)
+                block.enter()
             except refusal as exc:
                 raise options.translate(exc) from None
             try:
@@ -195,12 +191,12 @@ def _guard(work: Any, find: RequestFinder, options: Options) -> Any:
             if block.is_unsettled:
                 await block.settle()
             if raised is None and is_a(result, stream):
-                keep(result, state, made)
+                keep(result, request.scope)
         finally:
-            if made and not state.is_kept:
-                state.close()
-                if state.is_reading:
-                    await state.join()
+            if owned is not None:
+                left = owned.end_request()
+                if left is not None:
+                    await left.join()
         if options.policy is not None:
             response = await judge(block, raised, request)
             if response is not None:
@@ -251,15 +247,14 @@ def _guard_generator(request: HTTPConnection | None, generator: Any, options: Op
     if request is None:
         return GuardedGenerator(generator, block_of(options.make_lone_block()), current_loop())
     made = SCOPE_KEY not in request.scope
-    state = connection_state(request, held=True)
+    state = connection_state(request, lifetime=Lifetime.HANDLER)
     if state.token.cause is not None:
         # While there is still a status to choose: the response starts before the first item.
         if made:
             state.close()
         raise options.translate(state.token.cause.error())
-    # One that a handle has made would be closed when FastAPI has got its generator.
-    ours = made or state.ends_with_handler
-    return EndpointGenerator(generator, options.make_block(state), state, ours=ours)
+    # Even one that a handle has made would be closed when FastAPI has got its generator.
+    return EndpointGenerator(generator, options.make_block(state), state, ours=state.ends_with_handler)
 
 
 def _awaitable(endpoint: Any, options: Options) -> Any:

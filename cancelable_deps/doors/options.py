@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
+from starlette.requests import HTTPConnection, Request
+
+from ..hosts.starlette import receive_of
 from ..kernel.cancelable import Cancelable, cancelable_of
 from ..kernel.errors import CancelationError
+from ..kernel.loops.current import current_loop
 from ..kernel.options import checked_status, seconds, takes
 from ..kernel.reasons import CancelationReason
-from ..request.connection import new_door
+from ..request.connection import PREDECESSORS, connection_state, new_door
+from ..request.first_door import HandlerBlock
+from ..request.lifetime import Lifetime
 from ..request.policies import TimeoutPolicy, found
+from ..request.state import SCOPE_KEY, RequestState
 
 if TYPE_CHECKING:
     from datetime import timedelta
 
     from ..request.blocks import DoorBlock
-    from ..request.state import RequestState
 
 
 class Unset:
@@ -59,16 +65,38 @@ class Options:
         self.on_cancel = on_cancel
         self.cleanup_grace = None if cleanup_grace is None else seconds(cleanup_grace, "cleanup_grace")
 
+    def open_door(
+        self, connection: HTTPConnection, endpoint: object
+    ) -> tuple[DoorBlock, HandlerBlock | RequestState | None]:
+        """Return the block for one call, and what the caller ends with it, if it does not belong to another door."""
+        scope = connection.scope
+        made = SCOPE_KEY not in scope
+        if made and isinstance(connection, Request) and scope.get("endpoint") is endpoint:
+            receive = receive_of(connection)
+            if not isinstance(getattr(receive, "__self__", None), PREDECESSORS):
+                first = HandlerBlock(connection, receive, current_loop(), self.timeout, self.cleanup_grace)
+                if self.on_cancel is not None or self.policy is not None:
+                    self._equip(first, None)
+                return first, first
+        state = connection_state(connection, lifetime=Lifetime.HANDLER)
+        if made and scope.get("endpoint") is not endpoint:
+            # Perhaps a dependency, or one step of a handler: what comes after it is to be listened for as well.
+            made = not state.close_with_handler()
+        return self.make_block(state), state if made else None
+
     def make_block(self, state: RequestState) -> DoorBlock:
         """Return the block for one call, whose request or WebSocket has this state."""
         if self.replaces_default:
             state.lift_default()
         block = new_door(state, timeout=self.timeout, cleanup_grace=self.cleanup_grace)
+        self._equip(block, state.policies)
+        return block
+
+    def _equip(self, block: DoorBlock, policies: Mapping[str, TimeoutPolicy] | None) -> None:
         if self.on_cancel is not None:
             cancelable_of(block).on_cancel(self.on_cancel)
         if self.policy is not None:
-            block.use_policy(found(self.policy, state.policies))
-        return block
+            block.use_policy(found(self.policy, policies))
 
     def make_lone_block(self) -> Cancelable:
         """Return the block for a call without a request."""

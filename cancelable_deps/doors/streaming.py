@@ -18,6 +18,8 @@ from ..kernel.options import seconds
 from ..kernel.reasons import CancelationReason
 from ..request.abort import abort_response
 from ..request.blocks import RequestBlock
+from ..request.connection import known_state
+from ..request.lifetime import Lifetime
 from ..request.response import send_or_leave
 from ..request.state import SCOPE_KEY, RequestState
 from .generators import ThreadedGenerator, close, feed
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     from ..kernel.block import Block
     from ..kernel.loops.base import EventLoop, Timer
+    from ..request.first_door import FirstDoorBlock
 
     Chunk = str | bytes | memoryview
     Content = AsyncIterable[Chunk] | Iterable[Chunk]
@@ -100,11 +103,11 @@ class CancelableStreamingResponse(StreamingResponse):
         if scope["type"] != "http":
             await super().__call__(scope, receive, send)
             return
-        state: RequestState | None = scope.get(SCOPE_KEY)
+        state = known_state(scope)
         # A state that was kept open for us is ours to close; any other belongs to a middleware or route class.
-        ours = state is None or state.is_kept_open
+        ours = state is None or state.lifetime is Lifetime.RESPONSE
         if state is None:
-            state = RequestState(scope, receive, held=True)
+            state = RequestState(scope, receive, lifetime=Lifetime.RESPONSE)
         try:
             error = await self._run(state, send, ours)
             if error is not None and await self._abort(error, state, send):
@@ -119,7 +122,7 @@ class CancelableStreamingResponse(StreamingResponse):
                     await state.aclose()
         if self.background is not None:
             if not ours and state.token.cause is not None:
-                state.spare_background()
+                state.complete_response()
             await with_own_failures("the background of a response", self.background)
         if error is not None:
             raise error
@@ -272,25 +275,24 @@ class _Limit:
         self._passed(self._seconds)
 
 
-def keep_for_stream(state: RequestState, response: CancelableStreamingResponse, *, made: bool = False) -> None:
-    """Keep ``state`` open until the stream has ended, if the handler's return would close it.
-
-    :param made: whether the caller has made the state, and would close it.
-    """
-    if (made and not state.is_kept and not state.is_closed) or state.ends_with_handler:
+def keep_for_stream(state: RequestState, response: CancelableStreamingResponse) -> None:
+    """Keep ``state`` open until the stream has ended, if the handler's return would close it."""
+    if state.ends_with_handler:
         state.keep_through_response(response)
 
 
-def keep_listening(response: StreamingResponse, state: RequestState, made: bool) -> None:
+def keep_listening(response: StreamingResponse, scope: Scope) -> None:
     """Listen until the stream that a handler has returned has ended.
 
     Our own response closes the state itself. Starlette's is made to listen through our reader.
-
-    :param made: whether the handler's return would close the state.
     """
+    found: RequestState | FirstDoorBlock | None = scope.get(SCOPE_KEY)
+    if found is None:
+        return
     if isinstance(response, CancelableStreamingResponse):
-        keep_for_stream(state, response, made=made)
-    elif state.is_listening:
+        keep_for_stream(found.state, response)
+    elif found.is_listening:
+        state = found.state
         _listen_through(response, state)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import anyio.lowlevel
 
-from ..request.state import SCOPE_KEY, RequestState
+from ..request.connection import known_state
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -32,8 +32,8 @@ class Bridge:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        state: RequestState | None = scope.get(SCOPE_KEY)
-        if state is None or scope["type"] != "http":
+        state = known_state(scope) if scope["type"] == "http" else None
+        if state is None:
             await self.app(scope, receive, send)
             return
         started = False

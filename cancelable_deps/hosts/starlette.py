@@ -6,6 +6,7 @@ A private name is used where no public API serves; each says why. `tests/test_re
 
 from __future__ import annotations
 
+from functools import lru_cache
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
@@ -39,7 +40,11 @@ def route_of(scope: Scope) -> str:
 
 def streams_listen(scope: Scope) -> bool:
     """Return whether Starlette's ``StreamingResponse`` listens for the disconnect, as it does below ASGI 2.4."""
-    version = scope.get("asgi", _NO_ASGI).get("spec_version", "2.0")
+    return _is_before_2_4(scope.get("asgi", _NO_ASGI).get("spec_version", "2.0"))
+
+
+@lru_cache(maxsize=16)
+def _is_before_2_4(version: str) -> bool:
     return tuple(map(int, version.split("."))) < (2, 4)
 
 

@@ -105,7 +105,8 @@ class Block(Observed):
         timeout = self.timeout
         if timeout is not None:
             self.own_deadline = self.started + timeout
-        self.listen()
+        if self.upstream is not None:
+            self.upstream.listen(self)
         if timeout == 0:
             self.expire()
         parent = current.get()
@@ -122,11 +123,6 @@ class Block(Observed):
         if timeout is not None and self.own_deadline < math.inf:
             # From here on, whether it has begun or not: the loop may be blocked until the time is up.
             self.wait_for_deadline(loop, timeout)
-
-    def listen(self) -> None:
-        """Have the block told by what was given to it."""
-        if self.upstream is not None:
-            self.upstream.listen(self)
 
     def entered_before(self) -> RuntimeError:
         return RuntimeError(

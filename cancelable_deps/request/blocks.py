@@ -16,7 +16,7 @@ from ..kernel.errors import CancelationError, DisconnectCancelation
 from ..kernel.reasons import CancelationReason
 from ..kernel.settings import settings
 from ..kernel.token import Cause
-from .state import PastRequest
+from .client import PastRequest
 
 if TYPE_CHECKING:
     from ..kernel.loops.base import EventLoop, PoliteScope
@@ -60,17 +60,6 @@ class RequestBlock(Block):
             self.timeout = timeout
         if cleanup_grace is not None:
             self.grace = cleanup_grace
-
-    def enter(self, loop: EventLoop | None = None) -> None:
-        if self._left is not None:
-            raise self.entered_before()
-        super().enter(self.state.loop if loop is None else loop)
-
-    def listen(self) -> None:
-        if self._is_whole:
-            self.token.listen(self)
-        else:
-            super().listen()
 
     @property
     def is_cancelled(self) -> bool:
@@ -192,6 +181,10 @@ class DoorBlock(RequestBlock):
     policy: TimeoutPolicy | None = None
     successor: DoorBlock | None = None
 
+    def enter(self, loop: EventLoop | None = None) -> None:
+        self.token.listen(self)
+        super().enter(loop)
+
     def expire(self) -> None:
         policy = self.policy
         if policy is None or _timeouts_are_off():
@@ -245,7 +238,7 @@ class DoorBlock(RequestBlock):
         if self.parent is not None:
             block.link_to(self.parent)
         state.replace(self, block)
-        block.listen()
+        block.token.listen(block)
         block.rearm()
         block.watch(loop)
 
@@ -254,7 +247,7 @@ class DoorBlock(RequestBlock):
 
     def outcome(self, exc: BaseException | None, remaining: BaseException | None) -> BaseException:
         outcome = super().outcome(exc, remaining)
-        # Not that of a response of ours, which knows no other way to be cut than to raise, nor of a background task.
+        # Not that of a response of ours, which can only be aborted by raising, nor of a background task.
         is_stranded = outcome.args == (TOO_LATE,) and not self.state.is_aborted and not self.state.is_closed
         if is_stranded and isinstance(outcome.__cause__, CancelationError):
             outcome = outcome.__cause__
@@ -309,7 +302,8 @@ class DoorBlock(RequestBlock):
     def release(self) -> None:
         """Nothing can stop the block any more: the response is complete, and what follows is background work."""
         self.own_deadline = math.inf
-        self.token.unlisten(self)
+        if self._token is not None:
+            self._token.unlisten(self)
         if self.line is not None:
             self.leave_line()
         if self.scope is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from starlette.requests import HTTPConnection, Request
 from starlette.websockets import WebSocket, WebSocketState
@@ -10,6 +10,8 @@ from starlette.websockets import WebSocket, WebSocketState
 from ..hosts.starlette import RECEIVE, receive_of
 from ..kernel.token import CancelationToken
 from .blocks import DoorBlock, RequestBlock
+from .first_door import EndedRequest, FirstDoorBlock
+from .lifetime import Lifetime
 from .state import SCOPE_KEY, RequestState
 from .websocket import Outlet, SocketBlock, SocketDoorBlock, SocketState
 from .websocket_reader import SocketReader
@@ -18,28 +20,40 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope
 
 
-def connection_state(connection: HTTPConnection, *, held: bool = False, with_handler: bool = False) -> RequestState:
+PREDECESSORS: Final = (RequestState, FirstDoorBlock, EndedRequest)
+"""By whose `receive` a request receives that has had a state before."""
+
+
+def known_state(scope: Scope) -> RequestState | None:
+    """Return the state of the request or WebSocket with this scope, if it has one that is not closed."""
+    found: RequestState | FirstDoorBlock | None = scope.get(SCOPE_KEY)
+    return None if found is None else found.state
+
+
+def connection_state(
+    connection: HTTPConnection, *, lifetime: Lifetime = Lifetime.BLOCKS, with_handler: bool = False
+) -> RequestState:
     """Return the state of a request or WebSocket, made by the first who asks.
 
-    :param held: whoever makes it will close it; until then, listening does not end with the last block.
-    :param with_handler: called before the handler or in it, one that is made is closed when the handler has returned.
+    :param lifetime: until when it lasts if it is made; whoever asks for more than ``BLOCKS`` closes it.
+    :param with_handler: the caller runs before the handler or in it, and if it is made is to be closed with that.
     """
     # In one piece: it is asked for by every request, by some more than once.
     scope = connection.scope
-    state: RequestState | None = scope.get(SCOPE_KEY)
+    state = known_state(scope)
     made = state is None
     if not isinstance(connection, Request):
         state = _socket_state(connection)
-        if made and held:
-            state.hold()
+        if made:
+            state.last_until(lifetime)
     else:
         receive = receive_of(connection)
         if state is None:
             earlier = getattr(receive, "__self__", None)
-            if isinstance(earlier, RequestState):
-                state = _state_after(earlier, scope, receive, held)
+            if isinstance(earlier, PREDECESSORS):
+                state = _state_after(earlier, scope, receive, lifetime)
             else:
-                state = RequestState(scope, receive, held=held)
+                state = RequestState(scope, receive, lifetime=lifetime)
         if receive is state.raw:
             setattr(connection, RECEIVE, state.receive)
     if made and with_handler:
@@ -47,14 +61,15 @@ def connection_state(connection: HTTPConnection, *, held: bool = False, with_han
     return state
 
 
-def _state_after(earlier: RequestState, scope: Scope, receive: Receive, held: bool) -> RequestState:
+def _state_after(
+    earlier: RequestState | FirstDoorBlock | EndedRequest, scope: Scope, receive: Receive, lifetime: Lifetime
+) -> RequestState:
     """Return the state of a request that had one, which is out of the scope since its last block was left."""
-    if not earlier.is_closed:
-        scope[SCOPE_KEY] = earlier
-        if held:
-            earlier.hold()
-        return earlier
-    state = RequestState(scope, receive, held=held)
+    if not isinstance(earlier, EndedRequest) and not earlier.is_closed:
+        state = scope[SCOPE_KEY] = earlier.state
+        state.last_until(lifetime)
+        return state
+    state = RequestState(scope, receive, lifetime=lifetime)
     # This is a background task, and its client has a response. Nor is it new, to be refused at shutdown.
     state.token = CancelationToken()
     state.close()

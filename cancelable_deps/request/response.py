@@ -73,11 +73,7 @@ class ResponseWatch:
         try:
             await self._send(message)
         except (OSError, CancelledError) as exc:
-            is_deferred = left_by(exc, state)
-            if state.ends_by_itself:
-                await _let_listeners_end()
-            elif not is_deferred:
-                raise
+            await failed_to_send(exc, state)
         finally:
             if is_start_of_work and self._is_outermost:
                 state.start_is_out()
@@ -87,7 +83,7 @@ class ResponseWatch:
         state = self._state
         self.started = True
         self._trailers = message.get("trailers", False)
-        if _has_no_more_work(message):
+        if has_no_more_work(message):
             state.response_has_started = True
             if self._is_outermost:
                 state.response_is_out = True
@@ -123,7 +119,7 @@ def _is_last(kind: str, message: Message) -> bool:
     return kind == "http.response.pathsend"
 
 
-def _has_no_more_work(start: Message) -> bool:
+def has_no_more_work(start: Message) -> bool:
     """Return whether the body of a response with this start exists already, and has only to be sent."""
     for name, _ in start.get("headers", ()):  # `any()` takes three times as long for a header that comes first
         if name == b"content-length":
@@ -154,6 +150,15 @@ async def send_or_leave(send: Send, message: Message, state: RequestState) -> No
         if not left_by(exc, state):
             await anyio.lowlevel.checkpoint()
             raise
+
+
+async def failed_to_send(exc: BaseException, state: RequestState) -> None:
+    """Note a disconnect that the server's ``send()`` has raised; raise the error again unless it is to be dropped."""
+    is_deferred = left_by(exc, state)
+    if state.ends_by_itself:
+        await _let_listeners_end()
+    elif not is_deferred:
+        raise  # noqa: PLE0704 - it is being handled by the caller
 
 
 async def _let_listeners_end() -> None:

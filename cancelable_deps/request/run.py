@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..hosts.fastapi import tells_that_it_was_swallowed
 from ..hosts.starlette import let_streams_listen, streams_listen
 from ..kernel.errors import CancelationError
+from ..kernel.loops.current import current_loop
 from ..kernel.reasons import CancelationReason
 from ..kernel.unwrap import raise_as_it_is
 from .blocks import DoorBlock
+from .first_door import WholeDoorBlock
+from .lifetime import Lifetime
 from .response import ResponseWatch
 from .state import SCOPE_KEY, RequestState
 from .websocket import SocketDoorBlock, SocketState
@@ -53,30 +56,40 @@ async def run_request(
 ) -> CancelationError | None:
     """Run ``app``, and return the error with which the request is still to be answered, if there is one.
 
-    An error that the application raises for itself is raised. One of ours that comes when the response has started cuts
+    An error that the application raises for itself is raised. One of ours that comes when the response has started aborts
     the response.
     """
-    state: RequestState | None = scope.get(SCOPE_KEY)
-    made = state is None
-    if state is None:
-        state = RequestState(scope, receive, held=True)
-        state.cleanup_grace = limits.cleanup_grace
-        receive = state.receive
-        if not streams_listen(scope):
-            let_streams_listen(scope)
-    block = _make_block(state, limits)
-    if made:
-        state.outermost = block
-    watch = ResponseWatch(send, state, is_outermost=made)
+    if SCOPE_KEY in scope:
+        return await _run_in_another_door(app, scope, receive, send, limits)
+    if not streams_listen(scope):
+        let_streams_listen(scope)
+    block = WholeDoorBlock(scope, receive, send, current_loop(), limits)
     try:
-        outcome = await run_through(block, state.loop, app, scope, receive, watch.send)
+        outcome = await run_through(block, block.loop_of_request, app, scope, block.receive, block.send)
         if block.policy is not None:
             block.policy.judge(scope, block.elapsed)
+        left = block.end_request()
+        if left is not None:
+            await left.join()
+        if outcome is None and block.is_undisturbed:
+            return None
+        try:
+            return await _settle(outcome, block.response, block.state)
+        finally:
+            del outcome  # Its traceback knows this frame: a cycle, as long as this frame knows it.
     finally:
-        if made:
-            state.close()
-            if state.is_reading:
-                await state.join()
+        block.forget()
+
+
+async def _run_in_another_door(
+    app: ASGIApp, scope: Scope, receive: Receive, send: Send, limits: Limits
+) -> CancelationError | None:
+    state: RequestState = scope[SCOPE_KEY].state
+    block = _make_block(state, limits)
+    watch = ResponseWatch(send, state, is_outermost=False)
+    outcome = await run_through(block, state.loop, app, scope, receive, watch.send)
+    if block.policy is not None:
+        block.policy.judge(scope, block.elapsed)
     if outcome is None and state.token.cause is None and state.aborted_by is None:
         return None
     try:
@@ -101,6 +114,7 @@ def _make_block(state: RequestState, limits: Limits) -> DoorBlock:
 
 async def _settle(outcome: BaseException | None, watch: ResponseWatch, state: RequestState) -> CancelationError | None:
     """Cut the response, return the error that is to answer the request, or raise what is not ours."""
+    outcome = lost_stream(outcome, watch, state)
     error = error_of(outcome, state)
     try:
         if error is None:
@@ -117,6 +131,16 @@ async def _settle(outcome: BaseException | None, watch: ResponseWatch, state: Re
         return None
     finally:
         del outcome, error  # Their tracebacks know this frame: cycles, as long as this frame knows them.
+
+
+def lost_stream(outcome: BaseException | None, watch: ResponseWatch, state: RequestState) -> BaseException | None:
+    """Return ``outcome``, or an error if somebody else has cancelled the task that sent the response.
+
+    By something that the task awaited; the task group around it keeps that for itself. It is an error as any other.
+    """
+    if outcome is None and not watch.is_complete and state.stream_was_cancelled:
+        return RuntimeError("the task that sent the response was cancelled before its end")
+    return outcome
 
 
 def error_of(outcome: BaseException | None, state: RequestState) -> CancelationError | None:
@@ -139,10 +163,10 @@ def error_of(outcome: BaseException | None, state: RequestState) -> CancelationE
 
 async def run_socket(app: ASGIApp, scope: Scope, receive: Receive, send: Send, limits: Limits) -> None:
     """Run ``app`` for one WebSocket, stop it when the client drops, and close for the reason if it leaves that to us."""
-    state: SocketState | None = scope.get(SCOPE_KEY)
+    state: Any = scope.get(SCOPE_KEY)
     made = state is None
     if state is None:
-        state = SocketState(scope, receive, held=True)
+        state = SocketState(scope, receive, lifetime=Lifetime.DOOR)
         state.cleanup_grace = limits.cleanup_grace
         receive = state.reader.receive
     if limits.policies:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 import anyio.from_thread
@@ -12,8 +12,8 @@ from ..kernel.log import logger
 from ..kernel.loops.current import current_loop
 from ..kernel.reasons import CancelationReason
 from ..kernel.settings import settings
-from ..kernel.sweep import Sweep
 from ..kernel.token import CancelationToken, Cause, telling_everybody
+from .in_flight import in_flight_of
 
 if TYPE_CHECKING:
     from ..kernel.loops.base import EventLoop, Timer
@@ -21,19 +21,6 @@ if TYPE_CHECKING:
 # Seconds that a request may take beyond all graces to end, and its response to leave the process.
 _MARGIN = 1.0
 _SETTLING = 0.1
-
-
-class InFlight(Protocol):
-    """A request in flight, as far as a shutdown uses it."""
-
-    pen: Any
-    is_closed: bool
-
-    def stop(self, cause: Cause) -> None:
-        """Cancel the request, unless its handler has a result."""
-
-    def stop_all(self, cause: Cause) -> None:
-        """Cancel the request, and also the sending of a result and the work after that."""
 
 
 class Graces(NamedTuple):
@@ -59,7 +46,8 @@ class Shutdown:
 
     def __init__(self, loop: EventLoop) -> None:
         self.token = CancelationToken()
-        self.requests = _Requests()
+        self.in_flight = in_flight_of(loop)
+        self.in_flight.observers += (self,)
         self._loop = loop
         self._graces: list[Graces] = []
         self.token.listen(self)
@@ -70,6 +58,7 @@ class Shutdown:
         shutdown = running_shutdown()
         if shutdown.token.is_cancelled and not shutdown.is_joined:
             # Its token was cancelled while no lifespan ran.
+            shutdown.forget()
             shutdown = shutdown._loop.shutdown = cls(shutdown._loop)
         shutdown._graces.append(graces)
         return shutdown
@@ -79,8 +68,18 @@ class Shutdown:
         self._graces.remove(graces)
         if not self._graces:
             self._stop_timer()
+            self.forget()
             if self._loop.shutdown is self:
                 self._loop.shutdown = None
+
+    def forget(self) -> None:
+        """Observe the requests of the loop no more."""
+        self.in_flight.observers = tuple(other for other in self.in_flight.observers if other is not self)
+
+    @property
+    def requests(self) -> dict[Any, None]:
+        """The requests that have run for a while."""
+        return self.in_flight.requests
 
     @property
     def is_joined(self) -> bool:
@@ -91,10 +90,8 @@ class Shutdown:
         """Begin the shutdown, from any thread or from a signal handler."""
         self._loop.call_from_thread(self.token.cancel_nowait, CancelationReason.SIGNAL, message)
 
-    def add(self, request: InFlight) -> None:
-        """Add a request that has run for a while; it removes itself when it ends."""
-        self.requests[request] = None
-        request.pen = self.requests
+    def request_is_old(self, request: Any) -> None:
+        """Stop a request that has run for a while, if its grace is over."""
         if self._stopped_background:
             request.stop_all(self.cause())
         elif self._stopped_requests and not request.is_closed:
@@ -122,7 +119,7 @@ class Shutdown:
         if self.requests:
             left = self._began + self._grace + self._background_grace + settings.cleanup_grace + _MARGIN
             with anyio.move_on_after(left - self._loop.time()):
-                await self.requests.wait_empty()
+                await self.in_flight.wait_empty()
                 await anyio.sleep(_SETTLING)
 
     async def _know_the_youngest(self) -> None:
@@ -130,8 +127,7 @@ class Shutdown:
         await anyio.sleep(max(0.0, self._began + 2 * settings.listen_after - self._loop.time()))
         with anyio.move_on_after(_MARGIN):
             # On a busy loop timers are late.
-            sweeps = [extra for extra in self._loop.extras.values() if isinstance(extra, Sweep)]
-            while any(sweep.is_wound for sweep in sweeps):  # noqa: ASYNC110
+            while self.in_flight.is_looked_after:  # noqa: ASYNC110
                 await anyio.sleep(settings.listen_after)
 
     @property
@@ -171,25 +167,6 @@ class Shutdown:
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-
-
-class _Requests(dict[InFlight, None]):
-    """A set of requests that can be waited for until it is empty."""
-
-    _empty: anyio.Event | None = None
-
-    def pop(self, key: InFlight, default: None = None) -> None:  # type: ignore[override]
-        super().pop(key, default)
-        if self._empty is not None:
-            self._empty.set()
-
-    async def wait_empty(self) -> None:
-        """Wait until no request is left."""
-        while self:
-            # The lifespan of each application of the loop may wait here.
-            if self._empty is None or self._empty.is_set():
-                self._empty = anyio.Event()
-            await self._empty.wait()
 
 
 def running_shutdown() -> Shutdown:

@@ -22,6 +22,7 @@ from ..kernel.foreign import SENDING, told
 from ..kernel.reasons import CancelationReason
 from ..kernel.unwrap import raise_as_it_is
 from .blocks import DoorBlock, RequestBlock
+from .lifetime import Lifetime
 from .state import RequestState
 from .websocket_reader import SocketReader
 
@@ -54,8 +55,10 @@ class SocketState(RequestState):
     _send_failed = False
     _error: ref[CancelationError] | None = None
 
-    def __init__(self, scope: Scope, receive: Receive, *, held: bool = False, is_connected: bool = False) -> None:
-        super().__init__(scope, receive, held=held)
+    def __init__(
+        self, scope: Scope, receive: Receive, *, lifetime: Lifetime = Lifetime.BLOCKS, is_connected: bool = False
+    ) -> None:
+        super().__init__(scope, receive, lifetime=lifetime)
         self._reader = SocketReader(  # pyright: ignore[reportIncompatibleVariableOverride]
             receive, self, copy_context(), is_connected=is_connected
         )

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Scope
 
     from ..kernel.reasons import CancelationReason
+    from ..request.first_door import FirstDoorBlock
 
 Outcome = Literal["running", "returned", "raised", "cancelled"]
 Disconnects = Literal["repeats", "once"]
@@ -82,7 +83,7 @@ class Exchange:
         self._personality = personality
         self._changed = anyio.Event()
         self._scope = anyio.CancelScope()
-        self._states: list[RequestState] = []
+        self._states: list[RequestState | FirstDoorBlock] = []
         self._incoming: list[Message] = []
         self._readers = 0
         self.most_readers = 0
@@ -117,7 +118,7 @@ class Exchange:
         for state in self._states:
             if state.reason is not None:
                 return state.reason
-        return next((state.token.reason for state in self._states if state.token.reason is not None), None)
+        return next((state.cause.reason for state in self._states if state.cause is not None), None)
 
     @property
     def elapsed(self) -> float:

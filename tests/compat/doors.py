@@ -11,8 +11,9 @@ from typing import Any
 from fastapi import FastAPI
 
 from cancelable_deps import CancelableRoute, RequestCancelationMiddleware, cancelation_lifespan, with_cancelation
+from tests.machine import scaled
 
-SHORT = 0.4
+SHORT = scaled(0.4)
 """Seconds of the doors that have a timeout."""
 
 

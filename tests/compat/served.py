@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
+from tests.machine import scaled
 from tests.servers import COMPLAINT, RECORD, ROOT, Connection, Response, new_key, request
 
-CEILING = 20
+CEILING = scaled(20)
 """Seconds that a server on a busy machine may take for what a test waits for; reached only by a failure."""
-STARTUP = 55
+STARTUP = scaled(50)
 """The same for its start, which imports much."""
 STEP = 0.01
 
@@ -109,6 +110,16 @@ class Served:
                 while data := connection.socket.recv(65536):
                     received.append(data)
             return b"".join(received)
+
+    def answer_of_its_end(self, key: str, packets: bytes) -> Response:
+        """What a request is answered whose work has started when the server is told to stop; the server ends."""
+        with self.connect() as connection:
+            connection.send(packets)
+            self.wait_for(key, "started")
+            self.begin_to_stop()
+            response = connection.response()
+        self.wait()
+        return response
 
     def tell(self, line: str) -> None:
         """Write to the server's standard input, which needs no connection: it takes none when it stops."""

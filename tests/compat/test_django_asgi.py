@@ -37,10 +37,5 @@ def test_an_ordinary_request_is_answered(served: Served, stack: str) -> None:
 
 def test_a_shutdown_is_answered_503(doomed: Served) -> None:
     key = new_key()
-    with doomed.connect() as connection:
-        connection.send(request("/mw/d/work", key))
-        doomed.wait_for(key, "started")
-        doomed.begin_to_stop()
-        assert connection.response().status == 503
-    doomed.wait()
+    assert doomed.answer_of_its_end(key, request("/mw/d/work", key)).status == 503
     assert doomed.events(key) == ["started", "cancelled", "cleaned up", "request finished"]

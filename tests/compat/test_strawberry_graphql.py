@@ -70,10 +70,8 @@ def test_a_subscription_ends_with_its_client(served: Served, stack: str, leave: 
 
 def test_a_shutdown_is_answered_503(doomed: Served) -> None:
     key = new_key()
-    with doomed.connect() as connection:
-        connection.send(request("/mw/graphql", key, work(key), content_type="application/json"))
-        doomed.wait_for(key, "started")
-        doomed.begin_to_stop()
-        assert connection.response().status == 503
-    doomed.wait()
+    assert (
+        doomed.answer_of_its_end(key, request("/mw/graphql", key, work(key), content_type="application/json")).status
+        == 503
+    )
     assert doomed.events(key) == ["started", "cancelled", "cleaned up"]

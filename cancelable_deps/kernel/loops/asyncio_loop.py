@@ -53,6 +53,7 @@ class _AsyncioWorker:
 class AsyncioLoop:
     is_trio = is_thread = False
     shutdown: Any = None
+    in_flight: Any = None
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop

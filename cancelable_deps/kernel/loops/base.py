@@ -48,6 +48,9 @@ class EventLoop(Protocol):
 
     time: Callable[[], float]
     extras: dict[Any, Any]
+    in_flight: Any
+    """The requests of the loop, if it has some: asked for each request, so no entry in `extras`."""
+
     shutdown: Any
     """What ends the loop's requests at shutdown, if anything does: asked for each request, so no entry in `extras`."""
 

@@ -55,6 +55,7 @@ class ThreadLoop:
     is_thread = True
     task_without_scope: Callable[[], object] | None = None
     shutdown: Any = None
+    in_flight: Any = None
 
     def __init__(self, home: EventLoop | None) -> None:
         self.home = home

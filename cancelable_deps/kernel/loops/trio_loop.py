@@ -64,6 +64,7 @@ class TrioLoop:
     is_trio = True
     is_thread = False
     shutdown: Any = None
+    in_flight: Any = None
 
     def __init__(self, token: trio.lowlevel.TrioToken) -> None:
         self.token = token

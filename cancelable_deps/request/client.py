@@ -1,0 +1,201 @@
+"""The client of a request: whether it has left, who waits to be told, and how long that is deferred."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from weakref import WeakSet
+
+import anyio
+
+from ..hosts.frames import is_parsing_body
+from ..hosts.starlette import route_of
+from ..kernel.log import logger
+from ..kernel.reasons import CancelationReason
+from ..kernel.token import CancelationToken, telling_everybody
+from .http_reader import Owner, Reader
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from contextvars import Context
+
+    from starlette.types import Message, Receive, Scope
+
+    from ..kernel.loops.base import EventLoop
+
+# So many waiters share one event of asyncio's.
+_WAITERS = 32
+
+# The root tokens of requests whose client was seen to leave: all that a block which outlives its request has of it.
+_clients_left: WeakSet[CancelationToken] = WeakSet()
+
+
+class PastRequest:
+    """A request that has ended and is gone, for a block that still asks for its client."""
+
+    def __init__(self, token: CancelationToken) -> None:
+        self.has_left = token in _clients_left
+
+    def defer_disconnect(self, by: int) -> None:
+        """Do nothing: there is nothing left to be deferred."""
+
+
+class Client:
+    """The part of a request that has to do with its client."""
+
+    scope: Scope
+    raw: Receive
+    loop: EventLoop
+    token: CancelationToken
+    started: float
+    context: Context
+
+    is_closed = False
+    has_left = False
+    reason: CancelationReason | None = None
+    """The reason for which the request was stopped, if there is a line about it in the log."""
+
+    _reader: Reader | None = None
+    _deferrals = 0
+    _deferred: anyio.Event | None = None
+    _leaving: dict[anyio.Event, int] | None = None
+    _left_after: float | None = None
+
+    def as_owner(self) -> Owner:
+        """Return the request, as the reader sees it."""
+        raise NotImplementedError
+
+    def tell_listeners(self) -> None:
+        """Tell those in the application that wait in ``receive()`` that the client has left."""
+        raise NotImplementedError
+
+    @property
+    def reader(self) -> Reader:
+        """Made for the first who asks: most requests are over before anybody reads or listens."""
+        if self._reader is None:
+            self._reader = Reader(self.scope, self.raw, None if self.is_closed else self.as_owner(), self.context)
+        return self._reader
+
+    def receive(self) -> Awaitable[Message]:
+        """The application's ``receive()``."""
+        return self.reader.receive()
+
+    def client_left(self) -> None:
+        """The reader tells us."""
+        if self.is_closed:
+            return
+        self.has_left = True
+        _clients_left.add(self.token)
+        if not self._deferrals:
+            self._disconnect()
+
+    def defer_disconnect(self, by: int) -> None:
+        """As long as there are more in than out, nobody is told that the client has left; from any thread."""
+        self._deferrals += by
+        if not self._deferrals:
+            if self.has_left and not self.is_closed:
+                self._disconnect()
+            self._call_in_loop(self._tell_those_deferred)
+
+    @property
+    def is_deferring(self) -> bool:
+        return self._deferrals > 0 and not self.is_closed
+
+    async def deferral_over(self) -> None:
+        """Wait until a disconnect may be told."""
+        while self.is_deferring:
+            if self._deferred is None:
+                self._deferred = anyio.Event()
+            await self._deferred.wait()
+
+    def _tell_those_deferred(self) -> None:
+        if self._deferred is not None:
+            self._deferred.set()
+            self._deferred = None
+
+    def _disconnect(self) -> None:
+        if self._left_after is None:
+            self._left_after = self.loop.time() - self.started
+        if self.has_listeners:
+            self.tell_listeners()
+        with telling_everybody():
+            self.token.cancel_nowait(CancelationReason.DISCONNECT)
+            if self._leaving is not None:
+                self._call_in_loop(self._tell_those_who_wait)
+
+    def _tell_those_who_wait(self) -> None:
+        for event in self._leaving or ():
+            event.set()
+
+    def _call_in_loop(self, callback: Callable[[], object]) -> None:
+        if self.loop.is_running_here():
+            callback()
+        else:
+            self.loop.call_from_thread(callback)
+
+    async def wait_disconnected(self) -> None:
+        """Wait until the client has left."""
+        if self.has_left:
+            return
+        waiting = self._leaving = {} if self._leaving is None else self._leaving
+        # One event for some: asyncio's own looks through all who wait for it when one of them is cancelled.
+        event = next(reversed(waiting), None)
+        if event is None or waiting[event] >= _WAITERS:
+            event = anyio.Event()
+        waiting[event] = waiting.get(event, 0) + 1
+        try:
+            await event.wait()
+        finally:
+            waiting[event] -= 1
+            if not waiting[event]:
+                del waiting[event]
+
+    def is_parsing_body(self, task: object) -> bool:
+        return is_parsing_body(task)
+
+    @property
+    def has_listeners(self) -> bool:
+        return self._reader is not None and self._reader.has_listeners
+
+    @property
+    def has_watchers(self) -> bool:
+        return self._reader is not None and self._reader.has_watchers
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether a task of ours is left to `join`, after `close`."""
+        return self._reader is not None and self._reader.is_reading
+
+    async def join(self) -> None:
+        if self._reader is not None:
+            await self._reader.join()
+
+    @property
+    def is_listening(self) -> bool:
+        return self._reader is not None and self._reader.is_armed
+
+    def note_disconnect(self) -> None:
+        """Log that the client left, in the context of the caller, if nothing that was stopped has been logged."""
+        if self._left_after is not None and self.reason is None and self.token.cause is not None:
+            self.log(self.token.cause.reason, self.token.cause)
+
+    def log(self, reason: CancelationReason, cause: object) -> None:
+        """The one line about this request."""
+        if self.reason is not None:
+            return
+        self.reason = reason
+        method = self.scope.get("method", "WEBSOCKET")
+        route = route_of(self.scope)
+        elapsed = self.loop.time() - self.started if self._left_after is None else self._left_after
+        extra = {"method": method, "route": route, "reason": str(reason), "elapsed": elapsed}
+        why = " ".join(str(cause).splitlines())
+        logger.info("%s %s cancelled after %.3f s: %s", method, route, elapsed, why, extra=extra)
+
+    def forget_client(self) -> None:
+        """Stop listening: from here on a disconnect means nothing."""
+        self.note_disconnect()
+        self.is_closed = True
+        if self._deferred is not None:
+            self._tell_those_deferred()
+        if self._reader is not None:
+            self._reader.stop()
+            self._reader.owner = None
