@@ -42,7 +42,7 @@ _SERVED = 150
 
 @dataclass(frozen=True)
 class Measurement:
-    """Of one process: per request, but `wakes` per second and `wall` (milliseconds) for all of them."""
+    """The figures of one process: per request, but `wakes` per second and `wall` in milliseconds for all requests."""
 
     kib: float
     idle: float

@@ -110,7 +110,7 @@ def _matcher(pattern: Any) -> Callable[[Scope], bool]:
 
 
 def _route_path(scope: Scope) -> str:
-    """The path as the application's routes see it, without the prefix that it is mounted under."""
+    """Return the path as the application's routes see it, without the prefix that it is mounted under."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
     return path[len(root) :] if root and path.startswith(root + "/") else path

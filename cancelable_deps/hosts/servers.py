@@ -1,4 +1,4 @@
-"""What the server of a request can do beyond ASGI, found by the object whose ``receive()`` it has given us.
+"""The abilities of servers beyond ASGI, found by the object whose ``receive()`` the server has passed to us.
 
 This is the only place where servers are distinguished. They are distinguished by the methods of that object, because
 names and modules change, and because one class may own its connection and another share it with other requests. A server

@@ -1,4 +1,4 @@
-"""One call of an application in ASGI messages, which the test controls in place of a server."""
+"""Calls of an application in ASGI messages, which the test controls in place of a server."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ class Exchange:
 
 
 class Call(Exchange):
-    """One HTTP request that runs beside the test; made by `CancelableClient.start`."""
+    """An HTTP request that runs beside the test; made by `CancelableClient.start`."""
 
     def __init__(
         self,

@@ -28,7 +28,7 @@ class SocketClosed(Exception):
 
 
 class SocketCall(Exchange):
-    """One WebSocket that runs beside the test; made by `CancelableClient.websocket`."""
+    """A WebSocket that runs beside the test; made by `CancelableClient.websocket`."""
 
     def __init__(self, app: ASGIApp, scope: Scope, personality: Personality) -> None:
         super().__init__(app, personality)

@@ -70,7 +70,7 @@ def generate(folder: Path, options: argparse.Namespace) -> Materials:
 
 
 def progress_of(what: str, total: int) -> Callable[[int], None]:
-    """A progress line that is rewritten on a terminal; a log file gets only its last state."""
+    """Return a function that shows progress in one line of a terminal; a log file gets only its last state."""
 
     def progress(done: int) -> None:
         if sys.stdout.isatty() or done == total:
