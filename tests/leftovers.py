@@ -14,7 +14,7 @@ import anyio.lowlevel
 
 from cancelable_deps.kernel.loops.current import current_loop
 from cancelable_deps.kernel.sweep import Sweep
-from cancelable_deps.kernel.timeouts import Line
+from cancelable_deps.kernel.timeouts import TimeoutQueue
 
 _OURS = ("cancelable_deps", "anyio")
 _ITERATIONS = 3
@@ -48,7 +48,7 @@ async def _look(before: set[Any], timers: list[asyncio.Handle], waiting: set[obj
 
 
 def _waiting() -> set[object]:
-    return {item for line in current_loop().lines.values() for item in line.waiting}
+    return {item for queue in current_loop().timeout_queues.values() for item in queue.waiting}
 
 
 def _on_trio() -> bool:
@@ -92,10 +92,10 @@ def _is_ours(handle: Any) -> bool:
 
 
 def _is_shared(callback: Any) -> bool:
-    """Whether it is the sweep's timer, or that of a line in which several may wait: `_look` has seen who does."""
-    if getattr(callback, "__func__", None) is Line.tick:
-        line = callback.__self__
-        return bool(line.waiting) and line in current_loop().lines.values()
+    """Whether it is the sweep's timer, or that of a queue in which several may wait: `_look` has seen who does."""
+    if getattr(callback, "__func__", None) is TimeoutQueue.tick:
+        queue = callback.__self__
+        return bool(queue.waiting) and queue in current_loop().timeout_queues.values()
     return getattr(callback, "__func__", None) is Sweep.tick
 
 

@@ -31,7 +31,7 @@ from cancelable_deps import (
 )
 from cancelable_deps.kernel.cancelable import block_of
 from cancelable_deps.kernel.loops.current import current_loop
-from cancelable_deps.kernel.timeouts import Line, new_line, wait_belatedly
+from cancelable_deps.kernel.timeouts import TimeoutQueue, new_queue, wait_belatedly
 from cancelable_deps.testing import advance
 
 from .asgi import Call, get
@@ -49,7 +49,7 @@ class Loop:
     def __init__(self) -> None:
         self.now = 0.0
         self.timers: list[Timer] = []
-        self.lines: dict[float, Line] = {}
+        self.timeout_queues: dict[float, TimeoutQueue] = {}
         self.extras: dict[Any, Any] = {}
 
     def time(self) -> float:
@@ -81,22 +81,22 @@ class Item:
     def __init__(self, told: Callable[[], object] = lambda: None) -> None:
         self.told_at: list[float] = []
         self._told = told
-        self.line: Line | None = None
+        self.timeout_queue: TimeoutQueue | None = None
 
     def time_is_up(self, now: float) -> None:
         self.told_at.append(now)
         self._told()
 
     def wait(self, loop: Any, limit: float, began: float | None = None) -> Item:
-        self.line = wait_belatedly(loop, limit, self, (loop.now if began is None else began) + limit)
+        self.timeout_queue = wait_belatedly(loop, limit, self, (loop.now if began is None else began) + limit)
         return self
 
     def leave(self) -> None:
-        line, self.line = self.line, None
-        assert line is not None
-        line.waiting.pop(self, None)
-        if line.timer is not None and not line.waiting:
-            line.end()
+        queue, self.timeout_queue = self.timeout_queue, None
+        assert queue is not None
+        queue.waiting.pop(self, None)
+        if queue.timer is not None and not queue.waiting:
+            queue.end()
 
 
 def test_each_is_told_once_at_its_deadline() -> None:
@@ -107,7 +107,7 @@ def test_each_is_told_once_at_its_deadline() -> None:
         items.append(Item().wait(loop, 30))
     loop.advance(100)
     assert [item.told_at for item in items] == [[30.0 + number] for number in range(10)]
-    assert (loop.timers, loop.lines) == ([], {})
+    assert (loop.timers, loop.timeout_queues) == ([], {})
 
 
 def test_equal_limits_have_one_timer_between_them() -> None:
@@ -138,7 +138,7 @@ def test_when_the_last_has_left_its_timer_is_gone() -> None:
     item = Item().wait(loop, 30)
     loop.advance(10)
     item.leave()
-    assert (loop.timers, loop.lines) == ([], {})
+    assert (loop.timers, loop.timeout_queues) == ([], {})
 
 
 def test_a_line_that_was_of_use_for_a_moment_goes_away() -> None:
@@ -146,7 +146,7 @@ def test_a_line_that_was_of_use_for_a_moment_goes_away() -> None:
     for number in range(100):
         Item().wait(loop, 30 + number / 7).leave()
     loop.advance(1)
-    assert (loop.timers, loop.lines, [sweep._watched for sweep in loop.extras.values()]) == ([], {}, [[]])
+    assert (loop.timers, loop.timeout_queues, [sweep._watched for sweep in loop.extras.values()]) == ([], {}, [[]])
 
 
 def test_who_leaves_is_not_told_and_those_behind_it_are() -> None:
@@ -175,7 +175,7 @@ def test_somebody_looks_no_later_than_the_first_deadline(limit: float) -> None:
     loop = Loop()
     for step in range(200):
         item = Item().wait(loop, limit)
-        assert min(timer.when for timer in loop.timers) <= next(iter(item.line.waiting.values()))  # type: ignore[union-attr]
+        assert min(timer.when for timer in loop.timers) <= next(iter(item.timeout_queue.waiting.values()))  # type: ignore[union-attr]
         if step % 3:
             item.leave()
         loop.advance(loop.now + 0.0017)
@@ -192,7 +192,7 @@ def test_a_deadline_that_was_moved_is_kept_whatever_is_in_the_line() -> None:
     close = Item().wait(loop, 60, began=25 - 60 + 2**-10)
     loop.advance(100)
     assert (early.told_at, close.told_at, newcomer.told_at) == ([31.0], [25 + 2**-10], [50.0])
-    assert (loop.timers, loop.lines) == ([], {})
+    assert (loop.timers, loop.timeout_queues) == ([], {})
 
 
 def test_one_that_ends_another_in_its_turn_is_the_only_one_told() -> None:
@@ -235,9 +235,9 @@ def test_a_timer_that_goes_off_a_little_early_tells_all_the_same() -> None:
     assert item.told_at == [30.0]
 
 
-def test_a_new_line_is_that_of_its_limit() -> None:
+def test_a_new_queue_is_that_of_its_limit() -> None:
     loop: Any = Loop()
-    assert loop.lines == {30: new_line(loop, 30)}
+    assert loop.timeout_queues == {30: new_queue(loop, 30)}
 
 
 def test_who_is_moved_on_to_a_timer_of_its_own_may_still_leave() -> None:
@@ -245,26 +245,26 @@ def test_who_is_moved_on_to_a_timer_of_its_own_may_still_leave() -> None:
     item = Item().wait(loop, 30)
     loop.advance(29.95)
     item.leave()
-    assert (loop.timers, loop.lines) == ([], {})
+    assert (loop.timers, loop.timeout_queues) == ([], {})
 
 
 async def test_a_block_waits_in_the_line_of_its_limit_and_leaves_nothing() -> None:
-    lines = current_loop().lines
+    queues = current_loop().timeout_queues
     async with nothing_left():
         async with Cancelable(timeout=100) as one, Cancelable(timeout=100) as other:
-            assert list(lines[100].waiting) == [block_of(one), block_of(other)]
+            assert list(queues[100].waiting) == [block_of(one), block_of(other)]
             await anyio.sleep(0.03)
-            assert lines[100].timer is not None
-        assert 100 not in lines
+            assert queues[100].timer is not None
+        assert 100 not in queues
 
 
 async def test_what_moves_a_deadline_moves_the_block() -> None:
-    lines = current_loop().lines
+    queues = current_loop().timeout_queues
     async with nothing_left(), Cancelable(timeout=100) as cancel:
         cancel.extend(20)
-        assert ([*lines[120].waiting], [*lines[100].waiting]) == ([block_of(cancel)], [])
+        assert ([*queues[120].waiting], [*queues[100].waiting]) == ([block_of(cancel)], [])
         cancel.disable_timeout()
-        assert not any(line.waiting for line in lines.values())
+        assert not any(queue.waiting for queue in queues.values())
 
 
 async def test_a_thread_that_extends_in_time_is_heard_before_the_deadline() -> None:

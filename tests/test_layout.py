@@ -24,33 +24,6 @@ MOST_METHODS, MOST_LINES = 30, 50
 PUBLIC_ALL_THE_SAME = {"_exit"}  # Of `os`, and documented.
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
-# WHAT IS STILL BEING WORKED ON. Each entry goes with the change that makes it needless; the list is to become empty.
-OF_A_BLOCK = {
-    "doors/decorator.py": "_enter _is_unsettled _leave _settle",
-    "doors/progress.py": "_grace",
-    "doors/streaming.py": "_cleanup_grace _hold _lends_itself",
-    "kernel/task_group.py": "_cleanup_grace _enter _group_gates _group_scope _has_task_group _is_unsettled _leave _settle _task",
-    "kernel/threads.py": (
-        "_children _condition _current _deadline _entered_before _expire _home _is_told _let_go _loop _mark _outcome "
-        "_outside _parent _rearm _refuse _started _stop_timers _task _timeout _to_await _token _told_by_parent "
-        "_unlisten _unwatch _upstream"
-    ),
-    "request/blocks.py": "_current _link_to _outside _rearm _started",
-    "request/run.py": "_enter _is_unsettled _leave",
-    "request/websocket.py": "_is_told",
-}
-ALLOWED = {
-    *((file, name) for file, names in OF_A_BLOCK.items() for name in names.split()),
-    *(
-        ("kernel/cancelable.py", f"from .threads import {name}")
-        for name in ("enter", "leave", "run_in_thread", "run_in_process")
-    ),
-    ("kernel/cancelable.py", "kernel/threads.py"),
-    ("kernel/threads.py", "kernel/cancelable.py"),
-    ("kernel/cancelable.py", "Cancelable"),
-    ("request/state.py", "RequestState"),
-}
-
 
 def name_of(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
@@ -83,7 +56,7 @@ def imports_of(path: Path) -> Iterator[str]:
 
 
 def problems(found: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    return sorted(set(found) - ALLOWED)
+    return sorted(set(found))
 
 
 def test_every_file_stands_on_a_floor() -> None:

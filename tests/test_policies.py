@@ -478,7 +478,7 @@ def wrong(value: object) -> Any:
     [
         (lambda: TimeoutPolicy(-1), ValueError, "zero or more seconds"),
         (lambda: TimeoutPolicy(wrong("1")), TypeError, "takes seconds"),
-        (lambda: TimeoutPolicy(1, status_code=200), ValueError, "must tell of an error"),
+        (lambda: TimeoutPolicy(1, status_code=200), ValueError, "must be an error status"),
         (lambda: TimeoutPolicy(1, status_code=408), ValueError, "send the request again"),
         (lambda: TimeoutPolicy(1, response=wrong("late")), TypeError, "a function of the request and the error"),
         (lambda: TimeoutPolicy(1, response=wrong(str.upper)), TypeError, "a function of the request and the error"),

@@ -169,7 +169,7 @@ async def test_it_is_delivered_once_and_the_cleanup_is_not_disturbed(
     assert work.journal == ["cancelled", *CLEANED, "ManualCancelation"]
 
 
-@pytest.mark.parametrize("around", ["nothing", "a scope", "a block", "a group", "a gate"])
+@pytest.mark.parametrize("around", ["nothing", "a scope", "a block", "a group", "a member"])
 @pytest.mark.parametrize("inside", ["nothing", "a scope"])
 async def test_what_a_worker_thread_calls_in_the_loop_cleans_up_undisturbed(around: str, inside: str) -> None:
     async def called() -> None:
@@ -196,7 +196,7 @@ async def test_what_a_worker_thread_calls_in_the_loop_cleans_up_undisturbed(arou
         elif around == "a group":
             async with anyio.create_task_group():
                 await in_a_thread()
-        elif around == "a gate":
+        elif around == "a member":
             async with CancelableTaskGroup(Cancelable()) as group:
                 group.start_soon(in_a_thread)
         else:
@@ -601,7 +601,7 @@ async def test_work_that_goes_on_after_check_has_raised_is_stopped_after_the_gra
 
 
 async def test_the_children_of_a_plain_group_are_stopped_with_the_block() -> None:
-    """Without a gate of their own they may be cancelled more than once, but none is forgotten."""
+    """Without a member scope of their own they may be cancelled more than once, but none is forgotten."""
     ended: list[int] = []
 
     async def child(number: int) -> None:

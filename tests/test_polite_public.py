@@ -33,7 +33,7 @@ from cancelable_deps.kernel.cancelable import block_of
 from cancelable_deps.kernel.loops import known
 from cancelable_deps.kernel.loops.current import current_loop
 from cancelable_deps.kernel.loops.public_asyncio import AsyncioWatch
-from cancelable_deps.kernel.loops.public_scopes import PublicGate, PublicScope
+from cancelable_deps.kernel.loops.public_scopes import PublicMemberScope, PublicScope
 from cancelable_deps.kernel.task_group import CancelableTaskGroup
 
 from . import HIDDEN
@@ -206,8 +206,10 @@ def test_a_hook_that_has_changed_is_noticed_and_said_once(
         known._report.cache_clear()
     (record,) = caplog.records
     assert (record.name, record.levelno) == ("cancelable_deps", logging.WARNING)
-    assert record.message.startswith(f"{package} {version(package)} is not as we know it (")
-    assert record.message.endswith(f"Known: {package} {known.KNOWN_VERSIONS[package]}.")
+    assert record.message.startswith(
+        f"{package} {version(package)} has other private parts than cancelable_deps expects ("
+    )
+    assert record.message.endswith(f"Tested: {package} {known.KNOWN_VERSIONS[package]}.")
 
 
 def test_the_versions_that_are_installed_are_known() -> None:
@@ -339,7 +341,7 @@ async def test_nothing_is_watched_before_something_is_cancelled(watches: list[st
 
     async with nothing_left(), CancelableTaskGroup(Cancelable()) as group:
         await group.start(wait)
-        assert all(isinstance(gate, PublicGate) for gate in group._gates.values())
+        assert all(isinstance(scope, PublicMemberScope) for scope in group._member_scopes.values())
         assert isinstance(block_of(group.cancelable).scope, PublicScope)
         await anyio.wait_all_tasks_blocked()
         handles = [handle for handle in (*loop._ready, *loop._scheduled) if not handle.cancelled()]

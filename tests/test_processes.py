@@ -114,7 +114,7 @@ async def test_one_process_does_one_job_after_another() -> None:
         (jobs.raise_odd, RuntimeError, "Odd, which cannot be pickled: 1 and 2"),
         (jobs.die, anyio.BrokenWorkerProcess, "signal SIGKILL.*die"),
         (jobs.die_without_a_name, anyio.BrokenWorkerProcess, r"signal \d+"),
-        (lambda: None, TypeError, "Take a function from the top level"),
+        (lambda: None, TypeError, "Use a function from the top level"),
         (numbers_in, TypeError, "plain function"),
     ],
 )
@@ -205,10 +205,10 @@ async def test_results_that_cannot_be_unpickled_are_a_clear_error_and_cost_no_pr
         for name in ("plugin", "raises", "leaves", "interrupts", "has no text"):
             error = await failure_of(cancel, jobs.return_one, name)
             assert type(error) is TypeError
-            assert str(error).startswith("what return_one() returned cannot be unpickled in this process")
+            assert str(error).startswith("the result of return_one() cannot be unpickled in this process")
             assert "Return plain data" in str(error)
         error = await failure_of(cancel, jobs.return_what_ends_its_pickling)
-        assert str(error) == "what the function returned cannot be pickled: SystemExit: 7"
+        assert str(error) == "the result of the function cannot be pickled: SystemExit: 7"
 
 
 async def test_what_a_job_prints_is_no_answer(
@@ -484,5 +484,5 @@ def test_function_of_the_main_module(tmp_path: Path, how: tuple[str, ...]) -> No
 
 def test_main_module_without_a_guard_is_told(tmp_path: Path) -> None:
     done = run_script(tmp_path / "script.py", GUARDED.replace('if __name__ == "__main__":', "if True:"))
-    assert "Put what starts your program under `if __name__ == '__main__':`" in done.stderr
+    assert "Put the code that starts your program under `if __name__ == '__main__':`" in done.stderr
     assert done.returncode == 1

@@ -40,6 +40,7 @@ from cancelable_deps import (
     with_cancelation,
 )
 from cancelable_deps.kernel.loops.current import current_loop
+from cancelable_deps.kernel.settings import settings
 from cancelable_deps.request.shutdown import Shutdown, running_shutdown
 from cancelable_deps.testing import CancelableClient
 from tests.calls import CEILING, get, running
@@ -267,7 +268,9 @@ async def test_background_tasks_are_cancelled_after_their_own_grace(
     assert caplog.messages[1].endswith(": signal")
 
 
-async def test_background_tasks_that_are_too_young_to_be_known_are_found() -> None:
+async def test_background_tasks_that_are_too_young_to_be_known_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    # So long that the machine may be busy.
+    monkeypatch.setattr(settings, "listen_after", 0.5)
     work = Work(cancelation_lifespan(grace=0, background_grace=0))
     async with served(work.app):
         async with running(work.app, "/mw/background") as call:

@@ -576,7 +576,7 @@ class _AsyncCallable:
 )
 def test_a_callback_that_nobody_would_await_is_refused(callback: Any) -> None:
     token = CancelationToken()
-    with pytest.raises(TypeError, match=r"nobody would await .* on_cancel\(\) of a Cancelable"):
+    with pytest.raises(TypeError, match=r"nothing would await .* on_cancel\(\) of a Cancelable"):
         token.on_cancel(callback)
     assert not token._listeners
 

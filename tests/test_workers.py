@@ -201,7 +201,10 @@ def test_entered_twice_is_refused() -> None:
 
 
 def test_condition_needs_an_event_loop() -> None:
-    with pytest.raises(TypeError, match="condition is asked in an event loop"), Cancelable.with_condition(lambda: True):
+    with (
+        pytest.raises(TypeError, match="condition is checked in an event loop"),
+        Cancelable.with_condition(lambda: True),
+    ):
         pytest.fail("entered")
 
 
@@ -265,7 +268,7 @@ async def test_async_callback_in_a_thread_is_closed_and_said_so(caplog: pytest.L
             block.cancel_nowait()
 
     await anyio.to_thread.run_sync(work)
-    assert "takes plain ones" in caplog.text
+    assert "takes plain functions" in caplog.text
 
 
 async def test_run_in_thread_returns_and_raises_what_the_function_does() -> None:

@@ -1,6 +1,6 @@
-"""Floor 0: stop a block of work, and say why.
+"""The lowest layer: stop a block of work, and record the reason.
 
-Tokens, blocks, task groups, threads and processes, and in `loops` all that asyncio and trio do differently. It knows
-anyio and the two backends, and of the web only that its errors are ``HTTPException``s. It must not know requests,
-servers or frameworks.
+It has tokens, blocks, task groups, threads and processes; the differences between asyncio and trio are in `loops`. It
+uses anyio and the two backends. Of the web it knows only ``HTTPException``, the base class of its errors. It must not
+know requests, servers or frameworks.
 """

@@ -187,8 +187,8 @@ class Block(Observed):
         scope, self.scope = self.scope, None
         self.late_task = None
         self.ended = self.loop.time()
-        if self.line is not None:
-            self.leave_line()
+        if self.timeout_queue is not None:
+            self.leave_queue()
         if self._token is not None or self.upstream is not None:
             self.unlisten()
         current.reset(self.outside)

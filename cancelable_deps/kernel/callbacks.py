@@ -1,4 +1,4 @@
-"""The callbacks of a block: of its cancellation, and of the progress of its work."""
+"""The callbacks of a block: on its cancellation, and on the progress of its work."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
 
 class Observed(Stoppable):
-    """Work that calls back when it is stopped, and when it reports its progress."""
+    """Work with callbacks, which are called when it is cancelled and when it reports its progress."""
 
     callbacks: Members[Callback] = ()
     to_await: list[Awaitable[object]] | None = None
-    """What callbacks have returned, and the end of the block awaits."""
+    """The awaitables that callbacks have returned, and that are awaited when the block is left."""
 
     progress_callbacks: list[Callable[[str | None, Mapping[str, Any]], object]] | None = None
 
     def call_back(self, callback: Callback) -> None:
-        """Have ``callback`` called when the block is cancelled."""
+        """Call ``callback`` when the block is cancelled."""
         self.callbacks = with_one_more(self.callbacks, callback)
         self.token.listen(callback)
 
     def take_back(self, callback: Callable[..., object]) -> int:
-        """Remove a callback, and return how many times it was registered and not called yet."""
+        """Remove all registrations of a callback, and return how many of them had not been called yet."""
         count = 0
         for listener in [each for each in tuple(self.callbacks) if each.is_of(callback)]:
             self.token.unlisten(listener)
@@ -41,7 +41,7 @@ class Observed(Stoppable):
         return count
 
     def await_at_the_end(self, result: object) -> None:
-        """Await what a callback has returned, when the block is left."""
+        """Await the result of a callback when the block is left; close the result if the block is not open."""
         if inspect.isawaitable(result):
             if not self.is_open:
                 close_unawaited(result)
@@ -49,6 +49,7 @@ class Observed(Stoppable):
                 self.to_await = [*(self.to_await or ()), result]
 
     async def await_callbacks(self) -> None:
+        """Await the results of ``async`` callbacks, shielded and for one grace; close those that are left then."""
         left, self.to_await = self.to_await or [], None
         left.reverse()
         exits: list[BaseException] = []
@@ -62,12 +63,13 @@ class Observed(Stoppable):
                         exits.append(exc)
         finally:
             for awaitable in left:
-                logger.warning("an async on_cancel callback of %r was not awaited: the grace is over", self)
+                logger.warning("an async on_cancel callback of %r was not awaited: cleanup_grace is over", self)
                 close_unawaited(awaitable)
         if exits:
             raise exits[0]
 
     async def report_progress(self, message: str | None, metadata: Mapping[str, Any] | None) -> None:
+        """Call each progress callback, and await its result; failures are logged, and `EXITS` raised at the end."""
         exits: list[BaseException] = []
         for callback in self.progress_callbacks or ():
             try:
@@ -81,7 +83,7 @@ class Observed(Stoppable):
 
 
 async def await_logged(awaitable: Awaitable[object], callback: object) -> None:
-    """Await what ``callback`` has returned; a failure is logged, and goes no further."""
+    """Await the result of ``callback``; a failure is logged and not raised."""
     this_task = ThisTask()
     try:
         await awaitable

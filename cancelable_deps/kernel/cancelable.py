@@ -1,4 +1,4 @@
-"""A block of work that a token, a deadline or a condition can stop, as users see it."""
+"""`Cancelable`: a block of work that a token, a deadline or a condition can stop. The part that users see."""
 
 from __future__ import annotations
 
@@ -30,27 +30,33 @@ Ts = TypeVarTuple("Ts")
 
 
 def current_cancelable() -> Cancelable | None:
-    """Return the innermost `Cancelable` whose block encloses the caller, however deep below; ``None`` outside of any.
+    """Return the innermost `Cancelable` whose block encloses the caller at any depth; ``None`` outside of all blocks.
 
-    Tasks started inside the block see it too, also one that outlives it: it then is no longer active.
+    Tasks and threads that are started inside the block get it too. A task that outlives the block still gets it, with
+    ``is_active`` false.
     """
     block = current.get()
     return None if block is None else cancelable_of(block)
 
 
 class _Observable:
-    """The part of a `Cancelable` that calls back."""
+    """The callbacks of a `Cancelable`."""
 
     _block: Block
 
     def on_cancel(self, callback: C) -> C:
-        """Call ``callback(cancelable)`` when the block is cancelled; at once if it already is. Serves as a decorator.
+        """Register ``callback(cancelable)`` to be called when the block is cancelled; at once if it already is.
 
-        It is called at the moment of cancelling, in the thread that cancels. What an ``async`` one returns is awaited
-        when the block is left, before the error is raised, shielded, with ``cleanup_grace`` seconds for all of them; if
-        the block is not entered it is closed. What a callback raises is logged and goes no further, also if that is the
-        ``CancelledError`` of a task that it awaits; ``KeyboardInterrupt`` and ``SystemExit`` are raised when all others
-        have been called. `remove_callback` takes it back.
+        The callback is called once, at the moment of the cancellation and in the thread that cancels. If it is
+        ``async``, the block awaits it when it is left, shielded and before the error is raised; all such callbacks
+        together have ``cleanup_grace`` seconds. If the block is not open, the coroutine is closed without running.
+
+        An exception of a callback is logged and not raised, including the ``CancelledError`` of a task that it awaits.
+        ``KeyboardInterrupt`` and ``SystemExit`` are raised once all callbacks have been called. Undo the registration
+        with `remove_callback`.
+
+        :return: the callback, so that this method can be used as a decorator.
+        :raises TypeError: if ``callback`` is not callable.
         """
         if not callable(callback):
             raise TypeError(f"on_cancel takes a function of one argument, the Cancelable, not {callback!r}")
@@ -61,21 +67,24 @@ class _Observable:
         self._block.await_at_the_end(call_logged(callback, self))
 
     def remove_callback(self, callback: Callable[..., object]) -> int:
-        """Take back what `on_cancel` or `on_progress` was given: all registrations of ``callback``.
+        """Remove all registrations of ``callback`` with `on_cancel` and `on_progress`.
 
-        From any thread, and in a callback as well: one that is removed there, before its turn, is not called any more.
+        May be called in any thread, and by another callback: a callback that is removed before its turn is not called.
 
-        :return: how many registrations that were; 0 if there is none. One of `on_cancel` that was called is none.
+        :return: the number of registrations removed. A callback of `on_cancel` that has been called no longer counts.
         """
         before = self._block.progress_callbacks or []
         self._block.progress_callbacks = [other for other in before if other != callback] or None
         return self._block.take_back(callback) + len(before) - len(self._block.progress_callbacks or ())
 
     def on_progress(self, callback: C) -> C:
-        """Call ``callback(message, metadata)`` at each `report_progress`; it may be ``async``. Serves as a decorator.
+        """Register ``callback(message, metadata)`` to be called at each `report_progress`; it may be ``async``.
 
-        What it raises is logged and goes no further, as with `on_cancel`: watching work must not end it.
-        `remove_callback` takes it back.
+        An exception of the callback is logged and not raised, as with `on_cancel`: an observer must not end the work.
+        Undo the registration with `remove_callback`.
+
+        :return: the callback, so that this method can be used as a decorator.
+        :raises TypeError: if ``callback`` is not callable.
         """
         if not callable(callback):
             raise TypeError(f"on_progress takes a function of a message and its metadata, not {callback!r}")
@@ -83,37 +92,38 @@ class _Observable:
         return callback
 
     async def report_progress(self, message: str | None = None, metadata: Mapping[str, Any] | None = None) -> None:
-        """Tell every `on_progress` callback, and wait for the ``async`` ones.
+        """Call every `on_progress` callback, and await the ``async`` ones.
 
-        Also a point where a cancellation is seen, so that work which reports can be stopped.
+        This is a checkpoint: a pending cancellation is raised here, before any callback is called.
         """
         await anyio.lowlevel.checkpoint()
         await self._block.report_progress(message, metadata)
 
 
 class Cancelable(_Observable):
-    """A block of work, entered once with ``async with``, that a token, a deadline or ``cancel()`` can stop.
+    """A block of work that a token, a deadline or ``cancel()`` can stop. It is entered once, with ``async with``.
 
-    The work is stopped at the ``await`` where it stands, by its backend's own cancellation (``asyncio.CancelledError``,
-    ``trio.Cancelled``) through an anyio cancel scope, so shielded sections are finished first. Its cleanup then has
-    ``cleanup_grace`` seconds in which its own awaits run undisturbed; after that the cancellation is repeated at every
-    ``await``. Leaving the block raises the `CancelationError` of the reason.
+    A cancellation is raised at the work's current ``await``, as the exception of the backend
+    (``asyncio.CancelledError``, ``trio.Cancelled``), through an anyio cancel scope; a shielded section is finished
+    first. The cleanup of the work then has ``cleanup_grace`` seconds in which its own awaits are not interrupted; after
+    that, the cancellation is repeated at every ``await``. Leaving the block raises the reason's `CancelationError`.
 
-    A block that finishes all the same has finished, and one that raises something else during its cleanup raises that.
-    A cancellation that is not ours (the server's, an outer scope's) passes through.
+    A block whose work completes in spite of the cancellation raises nothing. A block whose cleanup raises another
+    exception raises that exception. A cancellation from elsewhere (the server, an outer scope) passes through.
 
-    In a worker thread (a ``def`` endpoint or dependency, ``run_in_thread``, a thread of a script) it is entered by a
-    plain ``with``. A thread cannot be interrupted: there the work is stopped where it calls `check`.
+    In a worker thread (a ``def`` endpoint or dependency, ``run_in_thread``, a thread of a script) the block is entered
+    with a plain ``with``. A thread cannot be interrupted: its work is stopped where it calls `check`.
 
     :param timeout: seconds (or a ``timedelta``) from entering the block; ``None`` for no limit.
-    :param token: another source of cancellation, which several blocks may share.
-    :param name: for your own logs and ``repr()``.
+    :param token: a further source of cancellation, which several blocks may share. The block does not cancel it.
+    :param name: a name for your own logs and for ``repr()``.
     :param cleanup_grace: seconds; the default is that of `configure`.
-    :raises ValueError: for a timeout or grace that is negative or NaN, :exc:`TypeError` for one that is no number.
+    :raises ValueError: if ``timeout`` or ``cleanup_grace`` is negative or NaN.
+    :raises TypeError: if ``timeout`` or ``cleanup_grace`` is not a number, or ``token`` is not a `CancelationToken`.
     """
 
     __signature__ = NotADependency(
-        "Depends(Cancelable) would make query parameters of its limits. Write `cancel: RequestCancelable`, or "
+        "Depends(Cancelable) would turn its limits into query parameters. Write `cancel: RequestCancelable`, or "
         "Annotated[Cancelable, Depends(cancelable_with_timeout(30))]."
     )
 
@@ -142,17 +152,17 @@ class Cancelable(_Observable):
 
     def _show(self, block: Block) -> None:
         self._block = block
-        # Weakly: each would keep the other, and be garbage that only the collector finds.
+        # A weak reference, because a strong one would make a cycle that only the garbage collector can free.
         block.face = ref(self)
 
     @classmethod
     def with_timeout(cls, timeout: float | timedelta, *, name: str | None = None) -> Self:
-        """A block that is stopped ``timeout`` seconds after it is entered."""
+        """Return a block that is cancelled ``timeout`` seconds after it is entered, with reason ``TIMEOUT``."""
         return cls(timeout=timeout, name=name)
 
     @classmethod
     def with_token(cls, token: CancelationToken, *, name: str | None = None) -> Self:
-        """A block that is stopped when ``token`` is cancelled, for the token's reason."""
+        """Return a block that is cancelled when ``token`` is, with the token's reason and message."""
         return cls(token=token, name=name)
 
     @classmethod
@@ -163,10 +173,14 @@ class Cancelable(_Observable):
         *,
         name: str | None = None,
     ) -> Self:
-        """A block that is stopped when ``predicate()`` is true; asked every ``interval`` seconds, on entering first.
+        """Return a block that is cancelled when ``predicate()`` is true, with reason ``CONDITION``.
 
-        The predicate may be ``async``; a plain one runs in the event loop and must not block. One that raises stops
-        the block with ``CancelationReason.ERROR``.
+        The predicate is called for the first time when the block is entered, then every ``interval`` seconds. It may be
+        ``async``; a plain function runs in the event loop and must not block. If it raises, the block is cancelled with
+        reason ``ERROR``.
+
+        :raises TypeError: if ``predicate`` is not callable, or ``interval`` is not a number.
+        :raises ValueError: if ``interval`` is negative or NaN.
         """
         made = cls(name=name)
         made._block.condition = Condition(predicate, interval)
@@ -182,7 +196,7 @@ class Cancelable(_Observable):
 
     @property
     def token(self) -> CancelationToken:
-        """This block's own token. Cancelling it stops this block, and no other that shares the token given to it."""
+        """The block's own token. Cancelling it stops this block only, and not the others that share ``token=``."""
         return self._block.token
 
     @property
@@ -197,92 +211,111 @@ class Cancelable(_Observable):
 
     @property
     def reason(self) -> CancelationReason | None:
-        """Why it was cancelled, as recorded at that moment; ``None`` while it is not."""
+        """The reason of the cancellation, recorded at the moment of it; ``None`` while the block is not cancelled."""
         cause = self._block.cause
         return None if cause is None else cause.reason
 
     @property
     def message(self) -> str | None:
-        """What was given to ``cancel()``, or says which limit was passed; ``None`` if there is nothing to say."""
+        """The message that was given to ``cancel()``, or a text that names the limit passed; ``None`` if neither."""
         cause = self._block.cause
         return None if cause is None else cause.message
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the block was entered, up to when it was left; 0 before."""
+        """The seconds from entering the block until now, or until it was left; 0 before it is entered."""
         return self._block.elapsed
 
     @property
     def deadline(self) -> float:
-        """When the block, or one that encloses it in the same task, times out; ``math.inf`` for never.
+        """The time at which this block, or an enclosing block in the same task, times out; ``math.inf`` if never.
 
-        On the clock of ``anyio.current_time()``, and known once the block is entered.
+        A time of the clock ``anyio.current_time()``. The timeout of this block counts from when it is entered.
         """
         return self._block.deadline
 
     def remaining(self) -> float:
-        """Return the seconds until `deadline`, never negative; ``math.inf`` without one. Before entering: the timeout."""
+        """Return the seconds that are left until `deadline`; 0 when it has passed, ``math.inf`` without a timeout.
+
+        Before the block is entered, this is its own timeout.
+        """
         block = self._block
         if block.loop is None:
             return math.inf if block.timeout is None else block.timeout
         return max(0.0, block.deadline - block.loop.time())
 
     def extend(self, by: float | timedelta) -> bool:
-        """Give the block ``by`` more seconds; from any thread.
+        """Move the timeout ``by`` seconds later. May be called in any thread.
 
-        If it has no timeout of its own, the nearest block around it that has one is given them: in a handler that is the
-        timeout of the decorator, route class or middleware. A handle need not be entered for that.
+        If the block has no timeout of its own, this moves the timeout of the nearest enclosing block that has one. In a
+        handler that is the timeout of the decorator, route class or middleware; the handle that the handler was given
+        need not be entered for that.
 
-        :return: whether that came in time; ``False`` if there is no timeout, or the block was cancelled or left before.
+        :return: ``True`` if the timeout was moved; ``False`` if there is none, or its block was already cancelled or
+            left.
+        :raises ValueError: if ``by`` is negative or NaN.
+        :raises TypeError: if ``by`` is not a number.
         """
         return self._block.move_timeout(seconds(by, "extend"))
 
     def disable_timeout(self) -> bool:
-        """Remove the timeout; the same as extending it without end."""
+        """Remove the timeout: the same as `extend` by an infinite time, with the same result."""
         return self._block.move_timeout(math.inf)
 
     def cancel_nowait(self, reason: CancelationReason = CancelationReason.MANUAL, message: str | None = None) -> bool:
-        """Stop the block, from any thread, without waiting for its end. Before it is entered: entering will raise.
+        """Cancel the block and return at once, without waiting for its end. May be called in any thread.
 
-        ``message`` reaches the client as the response's detail; not that of ``PARENT`` and ``ERROR``, for which the
-        client reads a fixed sentence.
+        If the block has not been entered yet, entering it raises the `CancelationError`.
 
-        :return: whether this call did it; ``False`` if it was cancelled before, or the block has been left.
+        :param message: the ``detail`` of the response. The client gets a fixed sentence instead if the reason is
+            ``PARENT`` or ``ERROR``.
+        :return: ``True`` if this call cancelled the block; ``False`` if it was already cancelled or left.
         :raises TypeError: if ``reason`` is not a `CancelationReason`, or ``message`` is neither a string nor ``None``.
         """
         check_reason(reason, message)
         return self._block.cancel_nowait(reason, message)
 
     async def cancel(self, reason: CancelationReason = CancelationReason.MANUAL, message: str | None = None) -> bool:
-        """As `cancel_nowait`; called inside the block itself, the cancellation arrives right here."""
+        """Cancel the block like `cancel_nowait`, then pass a checkpoint.
+
+        Called inside the block itself, the cancellation is raised here and not at the next ``await``.
+        """
         done = self.cancel_nowait(reason, message)
         await anyio.lowlevel.checkpoint()
         return done
 
     def check(self) -> None:
-        """Raise the `CancelationError` of the reason if the block, or one around it, is cancelled or past its deadline.
+        """Raise a `CancelationError` if this block or an enclosing one is cancelled or past its deadline.
 
-        For work that has no ``await``: it sees a deadline although the event loop had no chance to. From any thread.
+        For work that does not await: a deadline is noticed here even if the event loop has had no chance to run. May be
+        called in any thread.
+
+        :raises CancelationError: the error of the reason.
         """
         self._block.check()
 
     def shield(self) -> Shield:
-        """``with cancel.shield():`` (or ``async with``) finish this section: a cancellation waits until after it."""
+        """Return a context manager around a section that must be finished: a cancellation is delivered after it.
+
+        Takes ``with`` and ``async with``. There is no limit to how long the section may delay the cancellation.
+        """
         return Shield()
 
     def defer_disconnect(self) -> Deferral:
-        """``with cancel.defer_disconnect():`` past this point the client's leaving is recorded, and acted on at the end.
+        """Return a context manager in which the client's disconnect is recorded, and cancels the request at its end.
 
-        For what must be finished though nobody reads the result: an upstream that bills by its last frame. A timeout
-        and every other reason still act at once. Inside it, `is_cancelled` stays false and `client_has_left` tells. It
-        may be nested, and left in any order; the recorded disconnect acts when the last is left, at the next ``await``.
-        Outside of a request it does nothing.
+        For work that must be finished though nobody reads the result, such as a call to a service that charges when its
+        response has ended. A timeout and every other reason still cancel at once. Inside, `is_cancelled` stays false
+        after a disconnect, and `client_has_left` is true.
+
+        Takes ``with`` and ``async with``. Such sections may be nested, and left in any order: a recorded disconnect
+        cancels when the last one is left, at the next ``await``. Outside of a request this does nothing.
         """
         return Deferral(self._block.owner_of_client)
 
     @property
     def client_has_left(self) -> bool:
-        """Whether the client has been seen to leave, also while `defer_disconnect` keeps that from stopping the block."""
+        """Whether the client is known to have disconnected, even while `defer_disconnect` delays the cancellation."""
         owner = self._block.owner_of_client
         return self.reason is CancelationReason.DISCONNECT if owner is None else owner.has_left
 
@@ -301,10 +334,13 @@ class Cancelable(_Observable):
             try:
                 raise_as_it_is(outcome)
             finally:
-                del outcome  # Its traceback knows this frame: a cycle, as long as this frame knows it.
+                del outcome  # Its traceback refers to this frame: a cycle while the frame refers to it.
 
     def __enter__(self) -> Self:
-        """In a worker thread: raises :exc:`TypeError` where an event loop runs."""
+        """Enter the block in a worker thread.
+
+        :raises TypeError: if an event loop runs in this thread.
+        """
         enter_in_thread(self._block)
         return self
 
@@ -316,7 +352,7 @@ class Cancelable(_Observable):
             try:
                 raise_as_it_is(outcome)
             finally:
-                del outcome  # Its traceback knows this frame: a cycle, as long as this frame knows it.
+                del outcome  # Its traceback refers to this frame: a cycle while the frame refers to it.
 
     async def run_in_thread(
         self,
@@ -327,38 +363,45 @@ class Cancelable(_Observable):
     ) -> R:
         """Run ``func(*args)`` in a worker thread, inside of this block: ``current_cancelable().check()`` works there.
 
-        A cancellation ends the waiting for a thread, but a thread that works is waited for; it ends at its next
-        `check` (or ``anyio.from_thread.check_cancelled()``). If it finishes anyway, its result is returned.
+        A cancellation while the call waits for a free thread is raised at once. A thread that is running is awaited: it
+        ends at its next `check` (or ``anyio.from_thread.check_cancelled()``). If it completes all the same, its result
+        is returned.
 
-        :param abandon_on_cancel: leave the thread alone instead, and be cancelled at once. It keeps its place in the
-            limiter until it has ended, unlike anyio's own. What it returns is dropped; what it raises is logged.
-        :param limiter: how many threads may run at once; the default is anyio's for all threads (40).
-        :raises RuntimeError: outside of the block, :exc:`TypeError` for an ``async`` function.
+        :param abandon_on_cancel: raise a cancellation at once, and let the thread run on. It keeps its token of the
+            limiter until it has ended, unlike with anyio. Its result is discarded; its exception is logged.
+        :param limiter: limits how many threads may run at once; the default is anyio's limiter for all threads (40).
+        :return: the result of ``func``.
+        :raises RuntimeError: if the block is not open.
+        :raises TypeError: if ``func`` is ``async``.
         """
         result: R = await run_in_thread(self._block, func, args, abandon_on_cancel, limiter)
         return result
 
     async def run_in_process(self, func: Callable[[*Ts], R], *args: *Ts, limiter: CapacityLimiter | None = None) -> R:
-        """Run ``func(*args)`` in a process that runs nothing else; a cancellation kills it, and all it has started.
+        """Run ``func(*args)`` in a process of its own; a cancellation kills the process and all that it has started.
 
-        For work that never yields. Function, arguments and result are pickled; an exception arrives as itself, with the
-        traceback of the process as a note. What the function prints goes to the standard error. It has no access to
-        this block, nor to anything else of the server's memory. It is killed by SIGKILL: nothing of its cleanup runs.
+        For work that cannot call `check`, such as one long call into C. The process is killed with SIGKILL, so none of
+        its cleanup runs. The function, its arguments and its result are pickled. An exception of the function is raised
+        here, with the traceback of the process as a note. The function's standard output goes to the server's standard
+        error. The function has no access to this block, nor to any other object in the server's memory.
 
-        A process that has finished its job is used again for the next one, or ended after a minute, or with the event
-        loop, or when the server is killed.
+        The process is kept for the next call. It is ended after a minute without one, when the event loop ends, and
+        when the server is killed.
 
-        :param limiter: how many processes may work at once; the default is ``anyio.to_process``'s (one a CPU).
-        :raises RuntimeError: outside of the block.
-        :raises TypeError: for what cannot be pickled: a lambda, a closure, an open file.
-        :raises anyio.BrokenWorkerProcess: if the process ends by itself, as by a crash.
+        :param limiter: limits how many processes may run at once; the default is that of ``anyio.to_process`` (one per
+            CPU).
+        :return: the result of ``func``.
+        :raises RuntimeError: if the block is not open.
+        :raises TypeError: if ``func`` is ``async``, or if ``func``, an argument or the result cannot be pickled (a
+            lambda, a closure, an open file).
+        :raises anyio.BrokenWorkerProcess: if the process ends by itself, for example by a crash.
         """
         result: R = await run_in_process(self._block, func, args, limiter)
         return result
 
 
 def cancelable_of(block: Block) -> Cancelable:
-    """Return the face of ``block``, which is made for the first who asks."""
+    """Return the `Cancelable` of ``block``, which is created on the first call."""
     known: Cancelable | None = None if block.face is None else block.face()
     if known is None:
         known = Cancelable.__new__(Cancelable)

@@ -1,4 +1,4 @@
-"""A predicate that stops a block when it comes true."""
+"""A predicate that cancels a block when it becomes true."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Cancel = Callable[[CancelationReason, str], object]
 
 
 class Condition:
-    """Asks a predicate again and again while a block is open."""
+    """A predicate that is called at an interval while a block is open."""
 
     def __init__(self, predicate: Callable[[], bool | Awaitable[bool]], interval: float | timedelta) -> None:
         if not callable(predicate):
@@ -32,16 +32,20 @@ class Condition:
         self._worker: Worker | None = None
 
     def start(self, cancel: Cancel, loop: EventLoop) -> None:
+        """Start to call the predicate, in a task of its own; ``cancel`` is called when it is true or fails."""
+
         async def ask() -> None:
             await self._ask(cancel)
 
         self._worker = loop.spawn(ask, copy_context())
 
     def stop(self) -> None:
+        """Cancel the task, without waiting for its end."""
         if self._worker is not None:
             self._worker.cancel()
 
     async def join(self) -> None:
+        """Wait, shielded, until the task has ended."""
         if self._worker is not None:
             with anyio.CancelScope(shield=True):
                 await self._worker.join()
@@ -49,7 +53,7 @@ class Condition:
     async def _ask(self, cancel: Cancel) -> None:
         this_task = ThisTask()
         try:
-            while not await self._is_true():  # noqa: ASYNC110 - nobody could set an event for a predicate
+            while not await self._is_true():  # noqa: ASYNC110 - no event is set when a predicate becomes true
                 await anyio.sleep(self._interval)
         except BaseException as exc:
             is_stopped = this_task.is_ended_by(exc)

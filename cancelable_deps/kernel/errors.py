@@ -1,4 +1,4 @@
-"""What leaving a cancelled block raises.
+"""The errors that leaving a cancelled block raises.
 
 starlette.exceptions.HTTPException
 └── CancelationError            also raised itself, for CancelationReason.ERROR
@@ -24,31 +24,34 @@ if TYPE_CHECKING:
 RETRY_AFTER_SECONDS = 5
 
 _TOLD_TO_NOBODY = frozenset({CancelationReason.ERROR, CancelationReason.PARENT})
-"""Whose message may hold the text of an exception, or the name of a block: it is for the application, not for a client."""
+"""The reasons whose message may hold the text of an exception or the name of a block, and is not sent to a client."""
 
 
 class AnswerPolicy(Protocol):
-    """A timeout policy, as far as its error knows it."""
+    """The part of a timeout policy that its error uses."""
 
     @property
     def response(self) -> Callable[[Any, Any], Any] | None:
-        """The function of the request and the error that writes the response."""
+        """The function that makes the response from the request and the error; ``None`` for the default response."""
 
 
 class CancelationError(HTTPException):
-    """A block of work was stopped by us, for ``reason``.
+    """The error of a block that was cancelled, for ``reason``. The base class of the errors of all reasons.
 
-    Starlette and FastAPI answer it with ``status_code`` and ``{"detail": ...}``, with nothing installed. The detail is
-    ``message``, so what you pass to ``cancel(message=...)`` reaches the client; of ``ERROR`` and ``PARENT`` it is a fixed
-    sentence, because the message there tells of what is inside. ``message`` is as it was given.
+    Starlette and FastAPI turn it into a response with ``status_code`` and ``{"detail": ...}``, without an exception
+    handler of yours. The detail is the ``message`` of ``cancel(message=...)``, or a fixed sentence if there is none. It
+    is always the fixed sentence with ``ERROR`` and ``PARENT``, because their message may show internals; the attribute
+    ``message`` is unchanged.
 
-    On a WebSocket it is a ``WebSocketException`` too, with the close code of the reason as its ``code``, and once the
-    socket is accepted as its ``status_code``.
+    On a WebSocket the error is a ``WebSocketException`` as well, with the close code of the reason as its ``code``; it
+    is its ``status_code`` too once the socket is accepted.
     """
 
     reason: CancelationReason = CancelationReason.ERROR
+    """The reason of the cancellation."""
+
     policy: AnswerPolicy | None = None
-    """The `TimeoutPolicy` whose time was up, if it was that of one."""
+    """The `TimeoutPolicy` whose timeout has passed; ``None`` if it was another timeout, or another reason."""
 
     _classes: ClassVar[dict[CancelationReason, type[CancelationError]]] = {}
 
@@ -59,12 +62,12 @@ class CancelationError(HTTPException):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        # The first class of a reason is ours; a user's subclass must not replace it.
+        # The first class of each reason is one of the package; a subclass of the user must not replace it.
         CancelationError._classes.setdefault(cls.reason, cls)
 
     @staticmethod
     def for_reason(reason: CancelationReason, message: str | None = None) -> CancelationError:
-        """The error of the class that belongs to ``reason``."""
+        """Return a new error of the class for ``reason``, with ``message``."""
         return CancelationError._classes.get(reason, CancelationError)(message)
 
 
@@ -72,25 +75,28 @@ CancelationError._classes[CancelationReason.ERROR] = CancelationError
 
 
 class DisconnectCancelation(CancelationError):
-    """The client left."""
+    """The error of a block that was cancelled because the client disconnected (status 499, which nobody receives)."""
 
     reason = CancelationReason.DISCONNECT
 
 
 class ManualCancelation(CancelationError):
-    """The application called ``cancel()``."""
+    """The error of a block that the application cancelled with ``cancel()`` (status 499)."""
 
     reason = CancelationReason.MANUAL
 
 
 class TimeoutCancelation(CancelationError, TimeoutError):
-    """A deadline passed. ``except TimeoutError`` catches it as well."""
+    """The error of a block whose deadline has passed (status 504). ``except TimeoutError`` catches it as well."""
 
     reason = CancelationReason.TIMEOUT
 
 
 class SignalCancelation(CancelationError):
-    """The server is shutting down; the response tells the client to come back (``Retry-After``, in seconds)."""
+    """The error of a block that was cancelled because the server is shutting down (status 503).
+
+    The response has a ``Retry-After`` header of 5 seconds.
+    """
 
     reason = CancelationReason.SIGNAL
 
@@ -100,12 +106,12 @@ class SignalCancelation(CancelationError):
 
 
 class ConditionCancelation(CancelationError):
-    """A condition that the application gave came true."""
+    """The error of a block whose condition became true (status 500); see `Cancelable.with_condition`."""
 
     reason = CancelationReason.CONDITION
 
 
 class ParentCancelation(CancelationError):
-    """An enclosing operation was cancelled."""
+    """The error of a block that was cancelled because an enclosing block was (status 500)."""
 
     reason = CancelationReason.PARENT

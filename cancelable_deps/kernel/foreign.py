@@ -1,4 +1,4 @@
-"""Whose cancellation it is that comes out of something which somebody else has written."""
+"""Tell a cancellation of the running task from that of an awaited task, future or thread, in code of other authors."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 EXITS: Final = (KeyboardInterrupt, SystemExit)
-"""What ends the process: it passes through, after everybody has been told."""
+"""The exceptions that end the process. They are passed on, after all listeners have been called."""
 
 RECEIVING: Final = "the server's receive()"
 SENDING: Final = "the server's send()"
 
 
 class ThisTask:
-    """The running task, as it is before it calls or awaits what somebody else has written.
+    """The running task, as it is before it calls or awaits code of another author.
 
-    A `CancelledError` that comes out of an ``await`` may be that of a task, a future or a thread which was awaited and
-    which somebody else has cancelled. Nobody has asked us to end then: it is a failure of that thing, like any other.
+    A ``CancelledError`` from an ``await`` may be that of an awaited task, future or thread, which other code has
+    cancelled. The running task has not been cancelled then, so it is a failure of the awaited object like any other.
     """
 
     __slots__ = ("_asked", "_loop", "_task")
@@ -37,18 +37,18 @@ class ThisTask:
         self._asked = loop.times_asked(self._task)
 
     def is_ended_by(self, exc: BaseException) -> bool:
-        """Whether ``exc`` ends this task, or the process: whoever gets it is to pass it on."""
+        """Return whether ``exc`` ends this task or the process, so that it must be passed on."""
         if isinstance(exc, Exception):
             return False
         if isinstance(exc, BaseExceptionGroup):
             return any(map(self.is_ended_by, exc.exceptions))
         if isinstance(exc, GeneratorExit):
-            # Our coroutine is being closed, which nobody does while its task runs; or somebody has raised it by hand.
+            # Either our coroutine is being closed, which does not happen while its task runs, or code has raised it.
             return not self._is_running
         return isinstance(exc, EXITS) or self._loop.is_cancelled_by(exc, self._asked)
 
     def is_anothers(self, exc: BaseException) -> bool:
-        """Whether ``exc`` is a cancellation, and not of this task."""
+        """Return whether ``exc`` is a cancellation, and not one of this task."""
         return isinstance(exc, CancelledError) and not self.is_ended_by(exc)
 
     @property
@@ -60,20 +60,21 @@ class ThisTask:
 
 
 def is_anothers(exc: BaseException, loop: EventLoop) -> bool:
-    """As `ThisTask.is_anothers`, where looking at the task before each call would cost every request.
+    """Return whether ``exc`` is a cancellation, and not one of the running task.
 
-    A task that was asked to end at any time before is taken for one that ends.
+    Unlike `ThisTask.is_anothers`, it does not look at the task before each call, which would cost every request time.
+    So in a task that has ever been cancelled before, every cancellation is regarded as one of the task.
     """
     return isinstance(exc, CancelledError) and not loop.is_cancelled_by(exc, 0)
 
 
 def told(exc: BaseException, loop: EventLoop, what: str) -> BaseException:
-    """Return ``exc``, or if it `is_anothers` the failure of ``what`` that it stands for."""
+    """Return ``exc``; if it is a cancellation of another task, return a failure of ``what`` in its place."""
     return as_failure(exc, what) if is_anothers(exc, loop) else exc
 
 
 async def with_own_failures(what: str, function: Callable[..., Awaitable[T]], *args: object) -> T:
-    """Await ``function(*args)``; another's cancellation arrives as a failure of ``what``."""
+    """Await ``function(*args)``; raise a cancellation of another task as a failure of ``what``."""
     this_task = ThisTask()
     try:
         return await function(*args)
@@ -84,9 +85,10 @@ async def with_own_failures(what: str, function: Callable[..., Awaitable[T]], *a
 
 
 def call_in_thread(what: str, function: Callable[..., T], *args: object) -> T:
-    """Call ``function(*args)``, in a thread that a coroutine waits for.
+    """Call ``function(*args)``, in a thread that a coroutine waits for; raise a ``GeneratorExit`` as a failure.
 
-    A ``GeneratorExit`` would not be raised where it waits: thrown into coroutines, it closes all but the outermost.
+    A ``GeneratorExit`` would not be raised where the coroutine waits: thrown into nested coroutines, it closes all but
+    the outermost.
     """
     try:
         return function(*args)
@@ -95,9 +97,9 @@ def call_in_thread(what: str, function: Callable[..., T], *args: object) -> T:
 
 
 def as_failure(exc: BaseException, what: str) -> Exception:
-    """Return ``exc`` as an error of ``what`` that nobody takes for a cancellation, or for the end of a coroutine."""
+    """Return ``exc`` as an error of ``what`` that cannot be mistaken for a cancellation or the end of a coroutine."""
     if isinstance(exc, Exception):
         return exc
-    error = RuntimeError(f"{what} ended with {exc!r}, although nobody had cancelled it")
+    error = RuntimeError(f"{what} ended with {exc!r}, although it had not been cancelled")
     error.__cause__ = exc
     return error

@@ -1,4 +1,4 @@
-"""Few or many objects in the order in which they came; small while they are few, and cheap to change when they are many."""
+"""An ordered collection: a tuple while it is small, to save memory, and a dictionary when it is large, to save time."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ T = TypeVar("T")
 
 _FEW = 8
 
-# A dictionary of one takes three times what a tuple of one does, and most requests have one or two of what stands here.
+# A dictionary with one entry needs three times the memory of a tuple with one, and most requests have one or two
+# members in each collection.
 Members = tuple[T, ...] | dict[T, None]
 
 
 def with_one_more(members: Members[T], member: T) -> Members[T]:
-    """Return ``members`` and ``member``; to be put in the place of ``members``, which may be changed."""
+    """Return ``members`` with ``member``. The result replaces ``members``, which may have been changed."""
     if isinstance(members, tuple):
         if len(members) < _FEW:
             return (*members, member)
@@ -23,7 +24,7 @@ def with_one_more(members: Members[T], member: T) -> Members[T]:
 
 
 def without(members: Members[T], member: T) -> Members[T]:
-    """As `with_one_more`, for one that leaves."""
+    """Return ``members`` without ``member``. The result replaces ``members``, which may have been changed."""
     if isinstance(members, tuple):
         return tuple(other for other in members if other is not member)
     members.pop(member, None)

@@ -1,4 +1,4 @@
-"""Checks of what users pass, made when the app is built: limits, statuses, callbacks, `Depends` of no dependency."""
+"""Checks of the arguments of users, when the app is built: limits, statuses, callbacks, and classes in `Depends`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ F = TypeVar("F", bound="Callable[..., Any]")
 
 
 def seconds(value: Any, what: str) -> float:
-    """Return ``value`` as a number of seconds, or raise an error that says what is wrong with it."""
+    """Return ``value`` as a number of seconds; raise an error that names ``what`` if it is not one."""
     if isinstance(value, timedelta):
         value = value.total_seconds()
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -26,18 +26,18 @@ def seconds(value: Any, what: str) -> float:
 
 
 def checked_status(code: object, what: object) -> int:
-    """Return ``code`` if it is the status of an error, or raise an error that says what is wrong with it."""
+    """Return ``code`` if it is an HTTP error status; raise an error that names ``what`` if it is not."""
     if isinstance(code, bool) or not isinstance(code, int):
         raise TypeError(f"the status for {what} must be a number such as 503, not {code!r}")
     if not 400 <= code <= 599:
-        raise ValueError(f"the status for {what} must tell of an error (400 to 599), not {code}")
+        raise ValueError(f"the status for {what} must be an error status (400 to 599), not {code}")
     if code == 408:
         raise ValueError(f"408 for {what} makes clients send the request again (RFC 9110); use 503 or 504")
     return code
 
 
 class _Refusal:
-    """Raises when pydantic, asked by FastAPI at the time of building the app, looks at a parameter that has it."""
+    """An annotation of a parameter for which pydantic raises when FastAPI builds the app."""
 
     def __init__(self, advice: str) -> None:
         self._advice = advice
@@ -66,7 +66,7 @@ def not_a_dependency(advice: str) -> Callable[[F], F]:
 
 
 def takes(function: object, count: int) -> bool:
-    """Whether it can be called with so many arguments, as far as Python can tell."""
+    """Return whether ``function`` can be called with ``count`` arguments, as far as Python can tell."""
     if not callable(function):
         return False
     try:
@@ -74,12 +74,15 @@ def takes(function: object, count: int) -> bool:
     except TypeError:
         return False
     except ValueError:
-        pass  # Some that are written in C have no signature.
+        pass  # Some functions that are written in C have no signature.
     return True
 
 
 def runs_only_when_awaited(function: object) -> bool:
-    """Whether calling it does nothing by itself: it is ``async``, or a generator; also in a partial or as ``__call__``."""
+    """Return whether ``function`` is ``async`` or a generator, also in a ``partial`` or as ``__call__``.
+
+    Calling such a function runs none of its code.
+    """
     while isinstance(function, partial):
         function = function.func
     kinds = (inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction)
@@ -88,7 +91,7 @@ def runs_only_when_awaited(function: object) -> bool:
 
 
 class NotADependency:
-    """As a class's ``__signature__``: the same for that class, and not for what inherits from it."""
+    """A ``__signature__`` for a class that makes ``Depends(class)`` raise, but not ``Depends`` of a subclass."""
 
     def __init__(self, advice: str) -> None:
         self._advice = advice

@@ -1,4 +1,4 @@
-"""Why a request ends early, and what each reason becomes on the wire."""
+"""The reasons of a cancellation, each with its HTTP status, WebSocket close code and text for the client."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 
 class CancelationReason(StrEnum):
-    """Why work was stopped. The set is closed: every cancellation of ours has exactly one of these."""
+    """The reason of a cancellation. Every cancellation by this package has exactly one; there are no others."""
 
     DISCONNECT = "disconnect"
-    """The client left."""
+    """The client disconnected."""
     MANUAL = "manual"
     """``cancel()`` was called by the application, an operator or a newer request."""
     TIMEOUT = "timeout"
@@ -18,30 +18,30 @@ class CancelationReason(StrEnum):
     SIGNAL = "signal"
     """The server is shutting down."""
     CONDITION = "condition"
-    """A condition that the application gave came true."""
+    """The condition of a block became true."""
     PARENT = "parent"
-    """An enclosing operation was cancelled."""
+    """An enclosing block was cancelled."""
     ERROR = "error"
-    """A source of cancellation failed."""
+    """A source of cancellation failed, such as a condition that raised."""
 
     @property
     def status_code(self) -> int:
-        """The HTTP status that answers a request stopped for this reason."""
+        """The HTTP status of the response to a request that was cancelled for this reason."""
         return _OUTCOMES[self].status_code
 
     @property
     def close_code(self) -> int | None:
-        """The WebSocket close code; ``None`` where the socket is closed already."""
+        """The WebSocket close code for this reason; ``None`` if the socket is closed already."""
         return _OUTCOMES[self].close_code
 
     @property
     def is_error(self) -> bool:
-        """Whether error rates should count it: a client that left, or a manual cancel, is no error."""
+        """Whether metrics should count the cancellation as an error: a disconnect or a manual cancellation is none."""
         return _OUTCOMES[self].is_error
 
     @property
     def text(self) -> str:
-        """The sentence a client reads when nobody gave a better one."""
+        """The sentence for the client if the cancellation has no message."""
         return _OUTCOMES[self].text
 
 
@@ -52,7 +52,7 @@ class _Outcome(NamedTuple):
     text: str
 
 
-# 499 is nginx's: the client left and nobody reads the status. Never 408: clients repeat the request.
+# 499 is the status of nginx for a client that has disconnected. Not 408, because clients may repeat the request then.
 _OUTCOMES = {
     CancelationReason.DISCONNECT: _Outcome(499, None, False, "Client closed the request"),
     CancelationReason.MANUAL: _Outcome(499, 4499, False, "The request was cancelled"),

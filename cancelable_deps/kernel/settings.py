@@ -1,4 +1,4 @@
-"""The defaults that every door shares."""
+"""The defaults of the process, which every entry point uses."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ def configure(
     listen_after: float | None = None,
     timeouts_under_debugger: bool | None = None,
 ) -> None:
-    """Change the defaults of this process, at import or app start; requests already running keep theirs.
+    """Change the defaults of this process. Call it at import or when the application starts.
 
-    :param cleanup_grace: seconds that a cancelled block's cleanup may await undisturbed before the cancellation is
-        repeated at every ``await`` (default 5; 0 repeats it at once, ``math.inf`` never).
-    :param listen_after: seconds a request runs before we start to listen for its client's leaving (default 0.005). A
-        request that is over by then costs no task. The listening starts between one and two of these later.
-    :param timeouts_under_debugger: whether a request's timeouts strike while a debugger is attached (default: no).
-    :raises ValueError: for a negative number or NaN, :exc:`TypeError` for something that is no number.
+    An argument that is not given leaves its default unchanged. Requests that are already running keep their values.
+
+    :param cleanup_grace: seconds in which the awaits of a cancelled block's cleanup are not interrupted. After that the
+        cancellation is repeated at every ``await`` (default 5; with 0 it is repeated at once, with ``math.inf`` never).
+    :param listen_after: seconds that a request runs before the package listens for the client's disconnect (default
+        0.005). A request that ends sooner needs no task for that. Listening starts after one to two times this value.
+    :param timeouts_under_debugger: whether timeouts of requests apply while a debugger is attached (default: no).
+    :raises ValueError: if a number of seconds is negative or NaN.
+    :raises TypeError: if an argument has the wrong type.
     """
     if timeouts_under_debugger is not None:
         if not isinstance(timeouts_under_debugger, bool):

@@ -1,4 +1,4 @@
-"""Sections inside a block that a cancellation, or the client's leaving, has to wait for."""
+"""Sections of a block that delay a cancellation, or only that by the client's disconnect."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Shield:
-    """An anyio scope with ``shield=True`` that ``with`` and ``async with`` both take."""
+    """A shielded anyio scope for ``with`` and ``async with``."""
 
     _scope: anyio.CancelScope | None = None
 
@@ -21,7 +21,7 @@ class Shield:
         try:
             current_loop()
         except RuntimeError:
-            # A worker thread, where nothing interrupts what does not ask.
+            # In a worker thread nothing interrupts work that does not call `check`.
             return self
         self._scope = anyio.CancelScope(shield=True)
         self._scope.__enter__()
@@ -43,15 +43,17 @@ class Shield:
 
 
 class OwnerOfClient(Protocol):
-    """A request, to whoever must not know of requests."""
+    """A request, as far as the kernel uses it, which does not know requests."""
 
     has_left: bool
+    """Whether the client is known to have disconnected."""
 
-    def defer_disconnect(self, by: int) -> None: ...
+    def defer_disconnect(self, by: int) -> None:
+        """Add ``by`` to the number of open deferrals; at zero, a recorded disconnect cancels."""
 
 
 class Deferral:
-    """Counts itself in and out; ``with`` and ``async with`` both take it."""
+    """A section that counts as one open deferral of its request, for ``with`` and ``async with``."""
 
     def __init__(self, owner: OwnerOfClient | None) -> None:
         self._owner = owner

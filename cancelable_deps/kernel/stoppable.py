@@ -13,7 +13,7 @@ from .token import CancelationToken, Cause, telling_everybody
 if TYPE_CHECKING:
     from anyio import CancelScope
 
-    from .loops.base import Gate, PoliteScope, Timer
+    from .loops.base import MemberScope, PoliteScope, Timer
     from .token import Listener
 
 
@@ -29,7 +29,7 @@ class Stoppable(Timed):
     """The block around this one delivers; here only the cause and the callbacks were missing."""
 
     group_scope: CancelScope | None = None
-    group_gates: dict[object, Gate] | None = None
+    member_scopes: dict[object, MemberScope] | None = None
     told_by_parent: Listener | None = None
     """Tells a block in a thread that the block around the thread was cancelled."""
 
@@ -94,7 +94,7 @@ class Stoppable(Timed):
             self._is_deferred = True
             return
         with telling_everybody():
-            # First: a gate further in looks whether its block is cancelled when the cancellation comes by.
+            # First: a member scope further in looks whether its block is cancelled when the cancellation comes by.
             self.mark_children(scope)
             self.deliver(scope, cause)
 
@@ -172,8 +172,8 @@ class Stoppable(Timed):
         self._late_timer = self.loop.call_at(when, callback)
 
     def stop_timers(self) -> None:
-        if self.line is not None:
-            self.leave_line()
+        if self.timeout_queue is not None:
+            self.leave_queue()
         if self._late_timer is not None:
             self._late_timer.cancel()
             self._late_timer = None
@@ -203,9 +203,9 @@ class Stoppable(Timed):
             loop.scopes.tell(loop, error)
 
     def take_for_delivered(self, cause: Cause, task: object) -> None:
-        gate = None if self.group_gates is None else self.group_gates.get(task)
-        if gate is not None and self.cause is cause:
-            gate.take_for_delivered()
+        member = None if self.member_scopes is None else self.member_scopes.get(task)
+        if member is not None and self.cause is cause:
+            member.take_for_delivered()
         block: Stoppable | None = self
         while block is not None and not block.is_open:
             block = block.parent

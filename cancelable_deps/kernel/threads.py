@@ -1,4 +1,4 @@
-"""Blocks in worker threads, and functions that a block runs in a thread or in a process of their own."""
+"""Blocks in worker threads, and functions that a block runs in a worker thread or a worker process."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def enter_in_thread(block: Block) -> None:
-    """``with block:`` in a thread in which no event loop runs."""
+    """Open ``block`` with a plain ``with``, in a thread without an event loop."""
     if block.loop is not None:
         raise block.entered_before()
     _refuse_a_running_loop(block)
@@ -44,8 +44,8 @@ def enter_in_thread(block: Block) -> None:
     home = block.home() or _home_of(parent)
     if block.condition is not None and home is None:
         raise TypeError(
-            "a condition is asked in an event loop, and no request or enclosing block tells this thread of one. Ask it "
-            "yourself, beside `cancel.check()`."
+            "a condition is checked in an event loop, and neither a request nor an enclosing block gives this thread "
+            "one. Check the condition yourself, next to `cancel.check()`."
         )
     loop = block.loop = ThreadLoop(home)
     block.started = loop.time()
@@ -60,7 +60,7 @@ def enter_in_thread(block: Block) -> None:
 
 
 def leave_in_thread(block: Block, exc: BaseException | None) -> BaseException | None:
-    """Close a block that was entered by `enter_in_thread`; the exception that should leave it."""
+    """Close a block that was entered by `enter_in_thread`, and return the exception that should leave it."""
     loop = block.loop
     assert loop is not None
     block.scope = None
@@ -68,15 +68,15 @@ def leave_in_thread(block: Block, exc: BaseException | None) -> BaseException | 
     block.unlisten()
     _unlink(block)
     with suppress(ValueError):
-        # A generator dependency is entered in one thread of FastAPI's and left in another, each with its own context.
+        # FastAPI enters a generator dependency in one thread and leaves it in another, each with its own context.
         current.reset(block.outside)
     del block.outside
     _close_what_cannot_be_awaited(block)
     outcome = exc if exc is None else block.outcome(exc, exc)
     if _home_of(block) is None:
         block.let_go()
-    # After the call that was made on entering, and before the end of this thread's work is known there: calls from
-    # threads are made in their order.
+    # The loop runs calls from threads in their order: this one after that of `enter_in_thread`, and before the loop
+    # learns of the end of this thread's work.
     loop.call_from_thread(_stop, block)
     return outcome
 
@@ -98,8 +98,8 @@ def _refuse_a_running_loop(block: Block) -> None:
     except RuntimeError:
         return
     raise TypeError(
-        f"an event loop runs in this thread, so {block!r} is entered by `async with`. A plain `with` is for worker "
-        "threads: a `def` endpoint, or a function given to `run_in_thread()`."
+        f"an event loop runs in this thread, so {block!r} must be entered by `async with`. A plain `with` is for "
+        "worker threads: a `def` endpoint, or a function given to `run_in_thread()`."
     )
 
 
@@ -125,7 +125,7 @@ def _link(block: Block, parent: Block | None) -> None:
     if parent.task == block.task:
         parent.children = with_one_more(parent.children, block)
     elif block.upstream is not parent.token:
-        # Not one of its children: for those a block in the loop waits, and is told in the loop when they are left.
+        # Not one of its children: a block in the loop waits for these, and is notified in the loop when they are left.
         block.told_by_parent = _Marker(block)
         parent.token.listen(block.told_by_parent)
 
@@ -140,12 +140,12 @@ def _unlink(block: Block) -> None:
 
 def _close_what_cannot_be_awaited(block: Block) -> None:
     for awaitable in block.to_await or ():
-        logger.warning("an async on_cancel callback of %r was not awaited: a `with` block takes plain ones", block)
+        logger.warning("an async on_cancel callback of %r was not awaited: a `with` block takes plain functions", block)
         close_unawaited(awaitable)
 
 
 class _Marker:
-    """Tells a block in a thread that the block around the thread was cancelled."""
+    """A listener that marks a block in a thread when the block around the thread is cancelled."""
 
     def __init__(self, block: Block) -> None:
         self._block = block
@@ -161,6 +161,7 @@ async def run_in_thread(
     abandon_on_cancel: bool,
     limiter: CapacityLimiter | None,
 ) -> Any:
+    """Run ``func`` in a worker thread; see `Cancelable.run_in_thread`."""
     _refuse_outside(block, "run_in_thread")
     if inspect.iscoroutinefunction(func):
         raise TypeError(f"run_in_thread() takes a plain function, and {func!r} is `async def`: await it here")
@@ -174,15 +175,16 @@ async def run_in_thread(
 async def run_in_process(
     block: Block, func: Callable[..., Any], args: tuple[Any, ...], limiter: CapacityLimiter | None
 ) -> Any:
+    """Run ``func`` in a worker process; see `Cancelable.run_in_process`."""
     _refuse_outside(block, "run_in_process")
-    # What is pickled here, and what comes back, may run code of the user's as well.
+    # Pickling and unpickling run code of the user in this process as well.
     return await with_own_failures("the job of a process", pool_of(current_loop()).run, func, args, limiter)
 
 
 async def call_in_thread(
     call: Callable[[], Any], abandon_on_cancel: bool = False, limiter: CapacityLimiter | None = None
 ) -> Any:
-    """Run ``call`` in a worker thread, whose place in the limiter stays taken until it has really ended."""
+    """Run ``call`` in a worker thread, which keeps its token of the limiter until it has really ended."""
     call = partial(_foreign.call_in_thread, _JOB, call)
     if abandon_on_cancel:
         return await _Abandonable(call, limiter).run()
@@ -197,13 +199,16 @@ async def call_in_thread(
 def _refuse_outside(block: Block, method: str) -> None:
     if not block.is_open or (block.loop is not None and block.loop.is_thread):
         raise RuntimeError(
-            f"{method}() of {block!r} was called outside of its block, where nothing can stop it: call it inside "
+            f"{method}() of {block!r} was called outside of its block, where nothing can cancel it: call it inside "
             "`async with cancel:`."
         )
 
 
 def _is_being_stopped() -> bool:
-    """Whether a block around the caller is: a thread may have asked for that, and raised what anyio raises then."""
+    """Return whether a block around the caller is cancelled.
+
+    A thread may have called ``check_cancelled()`` of anyio, which raises the ``CancelledError`` then.
+    """
     block = current.get()
     while block is not None and block.cause is None:
         block = block.parent
@@ -211,7 +216,7 @@ def _is_being_stopped() -> bool:
 
 
 def _tell_enclosing_blocks(error: CancelationError) -> None:
-    # The error came by way of the thread: what this task now cleans up is not to be hit by the cancellation as well.
+    # The error came through the thread: the cancellation must not interrupt the cleanup of this task as well.
     block = current.get()
     while block is not None:
         if block.cause is not None:
@@ -223,10 +228,10 @@ _JOB: Final = "the function in a worker thread"
 
 
 class _Abandonable:
-    """A thread that its caller may leave alone.
+    """A call in a worker thread that its caller may abandon.
 
-    A task of ours waits for the thread, and not the caller's: anyio's own ``abandon_on_cancel`` gives the limiter's
-    token back while the thread still runs, and so lets new work pile onto a busy pool.
+    A task of this package waits for the thread, and not the caller: the ``abandon_on_cancel`` of anyio returns the
+    token of the limiter while the thread still runs, and so starts more threads than the limiter allows.
     """
 
     def __init__(self, call: Callable[[], Any], limiter: CapacityLimiter | None) -> None:
@@ -239,6 +244,7 @@ class _Abandonable:
         self._error: BaseException | None = None
 
     async def run(self) -> Any:
+        """Wait for the result of the call; abandon it if the caller is cancelled."""
         current_loop().spawn(self._wait, copy_context())
         try:
             await self._ended.wait()
@@ -256,7 +262,7 @@ class _Abandonable:
         if self._ended.is_set():
             self._log_error()
         self._abandoned = True
-        # Ends the waiting for a thread, if there is none yet, and is what `anyio.from_thread.check_cancelled()` asks.
+        # It ends the wait for a free thread, and `anyio.from_thread.check_cancelled()` in the thread looks at it.
         self._scope.cancel()
 
     async def _wait(self) -> None:
@@ -268,7 +274,7 @@ class _Abandonable:
             if self._abandoned:
                 self._log_error()
             elif isinstance(self._error, CancelledError):
-                # Nobody has cancelled anything of ours by now, so it can be none of those that are not logged.
+                # Nothing has been cancelled by this package, so it is a failure of the call.
                 self._error = as_failure(self._error, _JOB)
             self._ended.set()
 

@@ -1,30 +1,30 @@
-"""The deadline of a block: when it strikes, and how it is moved."""
+"""The deadline of a block: when it takes effect, and how it is moved."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
 
-from .timeouts import CLOSE, new_line, wait_alone, wait_belatedly
+from .timeouts import CLOSE, new_queue, wait_alone, wait_belatedly
 
 if TYPE_CHECKING:
     from .loops.base import EventLoop, PoliteScope
-    from .timeouts import Line
+    from .timeouts import TimeoutQueue
     from .token import Cause
 
 
 class Timed:
-    """Work that may have a deadline. Who inherits says what is to happen then, by `cancel_for_timeout`."""
+    """Work that may have a deadline. A subclass implements the effect of the deadline in `cancel_for_timeout`."""
 
-    # Class attributes stand for what most blocks never set: a request pays for each attribute it writes.
+    # Class attributes are the defaults that most blocks never change: each attribute that is written costs a request.
     timeout: float | None = None
-    """Seconds from entering."""
+    """The seconds from entering the block to its deadline."""
 
     own_deadline: float = math.inf
-    """On the clock of the loop; without those of the blocks around."""
+    """The deadline on the clock of the loop, regardless of enclosing blocks."""
 
-    line: Line | None = None
-    """Where it waits for its deadline."""
+    timeout_queue: TimeoutQueue | None = None
+    """The queue in which the block waits for its deadline."""
 
     started: float = math.nan
     ended: float | None = None
@@ -41,46 +41,49 @@ class Timed:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the block was entered, up to when it was left; 0 before."""
+        """The seconds from entering the block until now, or until it was left; 0 before it is entered."""
         if self.loop is None:
             return 0.0
         return (self.loop.time() if self.ended is None else self.ended) - self.started
 
     def cancel_for_timeout(self, message: str) -> None:
+        """Cancel the work because its deadline has passed."""
         raise NotImplementedError
 
     def wait_for_deadline(self, loop: EventLoop, timeout: float) -> None:
-        """Wait from now on, which is when the block is entered."""
+        """Start to wait for the deadline, when the block is entered."""
         if timeout <= CLOSE:
-            self.line = wait_alone(loop, self, self.own_deadline)
+            self.timeout_queue = wait_alone(loop, self, self.own_deadline)
             return
-        line = self.line = loop.lines.get(timeout) or new_line(loop, timeout)
-        line.waiting[self] = self.own_deadline
-        if line.looked_at_by is None:
-            line.begin()
+        queue = self.timeout_queue = loop.timeout_queues.get(timeout) or new_queue(loop, timeout)
+        queue.waiting[self] = self.own_deadline
+        if queue.looked_at_by is None:
+            queue.begin()
 
-    def leave_line(self) -> None:
-        line = self.line
-        if line is not None:
-            self.line = None
-            line.waiting.pop(self, None)
-            if line.timer is not None and not line.waiting:
-                line.end()
+    def leave_queue(self) -> None:
+        """Stop waiting for the deadline."""
+        queue = self.timeout_queue
+        if queue is not None:
+            self.timeout_queue = None
+            queue.waiting.pop(self, None)
+            if queue.timer is not None and not queue.waiting:
+                queue.end()
 
     def time_is_up(self, now: float) -> None:
-        """Called by the line."""
-        # A deadline that has been moved since, by a thread that has not got through to the loop yet, is waited for anew.
+        """Cancel the work if its deadline has passed. Called by the timeout queue."""
+        # The deadline may have been moved by a thread whose call has not reached the loop yet: it will wait again.
         if self.own_deadline <= now:
             self.expire()
 
     def expire(self) -> None:
+        """Cancel the work, as its deadline has passed."""
         limit = "" if self.timeout is None else f" after {self.timeout:g} seconds"
         self.cancel_for_timeout(f"Timed out{limit}")
 
     def rearm(self) -> None:
-        """Wait for the deadline that is set now, if the block is open and not stopped yet."""
-        if self.line is not None:
-            self.leave_line()
+        """Wait for the deadline as it is now, if the block is open and not cancelled."""
+        if self.timeout_queue is not None:
+            self.leave_queue()
         loop, scope = self.loop, self.scope
         if scope is not None:
             scope.move_deadline(self.own_deadline)
@@ -89,13 +92,13 @@ class Timed:
         if self.timeout is None or loop is None or self.own_deadline == math.inf or self.cause is not None:
             return
         if self.own_deadline <= loop.time():
-            # A timer would be a pass of the loop late, and the work that it is to stop be done by then.
+            # A timer would act one pass of the loop later, when the work may be done.
             self.expire()
         else:
-            self.line = wait_belatedly(loop, self.timeout, self, self.own_deadline)
+            self.timeout_queue = wait_belatedly(loop, self.timeout, self, self.own_deadline)
 
     def move_own_deadline(self, by: float) -> None:
-        """Move the deadline; from any thread."""
+        """Move the deadline ``by`` seconds. May be called in any thread."""
         assert self.timeout is not None
         self.timeout += by
         loop = self.loop

@@ -1,4 +1,4 @@
-"""Who has a limit waits in the line of that limit, with one timer of the event loop for all who stand in it."""
+"""Queues of deadlines: all blocks with the same limit wait in one queue, with one timer of the event loop."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ from .sweep import sweep_of
 if TYPE_CHECKING:
     from .loops.base import EventLoop, Timer
 
-# How long a line goes without a timer of its own. Most who come are gone by then, and a timer that ends with each of
-# them, to start with the next, is what a line is there to avoid. It is what the loop's sweep of requests takes by
-# default, so that one timer serves both.
+# The seconds that a queue has no timer of its own, because most blocks have ended by then: queues exist to avoid the
+# cost of a timer that ends with each block and starts with the next. It is the default interval of the loop's sweep
+# of requests, so that one timer serves both.
 _NEW = 0.005
 
-# So long before its deadline each gets a timer of its own: what is due in one pass of the loop happens in its order only
-# if each has one when the pass begins. A sleep that ends before the limit then wins, and one that ends after it loses,
-# though the loop was blocked past both; for longer than that, and whoever is overdue is told when somebody looks.
+# The seconds before its deadline at which each item gets a timer of its own. Timers that are due in one pass of the
+# loop run in the order of their times only if each exists when the pass begins. Then a sleep that ends before the
+# limit wins, and a sleep that ends after it loses, even if the loop was blocked past both. If the loop is blocked for
+# longer than this, an overdue item is stopped when the queue is next looked at.
 CLOSE = 0.1
 
 
 class Waiting(Protocol):
-    """Somebody with a deadline."""
+    """An item with a deadline, such as a block."""
 
-    line: Line | None
-    """Where it waits. Whoever is done before its time leaves."""
+    timeout_queue: TimeoutQueue | None
+    """The queue in which the item waits. An item that ends before its deadline removes itself."""
 
     def time_is_up(self, now: float) -> None:
-        """Called once, in the event loop, when it has been taken out of its line."""
+        """Act on the deadline. Called once, in the event loop, when the item has been removed from its queue."""
 
 
-class Line:
-    """Equal limits end in the order in which they began, so the first to come is the first to be due.
+class TimeoutQueue:
+    """The items with one limit, in the order in which they began, which is the order of their deadlines.
 
-    Somebody looks some time before the deadline of the first: the loop's sweep while the first is new, from then on a
-    timer. The timer ends with the last who waits, and the line with it; so the lines of a loop are those in use.
+    The queue is looked at some time before the first deadline: by the loop's sweep while the first item is new, then by
+    a timer. When the last item leaves, the timer ends and the loop forgets the queue, so a loop has only queues in use.
 
-    One whose deadline is close has a line to itself, with a timer that goes off at that very moment.
+    An item whose deadline is close has a queue of its own, with a timer for the exact deadline.
     """
 
     __slots__ = ("_ahead", "_limit", "_loop", "looked_at_by", "timer", "waiting")
@@ -48,23 +49,25 @@ class Line:
         self._ahead = ahead
         self.timer: Timer | None = None
         self.looked_at_by: float | None = None
-        """When the sweep or the timer looks at the latest; ``None`` if neither does."""
+        """The latest time at which the sweep or the timer looks at the queue; ``None`` if neither does."""
         self.waiting: dict[Waiting, float] = {}
-        """Their deadlines, in order. Not asked of themselves: one that moves its own would hold up those behind it."""
+        """The items and their deadlines, in order. The deadlines are copies, because an item that moves its own would
+        delay the items behind it."""
 
     def begin(self) -> None:
-        """The first has come."""
+        """Start the sweep or the timer, as the first item has been added."""
         if self._go_on(self._loop.time()):
             sweep_of(self._loop, _NEW).watch(self)
 
     def look(self) -> bool:
-        """Take out those whose time comes; whether the sweep is to come again."""
+        """Remove the items whose deadlines are close, and return whether the sweep is to call this again."""
         return self._look(self._loop.time())
 
     def tick(self) -> None:
+        """Do the same as `look`, when the timer has ended."""
         assert self.looked_at_by is not None
         self.timer = None
-        # uvloop counts in milliseconds, and its timers may go off half of one early.
+        # uvloop counts in milliseconds, and its timers may end half a millisecond early.
         if self._look(max(self._loop.time(), self.looked_at_by)):
             sweep_of(self._loop, _NEW).watch(self)
 
@@ -75,21 +78,21 @@ class Line:
                 break
             close.append(item)
         for item in close:
-            # One of them may have ended another.
+            # One item may have ended another.
             if (due := self.waiting.pop(item, None)) is None:
                 continue
             if due > now and self._ahead:
-                item.line = wait_alone(self._loop, item, due)
+                item.timeout_queue = wait_alone(self._loop, item, due)
             else:
-                item.line = None
+                item.timeout_queue = None
                 _tell(item, now)
         return self._go_on(now)
 
     def _go_on(self, now: float) -> bool:
-        """See to it that somebody looks in time for the first; whether the sweep is to."""
+        """Arrange that the sweep or a timer looks in time for the first item; return whether it is the sweep."""
         for first in self.waiting.values():
             by = first - self._ahead
-            # It began so long before its deadline.
+            # `first - self._limit` is when the first item began: the sweep looks while that item is new.
             if self._ahead and by > now + _NEW and first - self._limit > now - _NEW:
                 self.looked_at_by = now + _NEW
                 return True
@@ -100,50 +103,53 @@ class Line:
         return False
 
     def end(self) -> None:
-        """The last who waited has left: nobody need look any more."""
+        """Stop the timer, as the last item has left."""
         self.looked_at_by = None
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
-        if self._loop.lines.get(self._limit) is self:
-            del self._loop.lines[self._limit]
+        if self._loop.timeout_queues.get(self._limit) is self:
+            del self._loop.timeout_queues[self._limit]
 
 
 def _tell(item: Waiting, now: float) -> None:
     try:
         item.time_is_up(now)
     except Exception:
-        # Or those behind it would wait for ever.
+        # The items behind it would wait for ever otherwise.
         logger.exception("a timeout could not be acted on")
 
 
-def new_line(loop: EventLoop, limit: float) -> Line:
-    """The line for `limit`, which there is not yet."""
-    line = loop.lines[limit] = Line(loop, limit)
-    return line
+def new_queue(loop: EventLoop, limit: float) -> TimeoutQueue:
+    """Return a new queue for ``limit``, for which the loop has none yet."""
+    queue = loop.timeout_queues[limit] = TimeoutQueue(loop, limit)
+    return queue
 
 
-def wait_alone(loop: EventLoop, item: Waiting, deadline: float) -> Line:
-    """Let ``item`` wait for ``deadline`` with a timer of its own."""
-    line = Line(loop, 0.0, 0.0)
-    line.waiting[item] = line.looked_at_by = deadline
-    line.timer = loop.call_at(deadline, line.tick)
-    return line
+def wait_alone(loop: EventLoop, item: Waiting, deadline: float) -> TimeoutQueue:
+    """Return a queue in which ``item`` waits for ``deadline`` alone, with a timer of its own."""
+    queue = TimeoutQueue(loop, 0.0, 0.0)
+    queue.waiting[item] = queue.looked_at_by = deadline
+    queue.timer = loop.call_at(deadline, queue.tick)
+    return queue
 
 
-def wait_belatedly(loop: EventLoop, limit: float, item: Waiting, deadline: float) -> Line:
-    """Let ``item``, which began some time ago, wait for ``deadline``; alone if that is close or others came in between."""
+def wait_belatedly(loop: EventLoop, limit: float, item: Waiting, deadline: float) -> TimeoutQueue:
+    """Return a queue in which ``item``, which began some time ago, waits for ``deadline``.
+
+    The item waits alone if its deadline is close, or if it would break the order of the queue of its limit.
+    """
     if deadline - loop.time() <= CLOSE:
         return wait_alone(loop, item, deadline)
-    line = loop.lines.get(limit)
-    if line is None:
-        line = new_line(loop, limit)
-    elif line.waiting:
-        if deadline < next(reversed(line.waiting.values())):
+    queue = loop.timeout_queues.get(limit)
+    if queue is None:
+        queue = new_queue(loop, limit)
+    elif queue.waiting:
+        if deadline < next(reversed(queue.waiting.values())):
             return wait_alone(loop, item, deadline)
-    elif line.looked_at_by is not None and deadline - CLOSE < line.looked_at_by:
+    elif queue.looked_at_by is not None and deadline - CLOSE < queue.looked_at_by:
         return wait_alone(loop, item, deadline)
-    line.waiting[item] = deadline
-    if line.looked_at_by is None:
-        line.begin()
-    return line
+    queue.waiting[item] = deadline
+    if queue.looked_at_by is None:
+        queue.begin()
+    return queue

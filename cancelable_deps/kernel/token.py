@@ -1,4 +1,4 @@
-"""One cancellation that can happen once."""
+"""`CancelationToken`, the cause of a cancellation, and the listeners of a token."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 
 class Cause:
-    """The first reason, as it was recorded at the moment of cancelling. Two causes are the same if they are one object.
+    """The reason, message and time of a cancellation, recorded when it happens. Causes are compared by identity.
 
     :param status_code: replaces the status of the reason.
-    :param headers: replace those of the reason.
-    :param policy: the timeout policy that answers.
+    :param headers: replace the headers of the reason.
+    :param policy: the timeout policy that makes the response.
     """
 
     __slots__ = ("_headers", "_policy", "_status_code", "at", "message", "reason")
@@ -48,7 +48,7 @@ class Cause:
         self._status_code = status_code
         self._headers = headers
         self._policy = policy
-        # Half a surrogate pair, as JSON may bring it in, can go into no response, close frame or log.
+        # A lone surrogate, which JSON may contain, cannot be encoded in a response, a close frame or a log.
         self.message = message.encode(errors="replace").decode() if message else message
         self.at = datetime.now(UTC)
 
@@ -68,13 +68,13 @@ class Cause:
 
 
 class Listener(Protocol):
-    """Whom a token tells. Called in the thread that cancels, once; what it raises is logged."""
+    """An object that a token calls once, in the thread that cancels. Its exceptions are logged."""
 
     def token_cancelled(self, token: CancelationToken, cause: Cause) -> None: ...
 
 
 class _Claim:
-    """Stands among the listeners of a token while it is being cancelled, with the cause that came first."""
+    """The key among the listeners of a token under which the first cause is recorded while the token is cancelled."""
 
     def token_cancelled(self, token: CancelationToken, cause: Cause) -> None: ...
 
@@ -84,7 +84,7 @@ _CLAIM: Final = _Claim()
 
 class _Telling(threading.local):
     exits: list[BaseException] | None = None
-    """While this thread tells several listeners: what some of them have raised that ends the process."""
+    """The `EXITS` that listeners have raised while this thread calls several of them; ``None`` at other times."""
 
 
 _telling: Final = _Telling()
@@ -92,9 +92,9 @@ _telling: Final = _Telling()
 
 @contextmanager
 def telling_everybody() -> Iterator[None]:
-    """Keep back what a listener raises that ends the process, and raise it at the end; of several, the first."""
+    """Delay an exception of `EXITS` by a listener until the end of the ``with``; of several, the first is raised."""
     if _telling.exits is not None:
-        # The outermost raises it.
+        # The outermost of nested calls raises it.
         yield
         return
     exits = _telling.exits = []
@@ -111,11 +111,11 @@ C = TypeVar("C", bound="Callable[[CancelationToken], object]")
 
 @final
 class CancelationToken:
-    """A cancellation that several blocks of work, in any task, thread or event loop, can share.
+    """A source of cancellation that several blocks of work, in any task, thread or event loop, can share.
 
-    It can be cancelled once, from any thread or signal handler, before or after a block with it is entered; the first
-    reason stays. A block that is entered with a cancelled token raises at once. Cancelling a block leaves its token
-    alone, and so the other blocks that share it.
+    A token is cancelled once, in any thread or signal handler, and keeps its first reason. This cancels all open blocks
+    that were given the token. A block that is entered with a cancelled token raises its `CancelationError` at once.
+    Cancelling a block does not cancel a token that it was given, nor the other blocks that share the token.
     """
 
     __slots__ = ("__weakref__", "_cause", "_listeners")
@@ -134,73 +134,81 @@ class CancelationToken:
 
     @property
     def reason(self) -> CancelationReason | None:
-        """Why it was cancelled; ``None`` while it is not."""
+        """The reason of the cancellation; ``None`` while the token is not cancelled."""
         cause = self._cause
         return None if cause is None else cause.reason
 
     @property
     def message(self) -> str | None:
-        """What was given to ``cancel()``; ``None`` while it is not cancelled, or when nothing was."""
+        """The message that was given to ``cancel()``; ``None`` if there is none, or the token is not cancelled."""
         cause = self._cause
         return None if cause is None else cause.message
 
     @property
     def cancelled_at(self) -> datetime | None:
-        """When it was cancelled (UTC); ``None`` while it is not."""
+        """The time of the cancellation, in UTC; ``None`` while the token is not cancelled."""
         cause = self._cause
         return None if cause is None else cause.at
 
     def cancel_nowait(self, reason: CancelationReason = CancelationReason.MANUAL, message: str | None = None) -> bool:
-        """Cancel, from any thread, without waiting for anything to end.
+        """Cancel the token and return at once, without waiting for the end of any block. May be called in any thread.
 
-        :return: whether this call did it; ``False`` if the token was cancelled before.
+        :param message: the ``detail`` of the response to a request that this cancels. The client gets a fixed sentence
+            instead if the reason is ``PARENT`` or ``ERROR``.
+        :return: ``True`` if this call cancelled the token; ``False`` if it was already cancelled.
         :raises TypeError: if ``reason`` is not a `CancelationReason`, or ``message`` is neither a string nor ``None``.
         """
         check_reason(reason, message)
         return self.cancel_because(Cause(reason, message))
 
     async def cancel(self, reason: CancelationReason = CancelationReason.MANUAL, message: str | None = None) -> bool:
-        """As `cancel_nowait`; called from inside a block that it cancels, it raises the cancellation right here."""
+        """Cancel the token like `cancel_nowait`, then pass a checkpoint.
+
+        Called inside a block that the token cancels, the cancellation is raised here and not at the next ``await``.
+        """
         done = self.cancel_nowait(reason, message)
         await anyio.lowlevel.checkpoint()
         return done
 
     def cancel_because(self, cause: Cause) -> bool:
-        """Cancel with a cause recorded elsewhere, so that several tokens have one and the same."""
+        """Cancel with a cause that was recorded elsewhere, so that several tokens have the same cause."""
         if not self._is_first(cause):
             return False
         with telling_everybody():
-            # Innermost first: a block inside another one was entered later, and stops before the outer one need be told.
+            # Innermost first: an inner block was entered later than its outer block, and is to be cancelled before it.
             for listener in reversed(list(self._listeners)):
                 call_logged(listener.token_cancelled, self, cause)
         return True
 
     def _is_first(self, cause: Cause) -> bool:
-        """Record ``cause`` if there is none yet.
+        """Record ``cause`` if there is none yet, and return whether it was recorded.
 
-        Without a lock: a signal handler may strike in here, and would wait for ever for one that its own thread holds.
-        ``setdefault`` cannot be divided, neither by a signal nor by another thread, without the GIL either.
+        Uses no lock, because a signal handler may run in the middle of this method, and would wait for ever for a lock
+        that its own thread holds. ``setdefault`` is atomic with regard to signals and threads, also without the GIL.
         """
         if self._cause is not None:
             return False
         first = self._listeners.setdefault(_CLAIM, cause)
         if self._cause is None:
-            # Also for whoever was first, and has not come so far: from here on the token is cancelled.
+            # The thread with the first cause may not have come this far yet: from here on the token is cancelled.
             self._cause = first
             if first is not cause:
                 return False
-        # The claim is withdrawn when the cause stands: who claims after that sees the cause, and withdraws it as well.
+        # The claim is removed only once the cause is set: a later claim finds the cause, and is removed too.
         if first is cause:
             self._listeners.pop(_CLAIM, None)
         return self._cause is cause
 
     def check(self) -> None:
-        """Raise the `CancelationError` of the reason if the token is cancelled; from any thread."""
+        """Raise the `CancelationError` of the reason if the token is cancelled. May be called in any thread.
+
+        :raises CancelationError: the error of the reason.
+        """
         if self._cause is not None:
             raise self._cause.error()
 
     async def wait(self) -> CancelationReason:
-        """Wait until the token is cancelled, and return the reason."""
+        """Wait until the token is cancelled, and return the reason. Returns at once if it already is."""
         waiter = _Waiter()
         self.listen(waiter)
         try:
@@ -211,31 +219,32 @@ class CancelationToken:
         return self._cause.reason
 
     def on_cancel(self, callback: C) -> C:
-        """Call ``callback(token)`` when the token is cancelled, in the thread that cancels; at once if it already is.
+        """Register ``callback(token)`` to be called when the token is cancelled; at once if it already is.
 
-        What the callback raises is logged and goes no further, a ``CancelledError`` included; ``KeyboardInterrupt`` and
-        ``SystemExit`` are raised when all callbacks have been called. Returns the callback, so it serves as a decorator;
-        `remove_callback` takes it back.
+        The callback is called once, in the thread that cancels. Its exception is logged and not raised, even a
+        ``CancelledError``. ``KeyboardInterrupt`` and ``SystemExit`` are raised once all callbacks have been called.
+        Undo the registration with `remove_callback`.
 
-        :raises TypeError: for an ``async`` function or a generator: there is nobody to await it.
+        :return: the callback, so that this method can be used as a decorator.
+        :raises TypeError: if ``callback`` is not callable, ``async`` or a generator: nothing would await its result.
         """
         if not callable(callback):
             raise TypeError(f"on_cancel takes a function of one argument, the token, not {callback!r}")
         if runs_only_when_awaited(callback):
             raise TypeError(
-                f"on_cancel of a token takes a plain function, and nobody would await {callback!r}: a token may be "
-                "cancelled in any thread. Register it by on_cancel() of a Cancelable, which awaits it when its block is "
-                "left; or `await token.wait()` in a task of your own."
+                f"on_cancel of a token takes a plain function, as nothing would await {callback!r}: a token may be "
+                "cancelled in any thread. Register it with on_cancel() of a Cancelable, which awaits it when its block "
+                "is left; or `await token.wait()` in a task of your own."
             )
         self.listen(Callback(callback, call_in_passing))
         return callback
 
     def remove_callback(self, callback: Callable[[CancelationToken], object]) -> int:
-        """Take back what `on_cancel` was given: all registrations of ``callback`` that have not been called yet.
+        """Remove all registrations of ``callback`` with `on_cancel` that have not been called yet.
 
-        From any thread, and in a callback as well: one that is removed there, before its turn, is not called any more.
+        May be called in any thread, and by another callback: a callback that is removed before its turn is not called.
 
-        :return: how many registrations that were; 0 if there is none, or they have been called.
+        :return: the number of registrations removed; 0 if there is none, or all have been called.
         """
         listeners = [each for each in list(self._listeners) if isinstance(each, Callback) and each.is_of(callback)]
         for listener in listeners:
@@ -243,7 +252,7 @@ class CancelationToken:
         return sum(listener.take() is not None for listener in listeners)
 
     def listen(self, listener: Listener) -> None:
-        """Tell ``listener``; at once if the token is cancelled already. A listener may be told twice in that race."""
+        """Call ``listener`` when the token is cancelled; at once if it already is. A race may make it two calls."""
         self._listeners[listener] = None
         if self._cause is not None:
             listener.token_cancelled(self, self._cause)
@@ -254,7 +263,7 @@ class CancelationToken:
 
     @property
     def cause(self) -> Cause | None:
-        """Reason, message and time in one."""
+        """The reason, message and time of the cancellation; ``None`` while the token is not cancelled."""
         return self._cause
 
 
@@ -272,23 +281,23 @@ class _Waiter:
 
 
 class Callback:
-    """A user's function as a listener; called once, however often it is told."""
+    """A listener that calls a function of the user, once at most."""
 
     __slots__ = ("_call", "_callback")
 
     def __init__(
         self, callback: Callable[..., object], call: Callable[[Callable[..., object], CancelationToken], object]
     ) -> None:
-        # A list, for `pop` cannot be divided: two threads may tell it at once, or one take it back.
+        # A list, because `pop` is atomic: two threads may call the listener at once, or one may remove it meanwhile.
         self._callback = [callback]
         self._call = call
 
     def is_of(self, callback: object) -> bool:
-        """Whether it has still to call ``callback``; methods are compared by what they are methods of."""
+        """Return whether the listener has still to call ``callback``; equal bound methods are the same callback."""
         return callback in self._callback
 
     def take(self) -> Callable[..., object] | None:
-        """Return the function to the first who asks."""
+        """Return the function to the first caller, and ``None`` to all others."""
         try:
             return self._callback.pop()
         except IndexError:
@@ -301,7 +310,7 @@ class Callback:
 
 
 def check_reason(reason: object, message: object) -> None:
-    """Refuse what is no reason to cancel, or no message."""
+    """Raise `TypeError` if ``reason`` is not a `CancelationReason`, or ``message`` is neither a string nor ``None``."""
     if not isinstance(reason, CancelationReason):
         raise TypeError(f"reason must be a CancelationReason, such as CancelationReason.MANUAL, not {reason!r}")
     if message is not None and not isinstance(message, str):
@@ -309,25 +318,25 @@ def check_reason(reason: object, message: object) -> None:
 
 
 def call_in_passing(callback: Callable[..., object], token: CancelationToken) -> None:
-    """Call a function of which nobody awaits what it returns."""
+    """Call a function whose result nothing awaits."""
     result = call_logged(callback, token)
-    # A task or future goes on by itself.
+    # A task or future does not have to be awaited in order to run.
     if inspect.isawaitable(result) and not isfuture(result):
-        logger.error("what a callback returned is not awaited: %r must be a plain function", callback)
+        logger.error("the awaitable returned by a callback is not awaited: %r must be a plain function", callback)
         close_unawaited(result)
 
 
 def close_unawaited(awaitable: object) -> None:
-    """Close a coroutine that was not begun, or Python would complain of it later."""
+    """Close a coroutine that was not started, because Python would warn that it was never awaited."""
     close = getattr(awaitable, "close", None)
     if close is not None:
         call_logged(close)
 
 
 def call_logged(callback: Callable[..., object], *args: object) -> object:
-    """Call what a user gave us at a moment when nobody could take its exception.
+    """Call a function of the user where no caller could handle its exception: log the exception, and return ``None``.
 
-    It awaits nothing, so a ``CancelledError`` out of it is no cancellation of whatever runs here.
+    The function is called and not awaited, so a ``CancelledError`` from it is no cancellation of the running task.
     """
     try:
         return callback(*args)

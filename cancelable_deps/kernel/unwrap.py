@@ -1,4 +1,4 @@
-"""Exceptions on their way out of a block."""
+"""The exceptions that leave a block: exception groups are reduced to the one exception that they stand for."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def collapse(exc: BaseException) -> BaseException:
-    """Return the one exception that a group of ours stands for.
+    """Return the one exception that a group of this package stands for; the group itself if there is no such one.
 
-    That is its only one, or its ``HTTPException``, which is the answer to the request. What an ``HTTPException`` pushes
-    aside is logged with its traceback, so that no bug hides behind a 409.
+    That is its only exception, or its ``HTTPException``, which is the response to the request. The other exceptions of
+    the group are logged with their tracebacks, so that a 409, for example, does not hide a bug.
     """
     if not isinstance(exc, BaseExceptionGroup):
         return exc
@@ -27,20 +27,21 @@ def collapse(exc: BaseException) -> BaseException:
 
 
 def answer_of_group(exc: BaseException) -> BaseException:
-    """Return the ``HTTPException`` of somebody else's group, or the group as it is."""
+    """Return the ``HTTPException`` of another library's group, or the group itself."""
     return (_answer_of(list(_leaves(exc))) or exc) if isinstance(exc, BaseExceptionGroup) else exc
 
 
 def carries_cancelation(exc: BaseException) -> bool:
-    """Return whether a group has an error of ours in it."""
+    """Return whether ``exc`` is a group that contains a `CancelationError`."""
     return isinstance(exc, BaseExceptionGroup) and any(isinstance(leaf, CancelationError) for leaf in _leaves(exc))
 
 
 def taken_apart(exc: BaseException, *, is_ours: bool, is_to_be: bool) -> BaseException:
-    """Return the exception that a group on its way out of a block stands for; anything else as it is.
+    """Return the exception that a group leaving a block stands for; another exception is returned unchanged.
 
-    A group that is ours, or carries an error of ours, is collapsed; somebody else's gives its ``HTTPException``, where
-    such groups are to be taken apart.
+    :param is_ours: whether a task group of this package may have raised the group. Such a group is collapsed, and so is
+        a group that contains a `CancelationError`.
+    :param is_to_be: whether another library's group is replaced by its ``HTTPException``.
     """
     if not isinstance(exc, BaseExceptionGroup):
         return exc
@@ -52,7 +53,7 @@ def taken_apart(exc: BaseException, *, is_ours: bool, is_to_be: bool) -> BaseExc
 def _answer_of(leaves: list[BaseException]) -> BaseException | None:
     answer = next((leaf for leaf in leaves if isinstance(leaf, HTTPException)), None)
     if all(isinstance(leaf, WebSocketDisconnect) for leaf in leaves):
-        # One task receives and another sends: each is told of it.
+        # If one task receives and another sends, both get the disconnect.
         return answer or leaves[0]
     if answer is None or not all(isinstance(leaf, Exception) for leaf in leaves):
         return None
@@ -71,7 +72,7 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]
 
 
 def raise_as_it_is(exc: BaseException) -> NoReturn:
-    """Raise with the context that ``exc`` has, not the group or cancellation that it was taken out of."""
+    """Raise ``exc`` with its own context, and not with the group or cancellation that it was taken from."""
     context = exc.__context__
     try:
         raise exc

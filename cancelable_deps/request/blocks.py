@@ -81,7 +81,7 @@ class RequestBlock(Block):
     def begin(self, loop: EventLoop) -> None:
         if self.timeout is not None and _timeouts_are_off():
             self.own_deadline = math.inf
-            self.leave_line()
+            self.leave_queue()
         super().begin(loop)
 
     def expire(self) -> None:
@@ -304,8 +304,8 @@ class DoorBlock(RequestBlock):
         self.own_deadline = math.inf
         if self._token is not None:
             self._token.unlisten(self)
-        if self.line is not None:
-            self.leave_line()
+        if self.timeout_queue is not None:
+            self.leave_queue()
         if self.scope is not None:
             self.stop_timers()
             self.scope.release()

@@ -103,8 +103,8 @@ class FirstDoorBlock(DoorBlock):
         # Nothing has happened to the request but its handler, which is what happens to nearly all of them.
         self.late_task = None
         self.ended = self.loop_of_request.time()
-        if self.line is not None:
-            self.leave_line()
+        if self.timeout_queue is not None:
+            self.leave_queue()
         current.reset(self.outside)
         del self.outside
         self.in_flight.young.pop(self, None)

@@ -157,8 +157,8 @@ class ResponseProgress(Client):
         if not self.is_work(self.loop.current_task()):
             # Starlette and others send a stream from a child task, and cancel that when they hear that the client has
             # left; anyio and trio repeat a cancellation at every `await`, also in the cleanup of the stream's generator.
-            gate = self.loop.scopes.task_gate(self.loop, self.grace, lambda origin: self.token.is_cancelled)
-            gate.put_around(self._stream_ended)
+            scope = self.loop.scopes.task_scope(self.loop, self.grace, lambda origin: self.token.is_cancelled)
+            scope.put_around(self._stream_ended)
 
     def _stream_ended(self, was_cancelled: bool) -> None:
         """Spare what comes after a stream that was told to end, and has: its background, the end of its framework."""

@@ -11,7 +11,7 @@ import anyio.lowlevel
 
 from ..kernel.processes.pool import Pool
 from ..kernel.sweep import Sweep
-from ..kernel.timeouts import Line
+from ..kernel.timeouts import TimeoutQueue
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _PASSES = 5
 # Ours, of which a loop has one for all requests: the timer that finds old ones, those of equal deadlines, which are there
 # while anybody waits for one, and the keeper of idle processes.
-_SHARED = (Sweep.tick.__qualname__, Line.tick.__qualname__, Pool.keep.__qualname__)
+_SHARED = (Sweep.tick.__qualname__, TimeoutQueue.tick.__qualname__, Pool.keep.__qualname__)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The event loops: one protocol, asyncio and trio behind it, and the loop of a worker thread that has none.
+"""The event loops: a protocol, its implementations for asyncio and trio, and one for worker threads without a loop.
 
-The private parts of asyncio, trio and anyio stand here and nowhere else in the kernel.
+Private parts of asyncio, trio and anyio are used here and nowhere else in the kernel.
 """

@@ -1,4 +1,4 @@
-"""An event loop of asyncio's."""
+"""The `EventLoop` for asyncio."""
 
 from __future__ import annotations
 
@@ -14,21 +14,27 @@ import anyio
 from ..log import logger
 from . import known, public_asyncio
 
-with suppress(ImportError, AttributeError):
-    # Private parts of anyio that may be gone; `known` says so.
-    from . import asyncio_scopes
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from .base import EventLoop, ScopeFamily, Timer, Worker
 
+_hooked: ScopeFamily | None = None
+with suppress(ImportError, AttributeError):
+    # Private parts of anyio may be missing; `known` reports that.
+    from . import asyncio_scopes
+
+    _hooked = asyncio_scopes
+
 
 def _scopes() -> ScopeFamily:
-    return asyncio_scopes if known.hooks_are_known(is_trio=False) else public_asyncio
+    """Return the scopes with hooks, or those by public API where the hooks do not fit."""
+    return _hooked if known.hooks_are_known(is_trio=False) and _hooked is not None else public_asyncio
 
 
 class _AsyncioWorker:
+    """A `Worker` that is an asyncio task."""
+
     __slots__ = ("_task",)
 
     def __init__(self, task: asyncio.Task[None]) -> None:
@@ -36,7 +42,7 @@ class _AsyncioWorker:
 
     def cancel(self) -> None:
         if getcoroutinestate(self._task.get_coro()) == CORO_CREATED:  # type: ignore[arg-type]
-            # Cancelled before it has begun it never would, and nobody be told of its end.
+            # A task that is cancelled before its first step never runs, and its cleanup would not report the end.
             self._task.get_loop().call_soon(self._task.cancel, context=Context())
         else:
             self._task.cancel()
@@ -51,6 +57,8 @@ class _AsyncioWorker:
 
 
 class AsyncioLoop:
+    """An event loop of asyncio."""
+
     is_trio = is_thread = False
     shutdown: Any = None
     in_flight: Any = None
@@ -62,7 +70,7 @@ class AsyncioLoop:
         self.home: EventLoop | None = self
         self.scopes = _scopes()
         self.task_without_scope = self.scopes.task_finder(loop)
-        self.lines: dict[float, Any] = {}
+        self.timeout_queues: dict[float, Any] = {}
 
     def is_running_here(self) -> bool:
         try:
@@ -74,7 +82,7 @@ class AsyncioLoop:
         return asyncio.current_task(self.loop)
 
     def times_asked(self, task: Any) -> int:
-        # Private: a request that will be told at the next `await`, and so belongs to what comes.
+        # `_must_cancel` is private: a cancellation that is raised at the next `await`, and so is not in the past yet.
         return 0 if task is None else task.cancelling() - getattr(task, "_must_cancel", False)
 
     def is_cancelled_by(self, exc: BaseException, asked: int) -> bool:
@@ -83,7 +91,7 @@ class AsyncioLoop:
         task = asyncio.current_task(self.loop)
         if task is None:
             return False
-        # A scope of anyio's that is cancelled may also be told by a thread, of which asyncio counts nothing.
+        # A worker thread may raise the cancellation of an anyio scope, which asyncio does not count.
         return task.cancelling() > asked or anyio.current_effective_deadline() == -math.inf
 
     def wake(self) -> None:
@@ -91,15 +99,15 @@ class AsyncioLoop:
             self.loop.call_soon_threadsafe(int)
 
     def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
-        # An empty context, or the timer would keep the variables of whichever request happened to start it.
+        # An empty context, because the timer would keep the variables of the request that happens to start it.
         return self.loop.call_at(when, callback, context=Context())
 
     def call_from_thread(self, callback: Callable[..., object], *args: object) -> None:
         try:
             self.loop.call_soon_threadsafe(callback, *args)
         except RuntimeError:
-            logger.debug("the event loop is closed: nothing is left to cancel in it")
+            logger.debug("the event loop is closed, so it has nothing left to cancel")
 
     def spawn(self, work: Callable[[], Coroutine[Any, Any, None]], context: Context) -> Worker:
-        # Not by the loop's task factory, which may begin it eagerly, before we have the worker, or know no contexts.
+        # Not by the loop's task factory: it may run the task eagerly, before the worker exists, or take no context.
         return _AsyncioWorker(asyncio.Task(work(), loop=self.loop, context=context, name=work.__qualname__))

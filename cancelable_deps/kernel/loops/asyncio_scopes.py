@@ -1,11 +1,12 @@
-"""Polite cancellation on asyncio: three private hooks into anyio's ``CancelScope``.
+"""Polite cancellation on asyncio, with three private hooks into anyio's ``CancelScope``.
 
-* ``_deliver_cancellation`` walks down the tree of scopes and calls ``Task.cancel()``. Ours looks whether it was reached.
-* A scope that is left asks ``_parent_cancellation_is_visible_to_us``, and if not takes what passes for its own. With our
-  shield above it, it would, and the code behind it run as if all had been done. So those that are open at the moment of
-  delivery are made to say yes.
-* A scope of a request is put into that tree when the request is some milliseconds old, or when something strikes before
-  that. To enter one costs a request an eighth of all that FastAPI does for it, and most are over by then.
+* ``_deliver_cancellation`` walks down the tree of scopes and calls ``Task.cancel()``. Our override checks whether that
+  has reached its task.
+* A scope that is left reads ``_parent_cancellation_is_visible_to_us``. If that is false, it swallows a cancellation as
+  its own, and the code behind it runs as if its work were complete. That would happen with our shield around it, so the
+  scopes that are open at the moment of delivery are made to answer yes.
+* The scope of a request is inserted into that tree when the request is some milliseconds old, or when it is cancelled
+  before. Entering a scope costs a request an eighth of FastAPI's own work for it, and most requests have ended by then.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from weakref import ref
 from anyio._backends import _asyncio as anyio_asyncio
 from anyio._backends._asyncio import CancelScope
 
-from .spared import HookedGate, Spared, leave
+from .unwinding import HookedMemberScope, Unwinding, leave
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Iterator
 
-    from .base import EventLoop, Gate, IsOurs, Late, PoliteScope, TaskGate
+    from anyio import CancelScope as AnyCancelScope
+
+    from .base import EventLoop, IsOurs, Late, MemberScope, PoliteScope, TaskScope
 
 _states: Any = anyio_asyncio._task_states
 _make_state: Any = anyio_asyncio.TaskState
@@ -33,8 +36,8 @@ _threadlocals: Any = anyio_asyncio.threadlocals  # type: ignore[attr-defined]
 
 
 def task_finder(loop: asyncio.AbstractEventLoop) -> Callable[[], object]:
-    """A function that returns the running task, if no scope of anyio's is open in it: then ours may be entered later."""
-    # Its parts looked up once: a request calls it. The dictionary inside of anyio's weak one, for the same reason.
+    """Return a function that returns the running task if no scope of anyio is open in it; ours may come later then."""
+    # Each request calls it, so its parts are looked up once, and it reads the dict inside anyio's weak dictionary.
     find = _states.data.get
 
     def task_without_scope() -> object:
@@ -50,9 +53,10 @@ def task_finder(loop: asyncio.AbstractEventLoop) -> Callable[[], object]:
 
 
 class _AskedByThread(CancelScope):
-    """anyio's own scope around the waiting for a worker thread, which had begun before ours was put around it.
+    """The scope of anyio around the wait for a worker thread, if it was entered before our scope was put around it.
 
-    The thread was given this scope to ask, as there was none around it; and as it is a shield, it asks no further.
+    The thread was given this scope to check, as there was none around it. It is shielded, so the thread would not check
+    the scopes around it.
     """
 
     __slots__ = ()
@@ -70,7 +74,7 @@ class _AskedByThread(CancelScope):
 
 
 class _Passing(CancelScope):
-    """One that was open when a cancellation of ours was delivered through it, which is not its own."""
+    """A scope that was open when a cancellation from further out was delivered, and must let it pass."""
 
     __slots__ = ()
 
@@ -85,7 +89,7 @@ def _is_visible(scope: CancelScope) -> bool:
 
 
 def _let_pass(scope: CancelScope) -> None:
-    """Whatever is open inside of ``scope`` now lets a cancellation pass, in child tasks as well."""
+    """Make all scopes that are open inside ``scope`` let a cancellation pass, in child tasks as well."""
     todo = list(scope._child_scopes)
     while todo:
         inner = todo.pop()
@@ -96,19 +100,19 @@ def _let_pass(scope: CancelScope) -> None:
 
 
 class _OurScope(CancelScope):
-    """What scopes and gates have in common."""
+    """The base of the scopes of this package."""
 
-    __slots__ = ("_grace", "_loop", "_spared", "is_delivered")
+    __slots__ = ("_grace", "_loop", "_unwinding", "is_delivered")
 
     _grace: float
     _loop: EventLoop
-    _spared: Spared | None
+    _unwinding: Unwinding | None
     is_delivered: bool
 
-    # Asked by anyio when it looks whether a cancellation from outside is visible; for delivering it there is our method.
+    # anyio reads this to see whether a cancellation from outside is visible. For the delivery it calls our method.
     @property
     def shield(self) -> bool:
-        if self._shield or (self._spared is None and not self.is_delivered):
+        if self._shield or (self._unwinding is None and not self.is_delivered):
             return self._shield
         return self._is_told_by_error and self._comes_from_ours()
 
@@ -118,11 +122,11 @@ class _OurScope(CancelScope):
 
     @property
     def strikes(self) -> bool:
-        """Whether a cancellation comes from here."""
+        """Whether a cancellation by this package comes from this scope."""
         return self._cancel_called
 
     def _comes_from_ours(self) -> bool:
-        """Whether what is cancelled around this scope, as far as a cancellation is visible, is one of ours."""
+        """Return whether this scope, or a scope around it that no shield hides, is cancelled by this package."""
         scope: CancelScope | None = self
         while scope is not None:
             if isinstance(scope, _OurScope):
@@ -148,13 +152,13 @@ class _OurScope(CancelScope):
         return _deliver(self, origin)
 
     def _is_passing_on(self) -> bool:
-        """Whether a scope further in, cancelled in the same tick, has let its cancellation pass for ours."""
+        """Return whether an inner scope, cancelled in the same pass of the loop, passes its cancellation on as ours."""
         if self._host_task is current_task():
-            # It is just leaving that scope, which has yet to ask whether ours is visible.
+            # The task is leaving that scope, which has not checked yet whether our cancellation is visible.
             return False
         host: Any = self._host_task
         if host.cancelling() <= self._cancelling_at_enter:
-            # What was handed on is that of a child's task.
+            # The cancellation that was passed on is that of a child task.
             return False
         state = _states.get(self._host_task)
         scope = self if state is None else state.cancel_scope
@@ -168,9 +172,9 @@ class _OurScope(CancelScope):
         return bool(self._pending_uncancellations)
 
     def deliver(self) -> None:
-        """The task has the cancellation; what it does now is its cleanup."""
+        """Note that the task has received the cancellation and cleans up now, also in inner scopes."""
         self.is_delivered = True
-        self._forget_error()
+        self._end_unwinding()
         if self._grace > 0:
             _let_pass(self)
             until = self._loop.time() + self._grace
@@ -186,21 +190,21 @@ class _OurScope(CancelScope):
         self._end_grace_at(until)
 
     def cover(self, until: float) -> None:
-        """A scope further out has told the task. Between that one and this something may strike beside: a task group."""
+        """Note that a scope further out has delivered. A task group between the two might cancel this one as well."""
         self.is_delivered = True
-        self._forget_error()
+        self._end_unwinding()
         self._withdraw()
         self._leave_alone(until)
 
     def _withdraw(self) -> None:
-        """Take the scope's own cancellation back until the grace is over, so that it is not repeated at once."""
+        """Undo the cancellation of the scope until the grace is over, so that it is not repeated at once."""
         self._cancel_called = False
         if self._cancel_handle is not None:
             self._cancel_handle.cancel()
             self._cancel_handle = None
 
     def _end_grace_at(self, until: float) -> None:
-        # Not through the property: asyncio keeps a timer that was cancelled, and with anyio's the request's context.
+        # Not through the property: asyncio keeps cancelled timers, and a timer of anyio keeps the request's context.
         self._deadline = until
         self._stop_timer()
         if self._deadline < math.inf:
@@ -217,41 +221,42 @@ class _OurScope(CancelScope):
 
     @property
     def _is_told_by_error(self) -> bool:
-        return self._spared is not None and self._spared.is_on_its_way
+        return self._unwinding is not None and self._unwinding.is_active
 
-    def spare(self, error: BaseException) -> None:
+    def note_unwinding(self, error: BaseException) -> None:
+        """Delay cancellations while ``error`` unwinds the task."""
         if not self.is_delivered and self._grace > 0:
-            if self._spared is None:
-                self._spared = Spared(self._loop, self._grace, self._go_on, self._lose_patience)
-            self._spared.add(error)
+            if self._unwinding is None:
+                self._unwinding = Unwinding(self._loop, self._grace, self._error_was_caught, self._grace_has_ended)
+            self._unwinding.add(error)
             self._withdraw()
             if self._is_inside_of_others():
-                self._spared.start_timer()
+                self._unwinding.start_timer()
 
     def _is_inside_of_others(self) -> bool:
-        """Whether scopes of ours in another task may strike us, of which we are not told beforehand."""
+        """Return whether a scope of this package in another task is around, which may cancel without notice."""
         scope = self._parent_scope
         while scope is not None and not isinstance(scope, _OurScope):
             scope = scope._parent_scope
         return scope is not None and scope._host_task is not self._host_task
 
-    def _go_on(self) -> None:
-        """Whoever has caught the exception works on, and can be stopped."""
-        self._spared = None
+    def _error_was_caught(self) -> None:
+        """Allow cancellations again, because the exception has been caught and the work continues."""
+        self._unwinding = None
         self._restart_cancellation_in_parent()
 
-    def _lose_patience(self) -> None:
-        """The exception is still on its way, and the grace is over."""
-        self._spared = None
+    def _grace_has_ended(self) -> None:
+        """Cancel now, because the grace is over and the exception still unwinds the task."""
+        self._unwinding = None
         parent = self._parent_scope
         if parent is not None and parent._effectively_cancelled and self._comes_from_ours():
             self.is_delivered = True
             self.cancel()
 
-    def _forget_error(self) -> None:
-        if self._spared is not None:
-            self._spared.end()
-            self._spared = None
+    def _end_unwinding(self) -> None:
+        if self._unwinding is not None:
+            self._unwinding.end()
+            self._unwinding = None
 
     def _leave(self, exc: BaseException | None) -> BaseException | None:
         if self._pending_uncancellations:
@@ -264,16 +269,16 @@ class _OurScope(CancelScope):
 
     @property
     def is_struck(self) -> bool:
-        """Whether a cancellation of ours, from this scope or through it, is to reach the task."""
+        """Whether a cancellation by this package, from this scope or a scope around it, is to reach the task."""
         if self.is_delivered or self._cancel_called:
             return not self.is_delivered
         return _is_visible(self) and self._comes_from_ours()
 
     def _keep_count_in_task(self) -> None:
-        """Take back now what anyio would hand on to a scope of another task.
+        """Uncancel the task now, by the count that anyio would pass on to a scope of another task.
 
-        A task group that has been cancelled as well would take it off the count of its own task, and somebody else's
-        ``Task.cancel()`` of that one be forgotten.
+        A task group that is cancelled as well would subtract it from the count of its own task, and so lose a
+        ``Task.cancel()`` of that task by other code.
         """
         task: Any = self._host_task
         scope = self._parent_scope
@@ -288,11 +293,11 @@ class _OurScope(CancelScope):
 
 
 class AsyncioPoliteScope(_OurScope):
-    """A scope that is cancelled, and from the delivery on shielded and not cancelled; `end` shows anyio the whole truth."""
+    """A scope that is cancelled until the delivery, and shielded from then on; `end` marks it as cancelled again."""
 
     __slots__ = ("_asked", "_children", "_held", "_is_covered", "spares")
 
-    # What is open inside when it delivers is made to let it pass.
+    # Scopes that are open inside at the delivery are made to let the cancellation pass.
     is_lost = False
 
     def __new__(cls, *args: object) -> Any:
@@ -302,7 +307,7 @@ class AsyncioPoliteScope(_OurScope):
         CancelScope.__init__(self)
         self._loop = loop
         self._grace = grace
-        self._spared = None
+        self._unwinding = None
         self._asked = self._held = self.is_delivered = self._is_covered = False
         self.spares: Callable[..., bool] | None = None
 
@@ -311,7 +316,7 @@ class AsyncioPoliteScope(_OurScope):
             self.__enter__()
         else:
             self._place(*late)
-        # Not through the property: there is a timer for it, which records the reason.
+        # Not through the property, because our own timer cancels at the deadline, and records the reason.
         self._deadline = deadline
 
     @property
@@ -327,12 +332,12 @@ class AsyncioPoliteScope(_OurScope):
         self._children = children or None
 
     _children: set[CancelScope] | None
-    # Most have none, and an empty set is a twentieth of what a waiting request takes.
+    # Most scopes have no children, and an empty set takes a twentieth of the memory of a waiting request.
     _child_scopes: Any = property(_get_children, _set_children)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def end(self, exc: BaseException | None) -> BaseException | None:
-        if self._spared is not None:
-            self._forget_error()
+        if self._unwinding is not None:
+            self._end_unwinding()
         if self._asked and not self._is_covered:
             self._cancel_called = True
             self._shield = False
@@ -346,16 +351,16 @@ class AsyncioPoliteScope(_OurScope):
 
     @property
     def _is_only_one(self) -> bool:
-        """Whether nobody but us has asked the task to end, as asyncio counts it."""
+        """Whether only this scope has cancelled the task, by the count of asyncio."""
         task: Any = self._host_task
         asked = self._pending_uncancellations or 0
         return asked > 0 and task.cancelling() - asked <= self._cancelling_at_enter
 
     def _reword(self, exc: BaseException | None, is_any_ours: bool) -> None:
-        """Make our cancellation in ``exc`` one that anyio knows.
+        """Give our cancellation in ``exc`` the message by which anyio recognizes its own.
 
-        It may have another's words: a cleanup that we interrupt may raise what it was cleaning up for, such as the
-        cancellation by ``asyncio.timeout()``, which withdraws its own when it sees that there is one more.
+        It may have another message: a cleanup that we interrupt may raise the cancellation that it handles, such as
+        that of ``asyncio.timeout()``, which undoes its own cancellation when it sees another one.
         """
         if isinstance(exc, BaseExceptionGroup):
             for leaf in exc.exceptions:
@@ -366,17 +371,17 @@ class AsyncioPoliteScope(_OurScope):
             exc = exc.__context__
 
     def cancel_politely(self, why: str) -> None:
-        if self._spared is not None:
-            self._spared.look_again()
+        if self._unwinding is not None:
+            self._unwinding.drop_caught()
         self._asked = True
         if self._cancel_reason is None:
-            # Not as anyio words it, by which it knows its own: with our shield above it, a scope further in would take
-            # this for its own as well, and the work go on in error. `end` words it so.
+            # Not the message by which anyio recognizes its own cancellation: with our shield around it, an inner scope
+            # would swallow this one too, and the work would continue by mistake. `end` sets that message.
             self._cancel_reason = f"cancelled by cancelable_deps: {why} ({id(self):x})"
         if self._held or self.is_delivered:
             return
-        if self._spared is not None and self._spared.is_on_its_way:
-            self._spared.start_timer()
+        if self._unwinding is not None and self._unwinding.is_active:
+            self._unwinding.start_timer()
         else:
             self._cancel_called = True
             self._deliver_cancellation(self)
@@ -390,7 +395,7 @@ class AsyncioPoliteScope(_OurScope):
         return True
 
     def _place(self, task: Any, outer: Any) -> None:
-        """Enter belatedly: directly inside of ``outer``, around all that the task has entered since."""
+        """Enter later: directly inside ``outer``, around all scopes that the task has entered since."""
         self._host_task = task
         self._cancelling_at_enter = 0
         self._active = True
@@ -425,7 +430,7 @@ class AsyncioPoliteScope(_OurScope):
                 return CancelScope._deliver_cancellation(self, origin)
             return self._deliver_from_outside(origin)
         if not self._cancel_called:
-            # Held in the meantime; anyio had this retry scheduled.
+            # The scope has been held since anyio scheduled this retry.
             self._cancel_handle = None
             return False
         if self.is_delivered or not self._active:
@@ -435,7 +440,8 @@ class AsyncioPoliteScope(_OurScope):
             return False
         task: Any = self._host_task
         if task is not current_task() and getattr(task.get_coro(), "cr_running", False):
-            # A task that it starts eagerly cancels us. Asked now, it would hear of it at an await that may come after us.
+            # A task that it has started eagerly cancels this scope. `Task.cancel()` would take effect at the next
+            # await, which may come after the end of this scope.
             self._cancel_handle = get_running_loop().call_soon(self._deliver_cancellation, self)
             return True
         if self.spares is not None and self.spares():
@@ -444,7 +450,7 @@ class AsyncioPoliteScope(_OurScope):
 
     def deliver(self) -> None:
         if not self._cancel_called:
-            # It came from outside, and goes on there.
+            # The cancellation came from further out, and must reach that scope.
             self._is_covered = True
         super().deliver()
 
@@ -453,33 +459,33 @@ class AsyncioPoliteScope(_OurScope):
         super().cover(until)
 
     def take_for_delivered(self) -> None:
-        # Not shielded: whoever catches the exception works on, and whatever else strikes may stop that.
+        # Without a shield: code that catches the exception continues its work, and another cancellation may stop it.
         if not self.is_delivered and self._grace > 0:
             self.is_delivered = True
-            self._forget_error()
+            self._end_unwinding()
             self._withdraw()
             self._end_grace_at(self._loop.time() + self._grace)
 
     def _become_firm(self) -> None:
         self._timeout_handle = None
         if not self._asked:
-            # The task was told by an exception, and a block inside or around this one was to deliver.
+            # An exception has stopped the task, and an inner or outer block was to deliver the cancellation.
             self.cancel_politely("the grace is over")
         self._cancel_called = True
         self._deliver_cancellation(self)
 
     @property
     def _is_told_by_error(self) -> bool:
-        # Also by `check()`, which this block was to answer for.
+        # Also by an error of `check()`, which replaces the cancellation of this block.
         is_told = self.is_delivered and not self._is_covered and self._grace > 0 and not self._cancel_called
-        return is_told or (self._spared is not None and self._spared.is_on_its_way)
+        return is_told or (self._unwinding is not None and self._unwinding.is_active)
 
-    def _go_on(self) -> None:
-        super()._go_on()
+    def _error_was_caught(self) -> None:
+        super()._error_was_caught()
         self._strike()
 
-    def _lose_patience(self) -> None:
-        self._spared = None
+    def _grace_has_ended(self) -> None:
+        self._unwinding = None
         if self._asked and not self._held:
             self.is_delivered = True
             self._strike()
@@ -500,7 +506,7 @@ class AsyncioPoliteScope(_OurScope):
         if self._held:
             self._held = False
             if self._asked:
-                self.cancel_politely("what it was held for has begun")
+                self.cancel_politely("it is no longer held")
 
     def release(self) -> None:
         self._held = True
@@ -515,8 +521,8 @@ class AsyncioPoliteScope(_OurScope):
             self._deadline = deadline
 
 
-class AsyncioGate(HookedGate, _OurScope):
-    """A scope inside of others, entered by anyio, that is shielded when a cancellation of ours has come through."""
+class AsyncioMemberScope(HookedMemberScope, _OurScope):
+    """A scope inside others, entered by anyio, that is shielded when a cancellation by this package has reached it."""
 
     __slots__ = ("_is_ours",)
 
@@ -528,14 +534,14 @@ class AsyncioGate(HookedGate, _OurScope):
         self._loop = loop
         self._grace = grace
         self._is_ours = is_ours
-        self._spared = None
+        self._unwinding = None
         self.is_delivered = False
 
     def begin(self) -> None:
         self.__enter__()
 
     def end(self, exc: BaseException | None) -> BaseException | None:
-        self._forget_error()
+        self._end_unwinding()
         return self._leave(exc)
 
     @property
@@ -544,14 +550,14 @@ class AsyncioGate(HookedGate, _OurScope):
 
     def _deliver_cancellation(self, origin: Any) -> bool:
         if origin is self or not self._active:
-            # Its own: the grace is over, or this is anyio's last look at a scope that has been left.
+            # Its own cancellation: the grace is over, or anyio calls this for a scope that has just been left.
             return CancelScope._deliver_cancellation(self, origin)
         return self._deliver_from_outside(origin)
 
     def take_for_delivered(self) -> None:
         if not self.is_delivered and self._grace > 0:
             self.is_delivered = True
-            self._forget_error()
+            self._end_unwinding()
             self._leave_alone(self._loop.time() + self._grace)
 
     def _become_firm(self) -> None:
@@ -559,18 +565,18 @@ class AsyncioGate(HookedGate, _OurScope):
         self.cancel()
 
 
-class AsyncioTaskGate(AsyncioGate):
-    """A gate around all that is left of a task that is not ours, put there while the task runs."""
+class AsyncioTaskScope(AsyncioMemberScope):
+    """A scope around the rest of a task of another author, inserted while the task runs."""
 
     __slots__ = ()
 
     def put_around(self, ended: Callable[[bool], object]) -> None:
-        """Enter belatedly: around every scope that the task has entered itself, inside of those it was started in.
+        """Enter later: around the scopes that the task has entered itself, and inside those that it was started in.
 
         ``ended(was_cancelled)`` is called when the task has ended.
         """
         task: Any = current_task()
-        # A task that is not anyio's is cancelled once, and needs no gate.
+        # A task that anyio does not know is cancelled once only, and needs no scope.
         is_in_place = task in _states
         if is_in_place:
             self._put_around(task, _states[task])
@@ -604,7 +610,7 @@ class AsyncioTaskGate(AsyncioGate):
                 outer._child_scopes.discard(inner)
 
     def _take_away(self) -> None:
-        self._forget_error()
+        self._end_unwinding()
         self._active = False
         for handle in (self._timeout_handle, self._cancel_handle):
             if handle is not None:
@@ -616,16 +622,16 @@ class AsyncioTaskGate(AsyncioGate):
 
 
 def tell(loop: EventLoop, error: BaseException) -> None:
-    """The current task has been told to stop by ``error``, which is on its way through its scopes."""
+    """Note that ``error`` stops the current task, and unwinds its scopes."""
     for scope in _ours_in(current_task()):
         if scope._shield:
-            # It has told the task before, and when it is left tells those around it.
+            # It has delivered before. When it is left, it notifies the scopes around it.
             return
-        scope.spare(error)
+        scope.note_unwinding(error)
 
 
 def _ours_in(task: Any) -> Iterator[_OurScope]:
-    """The scopes of ours that are open in ``task``, the innermost first."""
+    """Return the scopes of this package that are open in ``task``, innermost first."""
     return (scope for scope in _scopes_in(task) if isinstance(scope, _OurScope))
 
 
@@ -638,7 +644,7 @@ def _scopes_in(task: Any) -> Iterator[CancelScope]:
 
 
 def _pass_on(task: Any) -> None:
-    """A cancellation is on its way through the task: the outermost scope that it may have come from has delivered it."""
+    """Note that a cancellation unwinds the task: the outermost scope that may have caused it has delivered it."""
     struck = None
     for scope in _scopes_in(task):
         if isinstance(scope, _OurScope) and scope.is_struck:
@@ -656,7 +662,7 @@ def _has_cancelled(exc: BaseException) -> bool:
 
 
 def _deliver(scope: _OurScope, origin: Any) -> bool:
-    """As anyio does it; and the scope is told if its task was reached."""
+    """Deliver a cancellation as anyio does, and notify the scope if that has reached its task."""
     before = _cancellations(scope)
     retry = CancelScope._deliver_cancellation(scope, origin)
     if _cancellations(scope) > before:
@@ -665,7 +671,7 @@ def _deliver(scope: _OurScope, origin: Any) -> bool:
 
 
 def _cancellations(scope: Any) -> int:
-    """How often the task of ``scope`` was cancelled; or what its worker thread runs in the loop, which it waits for."""
+    """Return how often the task of ``scope`` was cancelled, or a task in the loop that its worker thread waits for."""
     host = scope._host_task
     count: int = host.cancelling()
     scopes = [scope]
@@ -680,7 +686,10 @@ def _cancellations(scope: Any) -> int:
 
 
 def _runs_for_thread(task: Any) -> bool:
-    """Whether anyio has started ``task`` for ``from_thread.run()``: beside the scope's own, the only ones of no group."""
+    """Return whether anyio has started ``task`` for ``from_thread.run()``.
+
+    Apart from the scope's own task, only these have a state and no parent.
+    """
     state = _states.get(task)
     return state is not None and state.parent_id is None
 
@@ -690,14 +699,14 @@ def polite_scope(loop: EventLoop, grace: float) -> PoliteScope:
     return scope
 
 
-def polite_gate(loop: EventLoop, grace: float, is_ours: IsOurs) -> Gate:
-    return AsyncioGate(loop, grace, is_ours)
+def member_scope(loop: EventLoop, grace: float, is_ours: IsOurs) -> MemberScope:
+    return AsyncioMemberScope(loop, grace, is_ours)
 
 
-def task_gate(loop: EventLoop, grace: float, is_ours: IsOurs) -> TaskGate:
-    return AsyncioTaskGate(loop, grace, is_ours)
+def task_scope(loop: EventLoop, grace: float, is_ours: IsOurs) -> TaskScope:
+    return AsyncioTaskScope(loop, grace, is_ours)
 
 
-def told_scope(loop: EventLoop, scope: CancelScope, gates: dict[Any, Gate]) -> CancelScope:
-    """``scope`` itself: the hook tells the gates."""
+def told_scope(loop: EventLoop, scope: AnyCancelScope, member_scopes: dict[Any, MemberScope]) -> AnyCancelScope:
+    """Return ``scope`` itself: the hook notifies the member scopes."""
     return scope

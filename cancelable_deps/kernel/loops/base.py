@@ -1,4 +1,4 @@
-"""What the kernel needs of an event loop and of its scopes, as protocols: asyncio, trio and threads implement them."""
+"""The protocols of event loops and their scopes, as the kernel uses them, implemented for asyncio, trio and threads."""
 
 from __future__ import annotations
 
@@ -13,183 +13,212 @@ if TYPE_CHECKING:
     IsOurs = Callable[[object], bool]
 
     Late = tuple[Any, Any]
-    """Where a scope is entered later: the task, and the scope of ours directly around it, if there is one."""
+    """The place of a scope that is entered later: its task, and the `PoliteScope` directly around it, or ``None``."""
 
 
 class Timer(Protocol):
-    """Something that `EventLoop.call_at` will do."""
+    """A scheduled call by `EventLoop.call_at`."""
 
-    def cancel(self) -> None: ...
+    def cancel(self) -> None:
+        """Prevent the call."""
 
 
 class Worker(Protocol):
-    """A task that belongs to nobody but its starter."""
+    """A background task outside of all task groups."""
 
-    def cancel(self) -> None: ...
+    def cancel(self) -> None:
+        """Cancel the task, without waiting for its end."""
 
     @property
-    def done(self) -> bool: ...
+    def done(self) -> bool:
+        """Whether the task has ended."""
+        ...
 
     async def join(self) -> None:
-        """Wait until it has ended."""
+        """Wait until the task has ended."""
 
 
 class EventLoop(Protocol):
-    """The running loop, asyncio's or trio's."""
+    """An event loop of asyncio or trio, or the substitute for one in a worker thread."""
 
     is_trio: bool
     home: EventLoop | None
-    """The loop itself; for a block in a thread, the loop that has started the thread, if one has."""
+    """The loop itself; for a block in a thread, the loop that has started the thread, or ``None``."""
 
     is_thread: bool
     scopes: ScopeFamily
     task_without_scope: Callable[[], object] | None
-    """Returns the running task, if scopes may be entered later in it; is ``None`` where they are entered at once."""
+    """Returns the running task if scopes may be entered later in it, otherwise ``None``. It is itself ``None`` where
+    scopes are always entered at once."""
 
     time: Callable[[], float]
     extras: dict[Any, Any]
+    """The objects that other files keep for each loop."""
+
     in_flight: Any
     """The requests of the loop, if it has some: asked for each request, so no entry in `extras`."""
 
     shutdown: Any
-    """What ends the loop's requests at shutdown, if anything does: asked for each request, so no entry in `extras`."""
+    """The object that ends the loop's requests at shutdown, or ``None``. Not in `extras`, as each request reads it."""
 
-    def is_running_here(self) -> bool: ...
+    def is_running_here(self) -> bool:
+        """Return whether the loop runs in the current thread."""
+        ...
 
-    def current_task(self) -> object: ...
+    def current_task(self) -> object:
+        """Return the running task; ``None`` outside of a task."""
+        ...
 
     def times_asked(self, task: object) -> int:
-        """How often ``task``, which runs, was asked to end, as far as it has been told."""
+        """Return how often the running ``task`` has been cancelled, without a cancellation that is yet to be raised."""
         ...
 
     def is_cancelled_by(self, exc: BaseException, asked: int) -> bool:
-        """Whether ``exc`` is a cancellation of the running task, which had been asked to end ``asked`` times before."""
+        """Return whether ``exc`` cancels the running task, which had been cancelled ``asked`` times before."""
         ...
 
     def wake(self) -> None:
-        """What has just been scheduled, perhaps by a signal handler, is not to wait until the loop wakes up by itself."""
+        """Wake the loop up, so that it runs callbacks that a signal handler has scheduled."""
 
-    lines: dict[float, Any]
-    """By their limits, those in which somebody waits for a deadline."""
+    timeout_queues: dict[float, Any]
+    """The queues of waiting deadlines, by their limits in seconds."""
 
-    def call_at(self, when: float, callback: Callable[[], object]) -> Timer: ...
+    def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
+        """Call ``callback`` at the time ``when`` of the loop's clock."""
+        ...
 
-    def call_from_thread(self, callback: Callable[..., object], *args: object) -> None: ...
+    def call_from_thread(self, callback: Callable[..., object], *args: object) -> None:
+        """Call ``callback`` soon in the loop; may be called in any thread. Without effect if the loop is closed."""
 
-    def spawn(self, work: Callable[[], Coroutine[Any, Any, None]], context: Context) -> Worker: ...
+    def spawn(self, work: Callable[[], Coroutine[Any, Any, None]], context: Context) -> Worker:
+        """Start a background task that runs ``work`` in ``context``."""
+        ...
 
 
 class PoliteScope(Protocol):
     """The scope around one block, begun and ended in one task."""
 
     def begin(self, deadline: float, late: Late | None) -> None:
-        """Enter the scope, now or belatedly at that place. ``deadline`` is told, and strikes nobody."""
+        """Enter the scope, now or later at the place ``late``. ``deadline`` is only reported, and cancels nothing."""
 
     @property
     def task(self) -> object:
-        """The task in which it was begun; ``None`` before and after."""
+        """The task in which the scope is open; ``None`` before and after."""
         ...
 
     def end(self, exc: BaseException | None) -> BaseException | None:
-        """Leave the scope; what is left of ``exc`` once our own cancellation is taken out of it."""
+        """Leave the scope, and return the rest of ``exc`` without the cancellation of this scope."""
 
     spares: Callable[..., bool] | None
-    """Asked before a cancellation of this scope is delivered; if it says so, the scope is held and nothing is."""
+    """Called before a cancellation of this scope is delivered; if it returns true, nothing is delivered and the scope
+    is held."""
 
-    def cancel_politely(self, why: str) -> None: ...
+    def cancel_politely(self, why: str) -> None:
+        """Cancel the scope: deliver the cancellation once, and repeat it at every ``await`` when the grace is over."""
 
     def reaches(self, inner: Any) -> bool:
-        """Whether what this scope delivers arrives in ``inner``, another one of the same task: no shield stands between."""
+        """Return whether no shield is between this scope and ``inner``, another scope of the same task."""
         ...
 
     def take_for_delivered(self) -> None:
-        """The task has been told by an exception, and cleans up."""
+        """Note that the task cleans up already, because an exception has stopped it."""
 
     @property
     def is_delivered(self) -> bool:
-        """Whether the task has seen the cancellation, or that of a scope further out."""
+        """Whether the task has received the cancellation of this scope, or of a scope further out."""
         ...
 
     def hold(self) -> None:
-        """Let no cancellation of ours through until `resume`; those of others pass."""
+        """Delay cancellations of this package until `resume`; others pass."""
 
-    def resume(self) -> None: ...
+    def resume(self) -> None:
+        """End `hold`, and deliver a cancellation that it has delayed."""
 
     def release(self) -> None:
-        """Let no cancellation of ours through any more, nor the end of a grace; those of others pass."""
+        """Stop all cancellations of this package, and the end of a grace, for good; others pass."""
 
-    def move_deadline(self, deadline: float) -> None: ...
+    def move_deadline(self, deadline: float) -> None:
+        """Change the deadline that is reported."""
 
     @property
     def is_lost(self) -> bool:
-        """Whether a scope inside took our cancellation for its own, so that the work went on in error."""
+        """Whether an inner scope has swallowed the cancellation as its own, so that the work continued by mistake."""
         ...
 
 
-class Gate(Protocol):
-    """One scope around a task that is cancelled from a scope further out."""
+class MemberScope(Protocol):
+    """The scope around one member of a task group (a child task or the body), which scopes further out cancel.
 
-    def begin(self) -> None: ...
+    It makes their cancellation polite: delivered once, and repeated only when the grace is over.
+    """
 
-    def end(self, exc: BaseException | None) -> BaseException | None: ...
+    def begin(self) -> None:
+        """Enter the scope."""
+
+    def end(self, exc: BaseException | None) -> BaseException | None:
+        """Leave the scope, and return the rest of ``exc`` without the cancellation of this scope."""
 
     def take_for_delivered(self) -> None:
-        """The task is told in another way: what it does now is its cleanup."""
+        """Note that the task cleans up already, because it has been stopped in another way."""
 
     @property
     def is_delivered(self) -> bool:
-        """As that of a `PoliteScope`."""
+        """The same as `PoliteScope.is_delivered`."""
         ...
 
     @property
     def is_lost(self) -> bool:
-        """As that of a `PoliteScope`."""
+        """The same as `PoliteScope.is_lost`."""
         ...
 
     def fire(self) -> None:
-        """What is around it is cancelled, or about to be."""
+        """Note that a scope further out is cancelled, or about to be."""
 
     @property
     def is_passed_by(self) -> bool:
-        """Whether what it was told came from further out than the group that it belongs to, and is to go on outwards."""
+        """Whether the cancellation came from further out than the task group, which must pass it on."""
         ...
 
     def pass_on(self) -> None:
-        """After its end: the group raises what is to go on outwards, so that the task has been told."""
+        """Note, after `end`, that the group raises a cancellation from further out, which the task so receives."""
 
     def expect(self, is_cancelled: Callable[[], bool]) -> None:
-        """Let nothing through for two passes of the loop, after which what is around it may be cancelled."""
+        """Delay cancellations for two passes of the loop; the group may have been cancelled by then."""
 
     def watch(self, coro: Awaitable[Any]) -> Awaitable[Any]:
-        """What to await in place of ``coro``, so that the gate sees a cancellation arrive."""
+        """Return the awaitable to await in place of ``coro``, so that the scope notices a cancellation."""
         ...
 
 
-class TaskGate(Protocol):
-    """A gate around all that is left of a task that is not ours."""
+class TaskScope(Protocol):
+    """A scope around the rest of a running task of another author, which makes cancellations of it polite."""
 
     def put_around(self, ended: Callable[[bool], object]) -> None:
-        """See to it that ``ended(was_cancelled)`` is called when the calling task has ended."""
+        """Enter the scope in the running task; ``ended(was_cancelled)`` is called when the task has ended."""
 
 
 class ScopeFamily(Protocol):
-    """The scopes of one backend, by its hooks or by its public API; a module."""
+    """A module with the scopes of one backend, made with private hooks or with public API."""
 
-    def polite_scope(self, loop: EventLoop, grace: float) -> PoliteScope: ...
-
-    def polite_gate(self, loop: EventLoop, grace: float, is_ours: IsOurs) -> Gate:
-        """A scope that makes a cancellation from further out polite, if ``is_ours(None)`` or a block of ours has struck."""
+    def polite_scope(self, loop: EventLoop, grace: float) -> PoliteScope:
+        """Return a new scope for a block."""
         ...
 
-    def task_gate(self, loop: EventLoop, grace: float, is_ours: IsOurs) -> TaskGate: ...
+    def member_scope(self, loop: EventLoop, grace: float, is_ours: IsOurs) -> MemberScope:
+        """Return a new scope for a member of a group. It is for cancellations by a block, or if ``is_ours(None)``."""
+        ...
+
+    def task_scope(self, loop: EventLoop, grace: float, is_ours: IsOurs) -> TaskScope:
+        """Return a new scope for the rest of a running task."""
+        ...
 
     def tell(self, loop: EventLoop, error: BaseException) -> None:
-        """``error`` has told the current task to stop, and is on its way through the scopes that are open in the task."""
+        """Note that ``error`` stops the current task, and unwinds the scopes that are open in it."""
 
-    def told_scope(self, loop: EventLoop, scope: CancelScope, gates: dict[Any, Gate]) -> CancelScope:
-        """``scope`` itself, or where no hook tells the ``gates`` inside of it, one in its place that does when cancelled."""
+    def told_scope(self, loop: EventLoop, scope: CancelScope, member_scopes: dict[Any, MemberScope]) -> CancelScope:
+        """Return a scope that notifies ``member_scopes`` when cancelled; ``scope`` itself where a hook does that."""
         ...
 
     def task_finder(self, loop: Any) -> Callable[[], object] | None:
-        """What is to be the loop's `EventLoop.task_without_scope`."""
+        """Return the function for `EventLoop.task_without_scope`; ``None`` where scopes are entered at once."""
         ...

@@ -1,4 +1,4 @@
-"""The event loop that runs in this thread."""
+"""The event loop that runs in the current thread."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class _ThreadLocal(threading.local):
-    # The last loop seen in this thread: a server asks for the same one millions of times.
+    # The last loop seen in this thread, because a server looks up the same one millions of times.
     asyncio: AsyncioLoop | None = None
     trio: TrioLoop | None = None
 
@@ -27,7 +27,7 @@ _seen = _ThreadLocal()
 
 
 def _running_trio_token() -> trio.lowlevel.TrioToken | None:
-    # trio first: in its guest mode an asyncio loop runs in the same thread.
+    # trio first, because in its guest mode an asyncio loop runs in the same thread.
     loaded: Any = sys.modules.get("trio")
     if loaded is None or not loaded.lowlevel.in_trio_run():
         return None
@@ -36,9 +36,9 @@ def _running_trio_token() -> trio.lowlevel.TrioToken | None:
 
 
 def current_loop() -> EventLoop:
-    """The loop that runs in this thread.
+    """Return the loop that runs in this thread.
 
-    :raises RuntimeError: if none does.
+    :raises RuntimeError: if no loop runs in it.
     """
     if "trio" in sys.modules and (token := _running_trio_token()) is not None:
         seen_trio = _seen.trio
@@ -53,7 +53,8 @@ def current_loop() -> EventLoop:
 
 
 def _of_asyncio(loop: Any) -> AsyncioLoop:
-    # Kept by the loop itself: several may take turns in one thread, as those of fixtures and tests in pytest-asyncio do.
+    # Stored on the loop itself, because several loops may alternate in one thread, as with the fixtures and tests of
+    # pytest-asyncio.
     known: AsyncioLoop | None = getattr(loop, "_cancelable_deps_loop", None)
     if known is None:
         known = AsyncioLoop(loop)
@@ -63,6 +64,6 @@ def _of_asyncio(loop: Any) -> AsyncioLoop:
 
 
 def _of_trio(token: trio.lowlevel.TrioToken) -> TrioLoop:
-    from .trio_loop import TrioLoop  # loads late: trio is imported only by those who run on it
+    from .trio_loop import TrioLoop  # loads late: trio is imported only where it runs
 
     return TrioLoop(token)

@@ -1,8 +1,8 @@
-"""Whether the private parts of anyio and trio that polite cancellation hooks into are those that we know.
+"""Check whether the private parts of anyio and trio that polite cancellation hooks into are as expected.
 
-Not a comparison of versions: each name, signature and call that `asyncio_scopes.py` and `trio_scopes.py` rely on is
-looked up, without running anything. Where one is missing or has changed, `public_scopes.py` does the same by public
-API, and one warning says so.
+This does not compare versions: each name, signature and call that `asyncio_scopes.py` and `trio_scopes.py` rely on is
+looked up, without running anything. If one is missing or has changed, `public_scopes.py` does the same with public API,
+and one warning is logged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 KNOWN_VERSIONS = {"anyio": "4.16", "trio": "0.31 to 0.35"}
-"""On which the whole suite has passed with the hooks; only for the warning."""
+"""The versions with which the whole test suite has passed with the hooks. Used in the warning only."""
 
 SCOPE_SLOTS = {
     "_active",
@@ -38,7 +38,7 @@ SCOPE_SLOTS = {
     "_tasks",
     "_timeout_handle",
 }
-"""All of anyio's scope: if there is more to it one day, one that we put into its tree by hand would lack it."""
+"""All attributes of anyio's scope. A scope that we insert into its tree by hand would lack any further attribute."""
 
 _SCOPE_METHODS = {
     "__enter__": ["self"],
@@ -49,12 +49,12 @@ _SCOPE_METHODS = {
 }
 
 _SCOPE_CALLS = {
-    # What starts a delivery, and hands it down: by the method that we override.
+    # The methods that start a delivery and pass it to inner scopes, by calling the method that we override.
     "__enter__": {"_deliver_cancellation", "_child_scopes", "_tasks", "cancelling"},
     "_deliver_cancellation": {"_deliver_cancellation", "_child_scopes", "_tasks", "_shield", "cancel", "call_soon"},
     "_restart_cancellation_in_parent": {"_deliver_cancellation", "_cancel_called", "_cancel_handle", "_shield"},
     "cancel": {"_deliver_cancellation"},
-    # How one is ended: by the words of the exception, and by the count of the task.
+    # The end of a scope, which depends on the message of the exception and the cancellation count of the task.
     "__exit__": {
         "_pending_uncancellations",
         "_cancelling_at_enter",
@@ -67,14 +67,14 @@ _SCOPE_CALLS = {
 }
 
 _SCOPE_ASKS = {
-    # What a scope that is left looks at, which ours answer in another way: the property, and not what is behind it.
+    # A scope that is left must read these properties, which our subclasses override, not the attributes behind them.
     "_effectively_cancelled": {"_cancel_called", "shield", "_parent_scope"},
     "_parent_cancellation_is_visible_to_us": {"shield", "_parent_scope", "_effectively_cancelled"},
     "shield": {"_shield"},
 }
 
 _THREAD_ASKS = {
-    # A worker thread asks the scope that it was given, through its properties, and from there outwards.
+    # A worker thread reads the properties of the scope that it was given, and of the scopes around it.
     "check_cancelled": {"threadlocals", "current_cancel_scope", "cancel_called", "shield", "_parent_scope"},
     "run_sync_in_worker_thread": {"_parent_scope", "put_nowait"},
 }
@@ -93,7 +93,7 @@ _TRIO_METHODS = {
 }
 
 _TRIO_CALLS = {
-    # A scope is asked by its status, and by nobody else.
+    # A scope is read by its status only.
     ("CancelStatus", "recalculate"): {
         "_scope",
         "cancel_called",
@@ -105,24 +105,24 @@ _TRIO_CALLS = {
     ("CancelStatus", "effective_deadline"): {"_scope", "deadline", "shield"},
     ("CancelScope", "_close"): {"_cancel_status", "parent_cancellation_is_visible_to_us", "effectively_cancelled"},
     ("Task", "_activate_cancel_status"): {"_cancel_status", "_tasks"},
-    # A task is stepped by whatever stands as its coroutine when it is rescheduled.
+    # A task is stepped by the object in its attribute `coro` when it is rescheduled.
     ("Runner", "reschedule"): {"coro", "send", "_next_send_fn"},
     ("Nursery", "__init__"): {"_pending_excs", "_closed", "_cancel_status"},
 }
 
 
 def asyncio_is_known() -> bool:
-    """Return whether anyio's scopes on asyncio are those that we know; the first time it is not so is logged."""
+    """Return whether anyio's scopes on asyncio are as expected; log once if they are not."""
     return _report("asyncio", "anyio")
 
 
 def trio_is_known() -> bool:
-    """Return whether trio's tasks are those that we know. Only for who runs on trio, as it loads trio."""
+    """Return whether trio's tasks are as expected; log once if they are not. Loads trio, so call it only on trio."""
     return _report("trio", "trio")
 
 
 def hooks_are_known(is_trio: bool) -> bool:
-    """Whether the private parts that the hooks need are those that we know; otherwise public API has to do."""
+    """Return whether the private parts that the hooks need are as expected; public API is used otherwise."""
     return trio_is_known() if is_trio else asyncio_is_known()
 
 
@@ -131,10 +131,10 @@ def _report(backend: str, package: str) -> bool:
     strange = what_is_strange(backend)
     if strange is None:
         return True
-    # Once: whoever reads it can do no more than choose another version.
+    # Once, because the reader can do no more than choose another version.
     logger.warning(
-        "%s %s is not as we know it (%s): cancellations are delivered by its public API, which costs more. "
-        "Known: %s %s.",
+        "%s %s has other private parts than cancelable_deps expects (%s): cancellations are delivered by its public "
+        "API, which costs more. Tested: %s %s.",
         package,
         _version(package),
         strange,
@@ -145,12 +145,12 @@ def _report(backend: str, package: str) -> bool:
 
 
 def what_is_strange(backend: str) -> str | None:
-    """Name the first private part that is not as we know it; ``None`` if all are."""
+    """Return the name of the first private part that is not as expected; ``None`` if there is none."""
     looks = {"asyncio": _strange_in_asyncio, "trio": _strange_in_trio}[backend]
     try:
         return next(looks(), None)
     except Exception as exc:
-        # Whatever a look stumbles upon is one more thing that we do not know.
+        # A check that fails has found an unexpected part, too.
         return f"{type(exc).__name__}: {exc}"
 
 
@@ -226,7 +226,7 @@ def _asks(asked: Any, used: set[str]) -> bool:
 
 
 def _can_become_another(kind: Any) -> bool:
-    """Whether an object of this kind may get another class with the same slots while it is used."""
+    """Return whether the class of an object of this kind can be changed to a subclass with the same slots."""
     another: Any = type(kind.__name__, (kind,), {"__slots__": ()})
     kind.__new__(kind).__class__ = another
     return bool(kind.__dictoffset__ == 0)
@@ -237,7 +237,7 @@ def _has_signature(function: Callable[..., object] | None, parameters: list[str]
 
 
 def _names_in(function: Any) -> set[str]:
-    """All names that the code of ``function`` mentions, also in the functions inside of it."""
+    """Return all names that the code of ``function`` uses, also in its inner functions."""
     code = inspect.unwrap(function).__code__
     names = set(code.co_names)
     for constant in code.co_consts:
@@ -246,5 +246,5 @@ def _names_in(function: Any) -> set[str]:
     return names
 
 
-# At import, so that the warning, if there is one, is the first thing to be read. trio is not to be loaded for that.
+# At import, so that a warning appears at the start of the log. Not for trio, which this would load.
 hooks_are_known(is_trio=False)

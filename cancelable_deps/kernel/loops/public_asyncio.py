@@ -1,4 +1,4 @@
-"""The part of `public_scopes.py` that asyncio needs: a watch that asks `asyncio.Task.cancelling`."""
+"""The asyncio part of `public_scopes.py`: a watch that reads `asyncio.Task.cancelling`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
 
-from .public_scopes import PublicGate, PublicScope, Stepped, TellingScope, end_of_group
+from .public_scopes import PublicMemberScope, PublicScope, Stepped, TellingScope, end_of_group
 from .public_scopes import tell as tell  # noqa: PLC0414 - a part of the family
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from anyio import CancelScope
 
-    from .base import EventLoop, Gate, IsOurs, PoliteScope, TaskGate
+    from .base import EventLoop, IsOurs, MemberScope, PoliteScope, TaskScope
     from .public_scopes import _Pair
 
 _PASSES_WITHOUT_DELAY = 50
@@ -27,31 +27,31 @@ _SECONDS_BETWEEN_LOOKS = 0.05
 
 
 class AsyncioStepped(Stepped):
-    """Awaits a coroutine, and tells its gate of a cancellation before that is thrown in."""
+    """A wrapper of a coroutine that notifies its member scope of a cancellation before it throws that in."""
 
-    __slots__ = ("_gate",)
+    __slots__ = ("_member_scope",)
 
-    def __init__(self, coro: Any, gate: PublicGate) -> None:
+    def __init__(self, coro: Any, member_scope: PublicMemberScope) -> None:
         super().__init__(coro)
-        self._gate = gate
+        self._member_scope = member_scope
 
     def throw(self, exc: Any, *details: Any) -> Any:
-        # It may be given as a class, by who still uses the old signature.
+        # Callers that use the old signature may give the class of the exception.
         is_cancelled = isinstance(exc, asyncio.CancelledError) or exc is asyncio.CancelledError
-        if is_cancelled and self._gate.is_open_to_us:
-            self._gate.was_delivered()
+        if is_cancelled and self._member_scope.is_open_to_us:
+            self._member_scope.was_delivered()
         return super().throw(exc, *details)
 
 
 class AsyncioWatch:
-    """Offers a cancellation, and sees by the count of the task whether it has arrived.
+    """A `Watch` that offers a cancellation, and sees by the count of the task whether it has arrived.
 
-    anyio delivers when the shield is lifted, within that call, and once more in each pass of the loop until the task
-    has seen it. So an offer stands open from one pass to the next: for a task that asks whether it is cancelled, which
-    it does when it runs, and for an anyio that delivers later. What anyio then does in the next pass is in between two
-    looks at the count, with nothing else: a count that has changed at another time is somebody else's.
+    anyio delivers within the call that removes the shield, and again in each pass of the loop until the task has
+    received the cancellation. So an offer stays open from one pass to the next, for a task that checks whether it is
+    cancelled, which it does when it runs, and for a version of anyio that delivers later. In the next pass, the count
+    is read directly before and after anyio's own callback; a count that changes at another time is due to other code.
 
-    Then the scope is closed, until the task has made another step. What it waits for tells us when.
+    Then the scope is closed until the next step of the task, which follows when the future that it awaits is done.
     """
 
     __slots__ = ("_before", "_future", "_handles", "_loop", "_pair", "_passes", "_struck", "_task")
@@ -69,8 +69,8 @@ class AsyncioWatch:
     def start(self) -> None:
         is_stepping = getattr(self._task.get_coro(), "cr_running", False)
         if is_stepping and asyncio.current_task(self._loop) is not self._task:
-            # A task that it starts eagerly cancels it. Asked now, it would hear of it at an await that may come after
-            # the end of the block.
+            # A task that it has started eagerly cancels it. A cancellation now would take effect at the next await,
+            # which may come after the end of the block.
             self._handles = [self._loop.call_soon(self._offer, context=Context())]
         else:
             self._offer()
@@ -142,28 +142,28 @@ class AsyncioWatch:
         future.add_done_callback(self._has_stepped, context=Context())
 
     def _has_stepped(self, future: asyncio.Future[Any]) -> None:
-        """Called directly after the step of the task that waited for ``future``."""
+        """Offer again, directly after the step of the task that waited for ``future``."""
         if future is not self._future:
-            # Stopped since then: a call that has been scheduled is not taken back.
+            # The watch has stopped since then, but the callback was already scheduled.
             return
-        # What its worker thread runs in the loop was cancelled, and now so is the thread, and the task.
+        # A task in the loop that its worker thread waits for was cancelled, so the thread and the task are as well.
         is_told = not future.cancelled() and isinstance(future.exception(), asyncio.CancelledError)
         if not is_told:
             self._offer()
         elif self._pair.loop.extras.get(end_of_group) in _codes_of(self._task):
-            # Its group takes that for its own, and is to do so before we offer ours.
+            # Its group swallows that cancellation as its own, and must do so before ours is offered.
             self._wait()
         else:
             self._pair.was_delivered()
 
     def _others_in_thread(self) -> dict[asyncio.Task[Any], int]:
-        """Count the cancellations of all other tasks, if ours waits for a thread, for which one of them may run."""
+        """Return the cancellation counts of all other tasks if ours waits for a thread, for which one may run."""
         if not any(code is anyio.to_thread.run_sync.__code__ for code in _codes_of(self._task)):
             return {}
         return {task: task.cancelling() for task in asyncio.all_tasks(self._loop) if task is not self._task}
 
     def stop_and_wait_for_others(self) -> None:
-        """What the thread runs in the loop has been told: it is not to be told again while it cleans up."""
+        """Stop offering until the cancelled tasks that run for the thread have cleaned up, or the grace is over."""
         struck = self._struck
         self.stop()
         self._pair.close()
@@ -185,11 +185,11 @@ class AsyncioWatch:
 
 
 def _awaited_by(task: asyncio.Task[Any]) -> asyncio.Future[Any] | None:
-    """The future that ``task`` waits for; ``None`` if it has only yielded, or that cannot be seen."""
+    """Return the future that ``task`` waits for; ``None`` if it has only yielded, or the future cannot be found."""
     last = _await_chain(task)[-1]
     if asyncio.isfuture(last):
         return last
-    # What awaits a future in C does not show it otherwise.
+    # An awaitable written in C does not show its future in any other way.
     return next((found for found in gc.get_referents(last) if asyncio.isfuture(found)), None)
 
 
@@ -198,7 +198,7 @@ def _codes_of(task: asyncio.Task[Any]) -> list[Any]:
 
 
 def _await_chain(task: asyncio.Task[Any]) -> list[Any]:
-    """All awaitables from the coroutine of ``task`` down to what it waits for."""
+    """Return all awaitables from the coroutine of ``task`` to the innermost one."""
     chain: list[Any] = []
     awaitable: Any = task.get_coro()
     while awaitable is not None:
@@ -212,7 +212,7 @@ def _awaited(awaitable: Any) -> Any:
         if hasattr(awaitable, name):
             return getattr(awaitable, name)
     if type(awaitable).__name__ in ("async_generator_asend", "async_generator_athrow"):
-        # They do not show their generator otherwise; trio does the same.
+        # These do not show their generator in any other way; trio does the same.
         return next((found for found in gc.get_referents(awaitable) if hasattr(found, "ag_await")), None)
     return None
 
@@ -223,7 +223,7 @@ class AsyncioPublicScope(PublicScope):
     _new_watch = AsyncioWatch
 
 
-class AsyncioPublicGate(PublicGate):
+class AsyncioPublicMemberScope(PublicMemberScope):
     __slots__ = ()
 
     _new_watch = AsyncioWatch
@@ -243,19 +243,19 @@ def polite_scope(loop: EventLoop, grace: float) -> PoliteScope:
     return AsyncioPublicScope(loop, grace)
 
 
-def polite_gate(loop: EventLoop, grace: float, is_ours: IsOurs) -> Gate:
-    return AsyncioPublicGate(loop, grace, is_ours)
+def member_scope(loop: EventLoop, grace: float, is_ours: IsOurs) -> MemberScope:
+    return AsyncioPublicMemberScope(loop, grace, is_ours)
 
 
-def task_gate(loop: EventLoop, grace: float, is_ours: IsOurs) -> TaskGate:
-    """A gate that public API cannot put there: it tells the end of the task alone."""
+def task_scope(loop: EventLoop, grace: float, is_ours: IsOurs) -> TaskScope:
+    """Return an object that only notices the end of the task: public API cannot insert a scope."""
     return _AsyncioTaskEnd(loop)
 
 
-def told_scope(loop: EventLoop, scope: CancelScope, gates: dict[Any, Gate]) -> CancelScope:
-    """A scope in place of ``scope`` that tells the ``gates`` when it is cancelled, which no hook does."""
-    return TellingScope(loop, scope, gates)
+def told_scope(loop: EventLoop, scope: CancelScope, member_scopes: dict[Any, MemberScope]) -> CancelScope:
+    """Return a scope in place of ``scope`` that notifies ``member_scopes`` when cancelled, as no hook does."""
+    return TellingScope(loop, scope, member_scopes)
 
 
 def task_finder(loop: Any) -> None:
-    """No function: scopes are entered at once."""
+    """Return ``None``: scopes are always entered at once."""

@@ -1,25 +1,26 @@
-"""Polite cancellation by public API alone, for an anyio or a trio whose private parts are not those that we know.
+"""Polite cancellation with public API only, for versions of anyio or trio with other private parts than expected.
 
-An outer scope is cancelled, and the inner one shielded as soon as the task has seen it. What tells us that it has is a
-watch of the backend's: `public_asyncio.AsyncioWatch` asks `asyncio.Task.cancelling`, `public_trio.TrioWatch` is an instrument.
-Nothing is watched before something is cancelled, and then only until the task has been told.
+An outer scope is cancelled, and an inner scope is shielded as soon as the task has received the cancellation. A watch
+of the backend notices that: `public_asyncio.AsyncioWatch` reads `asyncio.Task.cancelling`, `public_trio.TrioWatch` is
+an instrument. A watch runs only from a cancellation until its delivery.
 
-Until then the inner scope is closed as well, but for the moments in which the watch offers the cancellation: so only
-what the watch sees can deliver, and whatever else cancels or counts at the same time is not mistaken for it.
+In that time the inner scope is shielded ("closed") as well, except for the moments in which the watch offers the
+cancellation ("open"). So a cancellation can be delivered only where the watch sees it, and no other cancellation or
+change of a count at the same time is mistaken for it.
 
-What costs more, or is less exact, than with the hooks:
+The costs and limits, in comparison with the hooks:
 
-* A block of a request has two scopes from its beginning on, also if its task never waits.
-* While a cancellation of ours waits to be delivered, one that comes from further out waits with it.
-* Where asyncio does not tell what a task waits for (an awaitable that is no future), it is offered every hundredth of
-  a second: what follows a shielded section may run for so long.
-* A scope whose shield is lifted by another task is noticed after a twentieth of a second.
-* ``anyio.current_effective_deadline()`` does not tell the deadline of a block; `Cancelable.deadline` does.
-* A task of somebody else's that sends a stream gets no gate: anyio repeats its cancellation in the stream's cleanup.
-* `Cancelable.check` has told a task: what others strike waits for the end of its grace, if ours has struck as well.
-* ``anyio.from_thread.check_cancelled()`` is true on asyncio only in the moments of an offer; `Cancelable.check` always.
-* Tasks of plain groups, which have no gate, may be told several times, as ever.
-* An anyio in which a group takes for its own what only passes through it (before 4.16) loses cancellations.
+* The block of a request has two scopes from its beginning, even if its task never waits.
+* While a cancellation by this package waits for delivery, so does one from further out.
+* If asyncio does not show the future that a task waits for (with another awaitable), the cancellation is offered every
+  hundredth of a second. The work that follows a shielded section may run for that long.
+* If another task removes the shield of a scope, that is noticed after up to a twentieth of a second.
+* ``anyio.current_effective_deadline()`` does not include the deadline of a block; `Cancelable.deadline` does.
+* A task of another author that sends a stream gets no scope: anyio repeats its cancellation in the stream's cleanup.
+* After `Cancelable.check` has raised, cancellations by others wait for the end of the grace if ours has come as well.
+* ``anyio.from_thread.check_cancelled()`` raises on asyncio only during an offer; `Cancelable.check` always does.
+* Tasks of plain groups, which have no member scopes, may be cancelled several times, as without this package.
+* With anyio before 4.16, in which a group swallows a cancellation that only passes through it, cancellations are lost.
 
 The files of this path use no private name of anyio, asyncio or trio.
 """
@@ -35,24 +36,25 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import anyio
 import anyio.to_thread
 
-from .spared import Spared, leave
+from .unwinding import Unwinding, leave
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
     from types import TracebackType
 
-    from .base import EventLoop, Gate, IsOurs, Late
+    from .base import EventLoop, IsOurs, Late, MemberScope
 
-# By which the deadline of a group's own scope, which anyio acts upon, trails our timer, which tells the gates first.
+# The seconds by which the deadline of a group's own scope, at which anyio cancels, is later than our timer, which
+# notifies the member scopes first.
 _TRAIL = 0.05
 
 
 _around: ContextVar[tuple[_Pair, ...]] = ContextVar("cancelable_deps.pairs", default=())
-"""All pairs of scopes that the current task, or the one that started it, has entered."""
+"""All pairs of scopes around the current task: its own, and those of the tasks that have started it."""
 
 
 def _open_pairs(loop: EventLoop) -> dict[object, list[_Pair]]:
-    """By their tasks, outermost first."""
+    """Return the open pairs of each task, outermost first."""
     pairs: dict[object, list[_Pair]] = loop.extras.setdefault(_open_pairs, {})
     return pairs
 
@@ -65,27 +67,29 @@ def _remove_pair(loop: EventLoop, task: object, pair: _Pair) -> None:
 
 
 def tell(loop: EventLoop, error: BaseException) -> None:
-    """The current task has been told to stop by ``error``, which is on its way through its scopes."""
+    """Note that ``error`` stops the current task, and unwinds its scopes."""
     for pair in reversed(_open_pairs(loop).get(loop.current_task(), ())):
         if pair.is_left_alone:
-            # When it is left, it tells those around it.
+            # When this pair is left, it notifies the pairs around it.
             return
-        pair.spare(error)
+        pair.note_unwinding(error)
 
 
 class Watch(Protocol):
-    """Offers the cancellation of a pair to its task, until that has seen it."""
+    """An object that offers the cancellation of a pair to its task, until the task has received it."""
 
-    def start(self) -> None: ...
+    def start(self) -> None:
+        """Start to offer the cancellation."""
 
-    def stop(self) -> None: ...
+    def stop(self) -> None:
+        """Stop offering it."""
 
     def guard(self) -> None:
-        """Stop offering, but see to it that no nursery loses the cancellation."""
+        """Stop offering it, and offer it again if a nursery loses it."""
 
 
 class _Pair:
-    """An outer scope to cancel, and directly inside of it one to shield."""
+    """An outer scope, which is cancelled, and directly inside it an inner scope, which is shielded."""
 
     _new_watch: ClassVar[Any]
 
@@ -93,7 +97,6 @@ class _Pair:
         "_above",
         "_cancelling",
         "_counted",
-        "_gates",
         "_grace",
         "_inner",
         "_is_cancelled",
@@ -101,10 +104,11 @@ class _Pair:
         "_is_held",
         "_is_left_alone",
         "_is_reached_from_above",
+        "_member_scopes",
         "_outer",
         "_outside",
-        "_spared",
         "_task",
+        "_unwinding",
         "_watch",
         "_why",
         "is_delivered",
@@ -120,9 +124,9 @@ class _Pair:
         self._inner = anyio.CancelScope()
         self._task: Any = None
         self._watch: Watch | None = None
-        self._gates: dict[PublicGate, None] = {}
+        self._member_scopes: dict[PublicMemberScope, None] = {}
         self.spares: Callable[..., bool] | None = None
-        self._spared: Spared | None = None
+        self._unwinding: Unwinding | None = None
         self._is_cancelled = self._is_held = self.is_delivered = self._is_covered = self._is_left_alone = False
         self._is_reached_from_above = True
         self._counted = 0
@@ -151,20 +155,20 @@ class _Pair:
 
     def end(self, exc: BaseException | None) -> BaseException | None:
         self._stop_watching()
-        self._forget_error()
+        self._end_unwinding()
         _remove_pair(self.loop, self._task, self)
         with suppress(ValueError):
-            # Entered in one context and left in another, as a generator may be.
+            # A generator may be entered in one context and left in another.
             _around.reset(self._outside)
         remaining = self._leave(exc)
         if self._is_covered and remaining is None:
-            # It is that of a scope further out.
+            # The cancellation is that of a scope further out.
             remaining = exc
         if remaining is not exc:
             self.is_delivered = True
         self.nurseries.forget()
         self._task = None
-        self._gates.clear()
+        self._member_scopes.clear()
         self._above = ()
         return remaining
 
@@ -174,20 +178,20 @@ class _Pair:
             return leave(self._outer, remaining)
         for _ in range(self._counted):
             self._task.uncancel()
-        # Shielded, anyio takes back what it has added to the count of this task. It would hand it on to a scope of
-        # another task else, where it would hide somebody else's `Task.cancel()`.
+        # With a shield, anyio subtracts its own cancellations from the count of this task. Without one it would pass
+        # them on to a scope of another task, where they would hide a `Task.cancel()` by other code.
         self._outer.shield = True
         remaining = self._without_ours(leave(self._outer, remaining))
         if remaining is not exc and anyio.current_effective_deadline() == -math.inf:
-            # A scope further out is cancelled as well, and is to see it.
+            # A scope further out is cancelled as well, and must receive it.
             return exc
         return remaining
 
     def _without_ours(self, exc: BaseException | None) -> BaseException | None:
-        """Take cancellations out of ``exc`` that nobody else has asked for, whatever their words.
+        """Return ``exc`` without the cancellations that no other code has requested, whatever their messages.
 
-        A cleanup that we interrupt may raise what it was cleaning up for, such as the cancellation by
-        ``asyncio.timeout()``, which withdraws its own when it sees that there is one more.
+        A cleanup that we interrupt may raise the cancellation that it handles, such as that of ``asyncio.timeout()``,
+        which undoes its own cancellation when it sees another one.
         """
         if not (self._outer.cancel_called and self.is_delivered) or self._task.cancelling() > self._cancelling:
             return exc
@@ -196,15 +200,16 @@ class _Pair:
         return None if isinstance(exc, asyncio.CancelledError) else exc
 
     def cancel_politely(self, why: str) -> None:
-        if self._spared is not None:
-            self._spared.look_again()
+        """Cancel the pair: deliver the cancellation once, and repeat it when the grace is over."""
+        if self._unwinding is not None:
+            self._unwinding.drop_caught()
         self._is_cancelled = True
         self._why = self._why or f"cancelled by cancelable_deps: {why}"
         if self._is_held or self.is_delivered:
             return
-        if self._spared is not None and self._spared.is_on_its_way:
+        if self._unwinding is not None and self._unwinding.is_active:
             self.close()
-            self._spared.start_timer()
+            self._unwinding.start_timer()
         else:
             self._offer()
 
@@ -213,19 +218,20 @@ class _Pair:
             return
         for pair in self._pairs_inside():
             pair.close_if_told_by_error()
-        # Innermost first: what a gate has been told does not reach its task a second time from here.
-        for gate in reversed(self._gates):
-            gate.is_passed_by = gate.is_passed_by or self._is_outside_of(gate)
-            gate.fire()
-        if self._grace <= 0 or self.is_delivered or any(gate.task is self._task for gate in self._gates):
-            # Of a grace that is over; or a gate in the same task stands in between, and tells us.
+        # Innermost first: a member scope that has been notified shields its task from this cancellation.
+        for member in reversed(self._member_scopes):
+            member.is_passed_by = member.is_passed_by or self._is_outside_of(member)
+            member.fire()
+        if self._grace <= 0 or self.is_delivered or any(member.task is self._task for member in self._member_scopes):
+            # The grace is over; or a member scope in the same task is in between, and will notify this pair.
             self.open()
         elif self._watch is None:
-            self._watch = self._new_watch(self, self._task)
-            self._watch.start()
+            watch: Watch = self._new_watch(self, self._task)
+            self._watch = watch
+            watch.start()
 
-    def _is_outside_of(self, gate: PublicGate) -> bool:
-        """Whether the group of ``gate`` is inside of this."""
+    def _is_outside_of(self, member: PublicMemberScope) -> bool:
+        """Return whether the group of ``member`` is inside this pair."""
         return True
 
     def _stop_watching(self) -> None:
@@ -234,30 +240,31 @@ class _Pair:
             self._watch = None
 
     def open(self) -> None:
-        """Let the cancellation through. anyio and trio deliver it within this call, if the task is where it can be."""
+        """Let the cancellation through. anyio and trio deliver it within this call, if the task can be reached."""
         if not self._outer.cancel_called:
             self._outer.cancel(self._why)
         self._inner.shield = False
 
     def close(self) -> None:
+        """Let no cancellation through, neither ours nor one from further out."""
         self._inner.shield = True
 
     def reopen(self) -> None:
-        """Let through whatever comes from further out."""
+        """Let through cancellations from further out."""
         self._inner.shield = False
 
     def count_once_more(self) -> None:
-        """Directly after anyio has cancelled the task, and before its next step, where two become one.
+        """Cancel the task once more, directly after anyio has, before the next step of the task merges the two.
 
-        A scope or group further in, with our shield above it, believes a cancellation in anyio's words to be its own
-        unless more is counted than when it was entered; and one whose child has handed its count on takes one off. It
-        has anyio's words too, as it may be this one that arrives, and a scope further out has to know it.
+        An inner scope or group, with our shield around it, swallows a cancellation with anyio's message unless the
+        count of the task is higher than on entering; and it subtracts one if a child has passed its count on. The
+        message is anyio's, because this cancellation may be the one that arrives, and an outer scope must recognize it.
         """
         self._counted += 1
         self._task.cancel(f"Cancelled via cancel scope {id(self._outer):x}; {self._why}")
 
     def was_delivered(self) -> None:
-        """The watch, or whoever steps the task, has seen it."""
+        """Note that the task has received the cancellation, as the watch or a `Stepped` has seen."""
         inside = self._pairs_inside()
         self._leave_alone()
         for pair in self._above:
@@ -268,11 +275,11 @@ class _Pair:
                 pair.cover(self.loop.time() + self._grace)
 
     def _leave_alone(self) -> None:
-        """The task has been told, and what it does now is its cleanup."""
+        """Shield the task, which has received the cancellation and cleans up now."""
         if self.is_delivered:
             return
         self.is_delivered = True
-        self._forget_error()
+        self._end_unwinding()
         if self._grace > 0:
             self._is_left_alone = True
             self.close()
@@ -284,66 +291,68 @@ class _Pair:
             self._stop_watching()
 
     def take_for_delivered(self) -> None:
+        """Note that the task cleans up already, because it has been stopped in another way."""
         self._leave_alone()
 
     def cover(self, until: float) -> None:
-        """A pair further out has told the task. Between that one and this something may strike beside: a task group."""
+        """Note that a pair further out has delivered. A task group between the two might cancel this one as well."""
         self.is_delivered = self._is_covered = self._is_left_alone = True
-        self._forget_error()
+        self._end_unwinding()
         self._stop_watching()
         self.close()
         self._set_deadline(self._inner, until)
 
     def _pairs_inside(self) -> list[_Pair]:
-        """Those further in that are open in the same task, outermost first."""
+        """Return the inner pairs that are open in the same task, outermost first."""
         pairs = _open_pairs(self.loop).get(self._task, [])
         return pairs[pairs.index(self) + 1 :] if self in pairs else []
 
     @property
     def is_left_alone(self) -> bool:
-        """Whether the task cleans up after a cancellation that has been delivered."""
+        """Whether the task is shielded because it cleans up after the delivery."""
         return self._is_left_alone
 
     def close_if_told_by_error(self) -> None:
-        """Something of ours further out strikes, and is not to disturb the cleanup of what `Cancelable.check` raised."""
+        """Protect the cleanup after `Cancelable.check` from a cancellation further out."""
         if self.is_delivered and not self._is_left_alone and self._grace > 0:
             self.close()
 
-    # A task that an exception has told.
+    # A task that is stopped by an exception.
 
-    def spare(self, error: BaseException) -> None:
+    def note_unwinding(self, error: BaseException) -> None:
+        """Delay cancellations while ``error`` unwinds the task."""
         if self.is_delivered or self._grace <= 0:
             return
-        if self._spared is None:
-            self._spared = Spared(self.loop, self._grace, self._go_on, self._lose_patience)
-        self._spared.add(error)
+        if self._unwinding is None:
+            self._unwinding = Unwinding(self.loop, self._grace, self._error_was_caught, self._grace_has_ended)
+        self._unwinding.add(error)
         if self._is_cancelled:
             self._stop_watching()
             self.close()
-            self._spared.start_timer()
+            self._unwinding.start_timer()
 
-    def _go_on(self) -> None:
-        """Whoever has caught the exception works on, and can be stopped."""
-        self._spared = None
+    def _error_was_caught(self) -> None:
+        """Allow cancellations again, because the exception has been caught and the work continues."""
+        self._unwinding = None
         if self._is_cancelled and not self._is_held and not self.is_delivered:
             self._offer()
 
-    def _lose_patience(self) -> None:
-        """The exception is still on its way, and the grace is over."""
-        self._spared = None
+    def _grace_has_ended(self) -> None:
+        """Cancel now, because the grace is over and the exception still unwinds the task."""
+        self._unwinding = None
         if self._is_cancelled and not self._is_held:
             self.is_delivered = True
             self.open()
 
-    def _forget_error(self) -> None:
-        if self._spared is not None:
-            self._spared.end()
-            self._spared = None
+    def _end_unwinding(self) -> None:
+        if self._unwinding is not None:
+            self._unwinding.end()
+            self._unwinding = None
 
     def is_seen_here(self) -> bool:
-        """Whether the calling code, further in in the same task, would see a cancellation: no shield stands between.
+        """Return whether no shield is between this pair and the caller, in the same task.
 
-        No public API tells, but a deadline is seen from where a cancellation is.
+        No public API tells that directly, but a deadline is visible to the caller exactly if a cancellation is.
         """
         before, now, seen = self._inner.deadline, self.loop.time(), anyio.current_effective_deadline()
         if seen < now + _TRAIL:
@@ -356,13 +365,13 @@ class _Pair:
             self._set_deadline(self._inner, before)
 
     def was_lost(self) -> None:
-        """A nursery has taken the cancellation for its own: once more."""
+        """Prepare to deliver again, because a nursery has swallowed the cancellation as its own."""
         self.is_delivered = self._is_left_alone = False
         self.nurseries.lose()
         self._set_deadline(self._inner, math.inf)
 
     def _set_deadline(self, scope: anyio.CancelScope, deadline: float) -> None:
-        # In a context of nothing: asyncio keeps the timer for its time, also a cancelled one, and with it the request.
+        # In an empty context, because asyncio keeps even a cancelled timer until its time, and so its context.
         Context().run(setattr, scope, "deadline", deadline)
 
     @property
@@ -371,7 +380,7 @@ class _Pair:
 
 
 class PublicScope(_Pair):
-    """A `PoliteScope`."""
+    """A `PoliteScope` made of a pair."""
 
     __slots__ = ()
 
@@ -387,11 +396,11 @@ class PublicScope(_Pair):
         return True
 
     def take_for_delivered(self) -> None:
-        # Not shielded, if that can be: whoever catches the exception works on, and what others strike may stop that.
+        # If possible without a shield: code that catches the exception continues, and another cancellation may stop it.
         if self.is_delivered or self._grace <= 0:
             return
         self.is_delivered = True
-        self._forget_error()
+        self._end_unwinding()
         self._stop_watching()
         if self._outer.cancel_called:
             self.close()
@@ -422,12 +431,13 @@ class PublicScope(_Pair):
             self.reopen()
 
     def move_deadline(self, deadline: float) -> None:
-        # A deadline of anyio's strikes, also what we let finish, and where a timer of ours comes too late. None is told.
+        # anyio would cancel at a deadline, also work that is to be finished, and before a late timer of ours. So no
+        # deadline is reported.
         pass
 
 
-class PublicGate(_Pair):
-    """A `Gate`. It is fired by the scopes around it, which know it, or finds out by stepping its task."""
+class PublicMemberScope(_Pair):
+    """A `MemberScope`. Pairs around it notify it of their cancellation; it sees others by stepping its task."""
 
     _step: ClassVar[Any]
 
@@ -441,9 +451,9 @@ class PublicGate(_Pair):
     def begin(self) -> None:
         self._enter()
         for pair in self._above:
-            pair._gates[self] = None
+            pair._member_scopes[self] = None
         if anyio.current_effective_deadline() == -math.inf and self._is_ours(None):
-            # It was told before it had begun.
+            # The task was cancelled before the scope was entered.
             self.is_passed_by = any(pair._is_cancelled and pair._is_outside_of(self) for pair in self._above)
             self.fire()
 
@@ -451,9 +461,9 @@ class PublicGate(_Pair):
         above, task, told = self._above, self._task, self.is_delivered
         self._in_task = tuple(pair for pair in above if pair.task is task)
         for pair in above:
-            pair._gates.pop(self, None)
+            pair._member_scopes.pop(self, None)
         remaining = super().end(exc)
-        # They know us, or our task does: cycles, and there is no more to ask.
+        # It refers to this scope, or our task does: a cycle, and nothing needs it any more.
         self._is_ours = _nothing_is_ours
         for pair in reversed(self._in_task):
             if not told and pair._is_cancelled and not pair._is_held and not pair.is_delivered:
@@ -487,13 +497,13 @@ class PublicGate(_Pair):
     def watch(self, coro: Awaitable[Any]) -> Any:
         return self._step(coro, self)
 
-    def _is_outside_of(self, gate: PublicGate) -> bool:
-        # Those of one group ask the same one.
-        return self.is_passed_by or self._is_ours != gate._is_ours
+    def _is_outside_of(self, member: PublicMemberScope) -> bool:
+        # The member scopes of one group have the same function.
+        return self.is_passed_by or self._is_ours != member._is_ours
 
     @property
     def is_open_to_us(self) -> bool:
-        """Whether a cancellation that arrives in its task just now is ours, and the first."""
+        """Whether a cancellation that arrives in the task now is the first one by this package."""
         return self._grace > 0 and not self.is_delivered and self._task is not None and self._is_ours(None)
 
 
@@ -502,29 +512,29 @@ def _nothing_is_ours(origin: object) -> bool:
 
 
 class TellingScope(anyio.CancelScope):
-    """Stands for the scope of a group: what is inside of it is told first when it is cancelled."""
+    """A replacement for the scope of a group that, when cancelled, first notifies the member scopes."""
 
     def __new__(cls, *args: object) -> Any:
-        # Not that of a backend, as anyio would make it.
+        # anyio's own `__new__` would create the scope of a backend.
         return object.__new__(cls)
 
-    def __init__(self, loop: EventLoop, scope: anyio.CancelScope, gates: dict[Any, Gate]) -> None:
+    def __init__(self, loop: EventLoop, scope: anyio.CancelScope, member_scopes: dict[Any, MemberScope]) -> None:
         self._loop = loop
         self._scope = scope
-        self._gates = gates
+        self._member_scopes = member_scopes
         self._deadline = scope.deadline
         self._timer: Any = None
 
     def cancel(self, reason: str | None = None) -> None:
-        for gate in reversed(list(self._gates.values())):
-            gate.fire()
+        for member in reversed(list(self._member_scopes.values())):
+            member.fire()
         self._scope.cancel(reason)
 
     @property
     def late(self) -> Any:
-        """What the block around the group cancels: not before the block itself has told its task.
+        """The scope for the block around the group, which cancels only after the block has cancelled its own task.
 
-        A group that is at its end is told as the task of the block, and would take it for its own.
+        A group at its end gets the cancellation in the task of the block, and would swallow it as its own.
         """
         return _Late(self._loop, self)
 
@@ -534,7 +544,7 @@ class TellingScope(anyio.CancelScope):
 
     @deadline.setter
     def deadline(self, value: float) -> None:
-        # anyio's own would cancel without telling anybody, so it comes after ours.
+        # At its own deadline anyio would cancel without notifying the member scopes, so that one is later than ours.
         self._scope.deadline = value + _TRAIL
         self._deadline = value
         self.drop_timer()
@@ -542,7 +552,7 @@ class TellingScope(anyio.CancelScope):
             self._timer = self._loop.call_at(value, lambda: self.cancel("deadline exceeded"))
 
     def drop_timer(self) -> None:
-        """Also when the group has ended."""
+        """Stop the timer of the deadline, when it is moved or the group has ended."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -573,7 +583,7 @@ class TellingScope(anyio.CancelScope):
 
 
 def stop_telling(scope: anyio.CancelScope) -> None:
-    """The group of ``scope``, which `told_scope` has returned, has ended."""
+    """Stop the timer of ``scope``, which `told_scope` has returned, as its group has ended."""
     if isinstance(scope, TellingScope):
         scope.drop_timer()
 
@@ -588,7 +598,7 @@ class _Late:
 
 
 class Stepped:
-    """Stands for a coroutine that somebody awaits, and passes on what comes from the loop and goes there."""
+    """A wrapper of an awaited coroutine that passes on everything between it and the event loop."""
 
     __slots__ = ("_coro",)
 
@@ -614,7 +624,7 @@ class Stepped:
         self._coro.close()
 
     def __getattr__(self, name: str) -> Any:
-        # Whoever looks into a task looks through us.
+        # A tool that inspects the task sees the coroutine.
         return getattr(self._coro, name)
 
 
@@ -623,16 +633,16 @@ async def _await(awaitable: Awaitable[Any]) -> Any:
 
 
 def end_of_group() -> Any:
-    """Return the code that runs at the end of anyio's groups. Only in a task, as anyio asks which backend runs."""
+    """Return the code that runs at the end of anyio's groups. Works only in a task, as anyio looks for its backend."""
     return type(anyio.create_task_group()).__aexit__.__code__
 
 
 class Nurseries:
-    """trio's nurseries that a task has opened inside of a pair, at the moment when a cancellation was delivered.
+    """The nurseries of trio that a task has opened inside a pair, at the moment of delivery.
 
-    One cancels itself when a cancellation passes through its body or reaches it at its end. With the shield above it, it
-    believes that one to be its own, and ends as if nothing had been: the work would go on without its children's
-    results. anyio's groups on asyncio tell by the count of the task, and have none here.
+    A nursery cancels itself when a cancellation passes through its body or reaches it at its end. With our shield
+    around it, it swallows that cancellation as its own, and the work would continue without the results of the
+    children. anyio's groups on asyncio recognize that by the count of the task, and are not needed here.
     """
 
     __slots__ = ("_before", "_is_lost", "_open", "_task")
@@ -644,28 +654,32 @@ class Nurseries:
         self._is_lost = False
 
     def note(self) -> None:
-        """Remember those that are open now: one that is about to end is not shown any more, and swallows yet."""
+        """Remember the nurseries that are open now: one that is about to end is no longer listed, but may swallow."""
         for nursery in list(getattr(self._task, "child_nurseries", ()))[self._before :]:
             if nursery not in self._open:
                 self._open.append(nursery)
 
     def are_passed(self) -> None:
-        """The cancellation has been delivered: what was swallowed before that does not count any more."""
+        """Forget cancellations that were swallowed before the delivery."""
         self._is_lost = False
         self._open = [nursery for nursery in self._open if not nursery.cancel_scope.cancelled_caught]
         self.note()
 
     def lose(self) -> None:
+        """Note that a nursery has swallowed the cancellation, and start again."""
         self._is_lost = True
         self._open = []
 
     def forget(self) -> None:
+        """Drop the reference to the task."""
         self._task = None
 
     @property
     def are_open(self) -> bool:
+        """Whether any of the nurseries might still swallow the cancellation."""
         return bool(self._open)
 
     @property
     def have_swallowed(self) -> bool:
+        """Whether a nursery has swallowed the cancellation."""
         return self._is_lost or any(nursery.cancel_scope.cancelled_caught for nursery in self._open)

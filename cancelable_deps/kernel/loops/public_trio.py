@@ -1,15 +1,15 @@
-"""The part of `public_scopes.py` that trio needs: a watch that is an instrument.
+"""The trio part of `public_scopes.py`: a watch that is an instrument.
 
-An instrument is told when a task is scheduled, and before and after each of its steps. trio delivers a cancellation by
-scheduling the task: within the call that cancels, or directly after the step in which the task has begun to wait. At
-these two moments nothing else can have scheduled it.
+An instrument is called when a task is scheduled, and before and after each of its steps. trio delivers a cancellation
+by scheduling the task, either within the call that cancels or directly after the step in which the task has begun to
+wait. At these two moments nothing else can have scheduled it.
 
-`trio.lowlevel.checkpoint` delivers in a scope of its own, and has to see the cancellation until it has left that. So a
-task that is cancelled in it is exposed for one step: its cleanup is disturbed if the first thing that it awaits is
-neither a checkpoint nor done already. A gate, which steps its coroutine, is not exposed.
+`trio.lowlevel.checkpoint` delivers in a scope of its own, and must see the cancellation until it has left that scope.
+So a task that is cancelled in it is unprotected for one step: its cleanup is interrupted if its first ``await`` has to
+wait and is not a checkpoint. A member scope, which steps its coroutine, does not have this gap.
 
-Installed only while a cancellation waits to be delivered, as it costs each step of each task. An operation of the system
-that cannot be withdrawn, and ends later with the cancellation (on Windows), is told twice.
+The instrument is installed only while a cancellation waits for its delivery, because it costs time at each step of each
+task. A system operation that cannot be aborted, and ends later with the cancellation (on Windows), is cancelled twice.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import outcome
 import trio
 
-from .public_scopes import PublicGate, PublicScope, Stepped, TellingScope
+from .public_scopes import PublicMemberScope, PublicScope, Stepped, TellingScope
 from .public_scopes import tell as tell  # noqa: PLC0414 - a part of the family
 
 if TYPE_CHECKING:
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
     from anyio import CancelScope
 
-    from .base import EventLoop, Gate, IsOurs, PoliteScope, TaskGate
+    from .base import EventLoop, IsOurs, MemberScope, PoliteScope, TaskScope
     from .public_scopes import _Pair
 
 
 class TrioWatch:
-    """Offers a cancellation while the task runs, and at the moments when trio delivers."""
+    """A `Watch` that offers a cancellation while the task runs, and at the moments when trio delivers."""
 
     __slots__ = ("_instrument", "_is_guarding", "_is_in_checkpoint", "_is_scheduled", "_is_struck", "_pair", "task")
 
@@ -48,7 +48,7 @@ class TrioWatch:
     def start(self) -> None:
         self._instrument.add(self)
         if _current_task() is self.task:
-            # It hears of it where it begins to wait.
+            # The cancellation is delivered when the task begins to wait.
             self._pair.open()
         else:
             self._offer()
@@ -60,7 +60,7 @@ class TrioWatch:
         self._is_guarding = True
 
     def _offer(self) -> None:
-        # Left open while the task waits where it cannot be reached: at the end of a nursery, say, whose children can.
+        # It stays open while the task waits where only others can be reached, such as the children of a nursery.
         self._is_scheduled = False
         self._pair.open()
         if self._is_scheduled:
@@ -73,14 +73,17 @@ class TrioWatch:
             self._pair.close()
 
     def is_scheduled(self) -> None:
+        """Note that the task has been scheduled."""
         self._is_scheduled = True
 
     def before_step(self) -> None:
+        """Open or close the pair for the step of the task that begins."""
         self._is_scheduled = False
         if self._is_guarding:
             return
         if not self._is_struck:
-            # It asks only where it has yielded. A nursery that it leaves would hand on the cancellation of its children.
+            # Open only if the task has just yielded: a nursery that it leaves would pass on its children's
+            # cancellation.
             self._pair.nurseries.note()
             if _innermost(self.task) is _PASSING and _end_of_nursery() not in _codes_of(self.task):
                 self._pair.open()
@@ -89,12 +92,13 @@ class TrioWatch:
         elif self._is_in_checkpoint:
             self._pair.open()
         elif is_anothers(self._pair):
-            # Closed until it has been seen by the scope that it was meant for.
+            # Closed until the scope that the cancellation belongs to has seen it.
             self._is_struck = False
         else:
             self._pair.was_delivered()
 
     def after_step(self) -> None:
+        """Offer the cancellation again after a step of the task, or note its delivery."""
         if self._is_guarding:
             if self._pair.nurseries.have_swallowed:
                 self._is_guarding = self._is_struck = False
@@ -111,13 +115,14 @@ class TrioWatch:
 
 
 class _Instrument(trio.abc.Instrument):
-    """The one of a run, for all its watches."""
+    """The instrument of a run of trio, for all its watches."""
 
     def __init__(self) -> None:
         self._watches: dict[Any, tuple[TrioWatch, ...]] = {}
 
     @classmethod
     def of(cls, extras: dict[Any, Any]) -> _Instrument:
+        """Return the instrument of a loop with these `EventLoop.extras`."""
         instrument: _Instrument | None = extras.get(cls)
         if instrument is None:
             instrument = extras[cls] = cls()
@@ -149,7 +154,7 @@ class _Instrument(trio.abc.Instrument):
 
 
 class _Exits(trio.abc.Instrument):
-    """Tells of tasks that end. It hears of nothing else, and costs no step."""
+    """An instrument for the end of tasks only, which costs nothing at a step."""
 
     def __init__(self) -> None:
         self.ended: dict[trio.lowlevel.Task, Callable[[bool], object]] = {}
@@ -171,29 +176,29 @@ def tell_at_exit(extras: dict[Any, Any], task: trio.lowlevel.Task, ended: Callab
 
 
 class TrioStepped(Stepped):
-    """Awaits a coroutine, and tells its gate of a cancellation before that is sent in."""
+    """A wrapper of a coroutine that notifies its member scope of a cancellation before it sends that in."""
 
-    __slots__ = ("_gate",)
+    __slots__ = ("_member_scope",)
 
-    def __init__(self, coro: Any, gate: PublicGate) -> None:
+    def __init__(self, coro: Any, member_scope: PublicMemberScope) -> None:
         super().__init__(coro)
-        self._gate = gate
+        self._member_scope = member_scope
 
     def send(self, value: Any) -> Any:
-        gate = self._gate
+        scope = self._member_scope
         is_cancelled = isinstance(value, outcome.Error) and isinstance(value.error, trio.Cancelled)
-        if not is_cancelled or not gate.is_open_to_us:
+        if not is_cancelled or not scope.is_open_to_us:
             return super().send(value)
-        if is_in_checkpoint(gate.task):
+        if is_in_checkpoint(scope.task):
             message = super().send(value)
-            # Before trio hears what the task waits for next.
-            if gate.is_open_to_us:
-                gate.was_delivered()
-        elif is_anothers(gate):
+            # Before trio learns what the task waits for next.
+            if scope.is_open_to_us:
+                scope.was_delivered()
+        elif is_anothers(scope):
             message = super().send(value)
-            gate.reopen()
+            scope.reopen()
         else:
-            gate.was_delivered()
+            scope.was_delivered()
             message = super().send(value)
         return message
 
@@ -202,21 +207,21 @@ def _current_task() -> trio.lowlevel.Task | None:
     try:
         return trio.lowlevel.current_task()
     except RuntimeError:
-        # Between two steps: in a signal handler, say.
+        # Between two steps, for example in a signal handler.
         return None
 
 
 def is_anothers(pair: _Pair) -> bool:
-    """Close ``pair``, in the current task, and return whether a scope further in is cancelled as well.
+    """Close ``pair``, in the current task, and return whether an inner scope is cancelled as well.
 
-    That one takes the cancellation for its own; ours comes after it.
+    The inner scope swallows the cancellation, and ours follows.
     """
     pair.close()
     return trio.current_effective_deadline() == -math.inf
 
 
 def is_in_checkpoint(task: Any) -> bool:
-    """Return whether ``task`` is being cancelled in a scope of ``trio.lowlevel.checkpoint``'s own."""
+    """Return whether ``task`` is being cancelled in the scope inside ``trio.lowlevel.checkpoint``."""
     return _IN_CHECKPOINT in pairwise(_codes_of(task))
 
 
@@ -226,13 +231,13 @@ def _codes_of(task: Any) -> list[Any]:
 
 def _innermost(task: Any) -> Any:
     codes = _codes_of(task)
-    # Below the functions of trio that anybody calls is a generator that yields.
+    # The innermost frame is a generator that yields, inside these functions of trio.
     return next((code for code in reversed(codes) if code in (_PASSING, _WAITING)), None)
 
 
 @cache
 def _end_of_nursery() -> Any:
-    """Return the code that runs at the end of a nursery. Only where trio runs, as making one needs that."""
+    """Return the code that runs at the end of a nursery. Works only where trio runs, which the lookup requires."""
     return type(trio.open_nursery()).__aexit__.__code__
 
 
@@ -253,7 +258,7 @@ class TrioPublicScope(PublicScope):
     _new_watch = TrioWatch
 
 
-class TrioPublicGate(PublicGate):
+class TrioPublicMemberScope(PublicMemberScope):
     __slots__ = ()
 
     _new_watch = TrioWatch
@@ -273,19 +278,19 @@ def polite_scope(loop: EventLoop, grace: float) -> PoliteScope:
     return TrioPublicScope(loop, grace)
 
 
-def polite_gate(loop: EventLoop, grace: float, is_ours: IsOurs) -> Gate:
-    return TrioPublicGate(loop, grace, is_ours)
+def member_scope(loop: EventLoop, grace: float, is_ours: IsOurs) -> MemberScope:
+    return TrioPublicMemberScope(loop, grace, is_ours)
 
 
-def task_gate(loop: EventLoop, grace: float, is_ours: IsOurs) -> TaskGate:
-    """A gate that public API cannot put there: it tells the end of the task alone."""
+def task_scope(loop: EventLoop, grace: float, is_ours: IsOurs) -> TaskScope:
+    """Return an object that only notices the end of the task: public API cannot insert a scope."""
     return _TrioTaskEnd(loop)
 
 
-def told_scope(loop: EventLoop, scope: CancelScope, gates: dict[Any, Gate]) -> CancelScope:
-    """A scope in place of ``scope`` that tells the ``gates`` when it is cancelled, which no hook does."""
-    return TellingScope(loop, scope, gates)
+def told_scope(loop: EventLoop, scope: CancelScope, member_scopes: dict[Any, MemberScope]) -> CancelScope:
+    """Return a scope in place of ``scope`` that notifies ``member_scopes`` when cancelled, as no hook does."""
+    return TellingScope(loop, scope, member_scopes)
 
 
 def task_finder(loop: Any) -> None:
-    """No function: scopes are entered at once."""
+    """Return ``None``: scopes are always entered at once."""

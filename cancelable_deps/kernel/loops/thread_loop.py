@@ -1,4 +1,4 @@
-"""What stands for an event loop where none runs: in a worker thread."""
+"""The substitute for an event loop in a worker thread, where none runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class ThreadScope:
-    """Stands for the scopes of a block that no scope can reach: it is stopped by `Cancelable.check` alone."""
+    """The substitute for the scope of a block in a thread, which only `Cancelable.check` can stop."""
 
     is_delivered = is_lost = False
     spares: Callable[..., bool] | None = None
@@ -49,7 +49,7 @@ class _NoTimer:
 
 
 class ThreadLoop:
-    """What a block in a thread has for an event loop: the clock, and by messages the timers, of the one at ``home``."""
+    """The event loop of a block in a thread: it uses the clock of ``home``, and its timers by calls from the thread."""
 
     is_trio = False
     is_thread = True
@@ -62,10 +62,10 @@ class ThreadLoop:
         self.time = time.monotonic if home is None else home.time
         self.extras: dict[Any, Any] = {}
         self.scopes: ScopeFamily = public_asyncio
-        self.lines: dict[float, Any] = {}
+        self.timeout_queues: dict[float, Any] = {}
 
     def is_running_here(self) -> bool:
-        # Whichever thread cancels, there is nobody to be woken in another one.
+        # No loop has to be woken up in another thread, whichever thread cancels.
         return True
 
     def current_task(self) -> object:

@@ -1,4 +1,4 @@
-"""An event loop of trio's; imported only where one runs."""
+"""The `EventLoop` for trio. Imported only where trio runs."""
 
 from __future__ import annotations
 
@@ -10,22 +10,28 @@ import trio
 from ..log import logger
 from . import known, public_trio
 
-with suppress(ImportError, AttributeError):
-    # Private parts of trio that may be gone; `known` says so.
-    from . import trio_scopes
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from contextvars import Context
 
     from .base import EventLoop, ScopeFamily, Timer, Worker
 
+_hooked: ScopeFamily | None = None
+with suppress(ImportError, AttributeError):
+    # Private parts of trio may be missing; `known` reports that.
+    from . import trio_scopes
+
+    _hooked = trio_scopes
+
 
 def _scopes() -> ScopeFamily:
-    return trio_scopes if known.hooks_are_known(is_trio=True) else public_trio
+    """Return the scopes with hooks, or those by public API where the hooks do not fit."""
+    return _hooked if known.hooks_are_known(is_trio=True) and _hooked is not None else public_trio
 
 
 class _TrioWorker:
+    """A `Worker` that is a system task of trio."""
+
     __slots__ = ("_ended", "_scope")
 
     def __init__(self, work: Callable[[], Coroutine[Any, Any, None]], context: Context | None) -> None:
@@ -40,8 +46,8 @@ class _TrioWorker:
         except (KeyboardInterrupt, SystemExit, trio.Cancelled):
             raise
         except BaseException:
-            # Whatever leaves a system task ends trio itself, and with it the whole server.
-            logger.exception("a task of ours failed")
+            # An exception that leaves a system task ends trio itself, and so the server.
+            logger.exception("a background task of cancelable_deps failed")
         finally:
             self._ended.set()
 
@@ -61,6 +67,8 @@ class _TrioWorker:
 
 
 class TrioLoop:
+    """A run of trio."""
+
     is_trio = True
     is_thread = False
     shutdown: Any = None
@@ -73,7 +81,7 @@ class TrioLoop:
         self.scopes = _scopes()
         self.extras: dict[Any, Any] = {}
         self.task_without_scope = self.scopes.task_finder(token)
-        self.lines: dict[float, Any] = {}
+        self.timeout_queues: dict[float, Any] = {}
 
     def is_running_here(self) -> bool:
         return trio.lowlevel.in_trio_run() and trio.lowlevel.current_trio_token() is self.token
@@ -85,11 +93,11 @@ class TrioLoop:
         return 0
 
     def is_cancelled_by(self, exc: BaseException, asked: int) -> bool:
-        # Nobody but a scope around the task can make one, and no task or future hands on that of another.
+        # Only a scope around the task can raise `Cancelled` in it: awaiting another task or a future never does.
         return isinstance(exc, trio.Cancelled)
 
     def wake(self) -> None:
-        pass  # trio wakes up at each signal
+        pass  # trio wakes up at each signal by itself
 
     def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
         async def call() -> None:
@@ -97,10 +105,10 @@ class TrioLoop:
                 await trio.sleep_until(when)
             elif timer.is_cancelled:
                 return
-            # Who is overdue by now is to be stopped in this pass of the loop: to sleep would take two more.
+            # An overdue callback is to run in this pass of the loop: a sleep would take two more.
             callback()
 
-        # Whoever looks at the tasks of a loop sees what this one is for.
+        # A tool that lists the tasks of a loop shows the purpose of this one.
         call.__qualname__ = getattr(callback, "__qualname__", call.__qualname__)
         timer = _TrioWorker(call, None)
         return timer
@@ -109,7 +117,7 @@ class TrioLoop:
         try:
             self.token.run_sync_soon(callback, *args)
         except trio.RunFinishedError:
-            logger.debug("the event loop is closed: nothing is left to cancel in it")
+            logger.debug("the event loop is closed, so it has nothing left to cancel")
 
     def spawn(self, work: Callable[[], Coroutine[Any, Any, None]], context: Context) -> Worker:
         return _TrioWorker(work, context)

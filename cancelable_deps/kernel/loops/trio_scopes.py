@@ -1,14 +1,15 @@
-"""Polite cancellation on trio: four private hooks.
+"""Polite cancellation on trio, with four private hooks.
 
-* Whatever reaches a task is sent to ``Task.coro``. While scopes of ours are open in a task, that is a `_Stepper`, which
-  sees a ``trio.Cancelled`` arrive. Only then is a cancellation delivered, and only then may a shield rise: trio's own
-  ``checkpoint()`` and every nursery ask, while the cancellation is on its way, whether it came from outside.
-* A scope that closes asks its ``CancelStatus`` whether a cancellation from outside is visible, and if not takes what
-  passes for its own. With our shield above it, it would, and the code behind it run as if all had been done. So those
-  that are open at the moment of delivery are made to say yes.
-* A task that waits for a nursery's children is sent no cancellation: it has it from them, in ``Nursery._pending_excs``.
-* A ``CancelStatus`` asks "any object with attributes `deadline`, `shield`, and `cancel_called`", and ours is asked
-  instead of its scope: the deadline that it tells is that of our timer, which alone may strike.
+* Values and exceptions are sent to a task through ``Task.coro``. While scopes of this package are open in a task, that
+  is a `_Stepper`, which sees a ``trio.Cancelled`` arrive. This is the moment of delivery, and no shield may be set
+  before: until then, ``trio.lowlevel.checkpoint()`` and every nursery check whether the cancellation came from outside.
+* A scope that closes asks its ``CancelStatus`` whether a cancellation from outside is visible. If not, it swallows a
+  cancellation as its own, and the code behind it runs as if its work were complete. That would happen with our shield
+  around it, so the scopes that are open at the moment of delivery are made to answer yes.
+* A task that waits for the children of a nursery is sent no cancellation: it gets the children's exceptions, in
+  ``Nursery._pending_excs``.
+* A ``CancelStatus`` reads "any object with attributes `deadline`, `shield`, and `cancel_called`". It reads our object
+  in place of its scope, which reports the deadline of our timer; only that timer may cancel for it.
 """
 
 from __future__ import annotations
@@ -21,35 +22,37 @@ import outcome
 import trio
 from trio._core._run import CancelStatus
 
-from .spared import HookedGate, Spared, leave
+from .unwinding import HookedMemberScope, Unwinding, leave
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from anyio import CancelScope
 
-    from .base import EventLoop, Gate, IsOurs, Late, PoliteScope, TaskGate
+    from .base import EventLoop, IsOurs, Late, MemberScope, PoliteScope, TaskScope
 
 
 class _Stepper:
-    """Stands for a task's coroutine while scopes of ours are open in the task, and sees a cancellation arrive."""
+    """Replaces the coroutine of a task while scopes of this package are open in it, and sees a cancellation arrive."""
 
     __slots__ = ("_coro", "_task", "asked", "scopes")
 
     def __init__(self, task: Any) -> None:
         self._task = task
         self._coro = task.coro
-        self.scopes: list[TrioGate] = []
-        """Outermost first."""
+        self.scopes: list[TrioMemberScope] = []
+        """The open scopes of this package, outermost first."""
         self.asked: TrioPoliteScope | None = None
-        """One that has something to spare, and is cancelled: asked before each step."""
+        """A cancelled scope with a `spares` function, which is called before each step."""
         task.coro = self
 
     @classmethod
     def of(cls, task: Any) -> _Stepper:
+        """Return the stepper of ``task``, which is installed if there is none."""
         return task.coro if isinstance(task.coro, cls) else cls(task)
 
-    def remove(self, scope: TrioGate) -> None:
+    def remove(self, scope: TrioMemberScope) -> None:
+        """Remove a scope, and the stepper from its task with the last one."""
         self.scopes.remove(scope)
         if self.asked is scope:
             self.asked = None
@@ -57,6 +60,7 @@ class _Stepper:
             self._task.coro = self._coro
 
     def send(self, value: Any) -> Any:
+        """Step the coroutine; a cancellation is noted first."""
         if _is_cancelled(value) or self._is_told_by_children():
             self.tell()
         elif self.asked is not None:
@@ -68,21 +72,21 @@ class _Stepper:
             raise
 
     def _end(self) -> None:
-        """Take away what was put around all of the task, which has ended."""
+        """Remove the scopes around all of the task, which has ended."""
         for scope in list(self.scopes):
-            if isinstance(scope, TrioTaskGate):
+            if isinstance(scope, TrioTaskScope):
                 scope.take_away()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._coro, name)
 
     def _is_told_by_children(self) -> bool:
-        # A task that waits at the end of a nursery is never sent a cancellation: it hears of it from its children.
+        # A task that waits at the end of a nursery is never sent a cancellation: it gets those of its children.
         nurseries = self._task._child_nurseries
         return bool(nurseries) and nurseries[-1]._closed and any(map(_has_cancelled, nurseries[-1]._pending_excs))
 
     def tell(self) -> None:
-        """A cancellation is on its way through the task: the outermost scope that it may have come from has delivered it."""
+        """Note that a cancellation unwinds the task: the outermost scope that may have caused it has delivered it."""
         visible = []
         status = self._task._cancel_status
         while status is not None:
@@ -101,7 +105,7 @@ class _Stepper:
 
 
 class _Passing(CancelStatus):
-    """That of a scope that was open when a cancellation of ours was delivered through it, which is not its own."""
+    """The status of a scope that was open when a cancellation from further out was delivered, and must let it pass."""
 
     __slots__ = ()
 
@@ -111,9 +115,10 @@ class _Passing(CancelStatus):
 
 
 class _HandingOn(CancelStatus):
-    """That of a scope in which another's cancellation has been delivered.
+    """The status of a scope in which a cancellation from elsewhere has been delivered.
 
-    One of ours that strikes before the scope is left is not delivered again: the scope lets what it has pass for ours.
+    If this package cancels before the scope is left, nothing is delivered a second time: the cancellation that unwinds
+    the scope counts as ours.
     """
 
     __slots__ = ()
@@ -134,12 +139,12 @@ def _is_visible(status: Any) -> bool:
 
 
 def _is_closing(status: Any) -> bool:
-    """Nobody is left inside: it is the scope that asks, and not trio on behalf of the tasks inside."""
+    """Return whether the scope itself is asking, as it closes and is empty, and not trio for the tasks inside."""
     return not status._tasks and not status._children
 
 
 def _let_pass(status: Any) -> None:
-    """Whatever is open inside of ``status`` now lets a cancellation pass, in child tasks as well."""
+    """Make all scopes that are open inside ``status`` let a cancellation pass, in child tasks as well."""
     todo = list(status._children)
     while todo:
         inner = todo.pop()
@@ -149,7 +154,7 @@ def _let_pass(status: Any) -> None:
 
 
 def _is_cancelled(value: Any) -> bool:
-    """Whether what is sent to a task raises ``trio.Cancelled``, or hands on one that a worker thread has raised."""
+    """Return whether ``value``, sent to a task, raises ``trio.Cancelled`` in it, also one from a worker thread."""
     if type(value) is outcome.Value:
         value = value.value
     return type(value) is outcome.Error and isinstance(value.error, trio.Cancelled)
@@ -161,10 +166,10 @@ def _has_cancelled(exc: BaseException | None) -> bool:
     return isinstance(exc, trio.Cancelled)
 
 
-class TrioGate(HookedGate):
-    """A scope around a task that is shielded once a cancellation of ours has been delivered, until the grace is over.
+class TrioMemberScope(HookedMemberScope):
+    """A scope around a task that is shielded from the delivery of a cancellation until the grace is over.
 
-    It is asked by trio in place of its ``trio.CancelScope``.
+    trio reads this object in place of its ``trio.CancelScope``.
     """
 
     __slots__ = (
@@ -172,9 +177,9 @@ class TrioGate(HookedGate):
         "_is_ours",
         "_loop",
         "_scope",
-        "_spared",
         "_stepper",
         "_task",
+        "_unwinding",
         "is_delivered",
         "status",
     )
@@ -185,7 +190,7 @@ class TrioGate(HookedGate):
         self._is_ours = is_ours
         self._scope: Any = trio.CancelScope()
         self._task: Any = trio.lowlevel.current_task()
-        self._spared: Spared | None = None
+        self._unwinding: Unwinding | None = None
         self.is_delivered = False
 
     def begin(self) -> None:
@@ -198,11 +203,11 @@ class TrioGate(HookedGate):
     def end(self, exc: BaseException | None) -> BaseException | None:
         stepper = self._stepper
         stepper.remove(self)
-        self._forget_error()
+        self._end_unwinding()
         if self._scope.shield:
             self._scope.shield = False
         remaining = leave(self._scope, exc)
-        # They know us: cycles, and there is no more to ask or tell.
+        # They refer to this scope: cycles, and nothing needs them any more.
         self.status._scope = self._scope
         del self._stepper, self.status
         self._is_ours = _nothing_is_ours
@@ -210,7 +215,7 @@ class TrioGate(HookedGate):
             stepper.tell()
         return remaining
 
-    # What trio asks of the scope.
+    # The attributes that trio reads.
 
     @property
     def deadline(self) -> float:
@@ -234,21 +239,21 @@ class TrioGate(HookedGate):
     def _cancel_reason(self, reason: Any) -> None:
         self._scope._cancel_reason = reason
 
-    # Telling the task.
+    # Delivery to the task.
 
     @property
     def is_struck(self) -> bool:
-        """Whether a cancellation of ours, from this scope or through it, is to reach the task."""
+        """Whether a cancellation by this package, from this scope or a scope around it, is to reach the task."""
         if self._scope.cancel_called or (not self.is_delivered and type(self.status) is _Passing):
             return True
         return self.status.parent_cancellation_is_visible_to_us and self._comes_from_ours()
 
     def _comes_from_ours(self) -> bool:
-        """Whether what is cancelled around this scope, as far as a cancellation is visible, is one of ours."""
+        """Return whether this scope, or a scope around it that no shield hides, is cancelled by this package."""
         status = self.status
         while status is not None:
             scope = status._scope
-            if isinstance(scope, TrioGate) and scope.strikes:
+            if isinstance(scope, TrioMemberScope) and scope.strikes:
                 return True
             if status is not self.status and scope.shield:
                 return False
@@ -257,12 +262,13 @@ class TrioGate(HookedGate):
 
     @property
     def strikes(self) -> bool:
+        """Whether a cancellation by this package comes from this scope."""
         return self._scope.cancel_called or self._is_ours(None)
 
-    def deliver(self, inside: list[TrioGate]) -> None:
-        """The task has the cancellation; what it does now is its cleanup, also where it stands in scopes ``inside``."""
+    def deliver(self, inside: list[TrioMemberScope]) -> None:
+        """Note that the task has received the cancellation and cleans up now, also in the scopes ``inside``."""
         self.is_delivered = True
-        self._forget_error()
+        self._end_unwinding()
         if self._grace > 0:
             _let_pass(self.status)
             until = self._loop.time() + self._grace
@@ -282,72 +288,74 @@ class TrioGate(HookedGate):
         return is_shielded
 
     def cover(self, until: float) -> None:
-        """A scope further out has told the task. Between that one and this something may strike beside: a task group."""
+        """Note that a scope further out has delivered. A task group between the two might cancel this one as well."""
         self.is_delivered = True
-        self._forget_error()
+        self._end_unwinding()
         self._withdraw()
         self._leave_alone(until)
 
     def _withdraw(self) -> None:
-        """Take the scope's own cancellation back until the grace is over, so that it is not repeated at once."""
+        """Undo the cancellation of the scope until the grace is over, so that it is not repeated at once."""
         if self._scope.cancel_called:
             self._scope._cancel_called = False
             self.status.recalculate()
 
     def take_for_delivered(self) -> None:
+        """Note that the task cleans up already, because it has been stopped in another way."""
         if not self.is_delivered and self._grace > 0:
             self.is_delivered = True
-            self._forget_error()
+            self._end_unwinding()
             self._leave_alone(self._loop.time() + self._grace)
 
-    # A task that an exception has told.
+    # A task that is stopped by an exception.
 
     @property
     def _is_told_by_error(self) -> bool:
-        return self._spared is not None and self._spared.is_on_its_way
+        return self._unwinding is not None and self._unwinding.is_active
 
-    def spare(self, error: BaseException) -> None:
+    def note_unwinding(self, error: BaseException) -> None:
+        """Delay cancellations while ``error`` unwinds the task."""
         if not self.is_delivered and self._grace > 0:
-            if self._spared is None:
-                self._spared = Spared(self._loop, self._grace, self._go_on, self._lose_patience)
-            self._spared.add(error)
+            if self._unwinding is None:
+                self._unwinding = Unwinding(self._loop, self._grace, self._error_was_caught, self._grace_has_ended)
+            self._unwinding.add(error)
             self._withdraw()
             self.status.recalculate()
             if self._is_inside_of_others():
-                self._spared.start_timer()
+                self._unwinding.start_timer()
 
     def _is_inside_of_others(self) -> bool:
-        """Whether scopes of ours in another task may strike us, of which we are not told beforehand."""
+        """Return whether a scope of this package in another task is around, which may cancel without notice."""
         status: Any = self.status._parent
-        while status is not None and not isinstance(status._scope, TrioGate):
+        while status is not None and not isinstance(status._scope, TrioMemberScope):
             status = status._parent
         return status is not None and self._stepper.scopes[0] is self
 
-    def _go_on(self) -> None:
-        """Whoever has caught the exception works on, and can be stopped."""
-        self._spared = None
+    def _error_was_caught(self) -> None:
+        """Allow cancellations again, because the exception has been caught and the work continues."""
+        self._unwinding = None
         self.status.recalculate()
 
-    def _lose_patience(self) -> None:
-        """The exception is still on its way, and the grace is over."""
-        self._spared = None
+    def _grace_has_ended(self) -> None:
+        """Cancel now, because the grace is over and the exception still unwinds the task."""
+        self._unwinding = None
         if _is_visible(self.status) and self._comes_from_ours():
             self.is_delivered = True
             self._scope.cancel()
 
-    def _forget_error(self) -> None:
-        if self._spared is not None:
-            self._spared.end()
-            self._spared = None
+    def _end_unwinding(self) -> None:
+        if self._unwinding is not None:
+            self._unwinding.end()
+            self._unwinding = None
 
 
-class TrioTaskGate(TrioGate):
-    """A gate around all that is left of a task that is not ours, put there while the task runs."""
+class TrioTaskScope(TrioMemberScope):
+    """A scope around the rest of a task of another author, inserted while the task runs."""
 
     __slots__ = ("_ended",)
 
     def put_around(self, ended: Callable[[bool], object]) -> None:
-        """Enter belatedly, inside of the nursery that the task was started in; ``ended(False)`` is called at its end."""
+        """Enter later, directly inside the nursery of the task; ``ended(False)`` is called when the task ends."""
         self._ended = ended
         task = self._task
         nursery = task.parent_nursery
@@ -356,7 +364,7 @@ class TrioTaskGate(TrioGate):
         while status is not None and status is not outer:
             inner, status = status, status._parent
         if status is None:
-            # No task of a nursery's, or one that was moved to another one: nothing is known of its scopes.
+            # The task has no nursery, or was moved to another one: its scopes cannot be told from those around it.
             return
         self.status = self._scope._cancel_status = CancelStatus(scope=self._scope, parent=outer)
         self.status._scope = self
@@ -368,7 +376,8 @@ class TrioTaskGate(TrioGate):
         self._stepper.scopes.insert(0, self)
 
     def take_away(self) -> None:
-        self._forget_error()
+        """Remove the scope, as the task has ended."""
+        self._end_unwinding()
         self._stepper.remove(self)
         self._scope.deadline = math.inf
         if self._task._cancel_status is self.status:
@@ -382,10 +391,10 @@ class TrioTaskGate(TrioGate):
         ended(False)
 
 
-class TrioPoliteScope(TrioGate):
+class TrioPoliteScope(TrioMemberScope):
     __slots__ = ("_asked", "_deadline", "_held", "_is_covered", "spares")
 
-    # What is open inside when it delivers is made to let it pass.
+    # Scopes that are open inside at the delivery are made to let the cancellation pass.
     is_lost = False
 
     def __init__(self, loop: EventLoop, grace: float) -> None:
@@ -412,21 +421,21 @@ class TrioPoliteScope(TrioGate):
         return super().deadline if self.is_delivered else min(super().deadline, self._deadline)
 
     def cancel_politely(self, why: str) -> None:
-        if self._spared is not None:
-            self._spared.look_again()
+        if self._unwinding is not None:
+            self._unwinding.drop_caught()
         self._asked = True
         if self._held or self.is_delivered:
             return
-        if self._spared is not None and self._spared.is_on_its_way:
-            self._spared.start_timer()
+        if self._unwinding is not None and self._unwinding.is_active:
+            self._unwinding.start_timer()
         elif self.spares is None or not self.spares():
             if self.spares is not None:
                 self._stepper.asked = self
             self._scope.cancel(why)
 
     def spare_handler(self, value: Any) -> None:
-        """Hold the cancellation if the task is about to go on from the thread of a handler, which so returns."""
-        # Not when it has gone on: half-way into trio's checkpoint there must be something to raise.
+        """Hold the cancellation if the task is about to continue after the thread of a handler, which so returns."""
+        # Not when the task has continued: in the middle of a checkpoint of trio, a cancellation must not vanish.
         if (
             self.spares is None
             or self.is_delivered
@@ -438,14 +447,14 @@ class TrioPoliteScope(TrioGate):
     def reaches(self, inner: TrioPoliteScope) -> bool:
         status = inner.status._parent
         while status is not None and status is not self.status:
-            if status._scope.shield and not isinstance(status._scope, TrioGate):
+            if status._scope.shield and not isinstance(status._scope, TrioMemberScope):
                 return False
             status = status._parent
         return True
 
-    def deliver(self, inside: list[TrioGate]) -> None:
+    def deliver(self, inside: list[TrioMemberScope]) -> None:
         if not self._scope.cancel_called:
-            # It came from outside, and goes on there.
+            # The cancellation came from further out, and must reach that scope.
             self._is_covered = True
             if self._grace > 0:
                 self.status.__class__ = _Passing
@@ -456,26 +465,26 @@ class TrioPoliteScope(TrioGate):
         super().cover(until)
 
     def take_for_delivered(self) -> None:
-        # Not shielded: whoever catches the exception works on, and whatever else strikes may stop that.
+        # Without a shield: code that catches the exception continues its work, and another cancellation may stop it.
         if not self.is_delivered and self._grace > 0 and not self._is_about_to_be_told:
             self.is_delivered = True
-            self._forget_error()
+            self._end_unwinding()
             self._withdraw()
             self._scope.deadline = self._loop.time() + self._grace
 
     @property
     def _is_told_by_error(self) -> bool:
-        # Also by `check()`, which this block was to answer for.
+        # Also by an error of `check()`, which replaces the cancellation of this block.
         is_told = self.is_delivered and not self._is_covered and self._grace > 0 and not self._scope.cancel_called
         return is_told or super()._is_told_by_error
 
-    def _go_on(self) -> None:
-        super()._go_on()
+    def _error_was_caught(self) -> None:
+        super()._error_was_caught()
         if self._asked and not self._held:
             self._scope.cancel()
 
-    def _lose_patience(self) -> None:
-        self._spared = None
+    def _grace_has_ended(self) -> None:
+        self._unwinding = None
         if self._asked and not self._held:
             self.is_delivered = True
             self._scope.cancel()
@@ -484,7 +493,10 @@ class TrioPoliteScope(TrioGate):
 
     @property
     def _is_about_to_be_told(self) -> bool:
-        """Whether another task asks, and this one is scheduled: trio's checkpoint, half-way, must find what it saw."""
+        """Whether another task is running and this one is scheduled, perhaps in a checkpoint that saw the cancellation.
+
+        In the middle of its checkpoint, trio must still find the cancellation.
+        """
         is_scheduled = self._task._next_send_fn is not None and self._task is not _current_task()
         return is_scheduled and bool(self._scope.cancel_called)
 
@@ -497,7 +509,7 @@ class TrioPoliteScope(TrioGate):
         if self._held:
             self._held = False
             if self._asked:
-                self.cancel_politely("what it was held for has begun")
+                self.cancel_politely("it is no longer held")
 
     def release(self) -> None:
         self._deadline = math.inf
@@ -512,14 +524,14 @@ class TrioPoliteScope(TrioGate):
 
 
 def tell(loop: EventLoop, error: BaseException) -> None:
-    """The current task has been told to stop by ``error``, which is on its way through its scopes."""
+    """Note that ``error`` stops the current task, and unwinds its scopes."""
     stepper: Any = trio.lowlevel.current_task().coro
     if isinstance(stepper, _Stepper):
         for scope in reversed(stepper.scopes):
             if scope.is_told:
-                # When it is left, it tells those around it.
+                # When this scope is left, it notifies the scopes around it.
                 return
-            scope.spare(error)
+            scope.note_unwinding(error)
 
 
 def _current_task() -> object:
@@ -535,18 +547,18 @@ def polite_scope(loop: EventLoop, grace: float) -> PoliteScope:
     return scope
 
 
-def polite_gate(loop: EventLoop, grace: float, is_ours: IsOurs) -> Gate:
-    return TrioGate(loop, grace, is_ours)
+def member_scope(loop: EventLoop, grace: float, is_ours: IsOurs) -> MemberScope:
+    return TrioMemberScope(loop, grace, is_ours)
 
 
-def task_gate(loop: EventLoop, grace: float, is_ours: IsOurs) -> TaskGate:
-    return TrioTaskGate(loop, grace, is_ours)
+def task_scope(loop: EventLoop, grace: float, is_ours: IsOurs) -> TaskScope:
+    return TrioTaskScope(loop, grace, is_ours)
 
 
-def told_scope(loop: EventLoop, scope: CancelScope, gates: dict[Any, Gate]) -> CancelScope:
-    """``scope`` itself: the hook tells the gates."""
+def told_scope(loop: EventLoop, scope: CancelScope, member_scopes: dict[Any, MemberScope]) -> CancelScope:
+    """Return ``scope`` itself: the hook notifies the member scopes."""
     return scope
 
 
 def task_finder(loop: Any) -> None:
-    """No function: scopes are entered at once."""
+    """Return ``None``: scopes are always entered at once."""

@@ -1,1 +1,1 @@
-"""Functions that run in a process of their own: `pool` keeps the processes, `child` is what runs in one."""
+"""Functions in worker processes: `pool` manages the processes, `child` is the program that runs in one."""

@@ -1,8 +1,8 @@
-"""The program of a worker process; it is run as a file, and imports nothing of ours, so that it starts fast.
+"""The program of a worker process. It is run as a file and imports nothing of this package, so that it starts fast.
 
-On its standard input it is sent pickled jobs, on its standard output it returns what became of them, each after its
-length in eight bytes; before that, one byte says that the job has been taken. An answer begins with one byte as well:
-it is a pickled result, or a report of an error, which any process can read.
+It reads pickled jobs from its standard input, each after its length in eight bytes. For each job it writes to its
+standard output the byte `TAKEN` when it starts, then the length of the answer in eight bytes, and the answer. The first
+byte of an answer is `RESULT`, before the pickled result, or `ERROR`, before a report that every process can unpickle.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from functools import cache
 from typing import IO, Any, NamedTuple
 
 PREPARING = "CANCELABLE_DEPS_PREPARING"
-"""Set while the main module is imported once more: what starts a worker process then would start them without end."""
+"""The environment variable that is set while the main module is imported again.
+
+A worker process that the main module started then would import it in turn, and so without end.
+"""
 
 TAKEN = b"+"
 RESULT = b"="
@@ -27,6 +30,7 @@ _SECONDS_BETWEEN_LOOKS = 2.0
 
 
 def main() -> None:
+    """Run jobs until the standard input ends."""
     jobs, results = _take_pipes()
     if hasattr(os, "getppid") and hasattr(signal, "SIGKILL"):
         threading.Thread(target=_end_with, args=(os.getppid(), jobs.fileno()), daemon=True).start()
@@ -43,7 +47,10 @@ def _send(results: IO[bytes], data: bytes) -> None:
 
 
 def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
-    """Out of the way of the functions: what they print goes to the standard error, and they have nothing to read."""
+    """Return copies of the standard input and output, and make them useless for the jobs.
+
+    The standard output of a job becomes the standard error, and its standard input is empty.
+    """
     jobs, results = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=lambda: _forget(jobs, results))
@@ -51,13 +58,16 @@ def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
     os.dup2(nothing, 0)
     os.close(nothing)
     os.dup2(2, 1)
-    # It was opened as a pipe's, which keeps what it has until it is full, and we end by being killed.
+    # As a pipe it has a block buffer, which is lost when this process is killed.
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     return jobs, results
 
 
 def _forget(*pipes: IO[bytes]) -> None:
-    """In what a job has forked: it must not take the next job, nor answer, nor hide our end from who awaits an answer."""
+    """Detach a process that a job has forked from the pipes.
+
+    It must not read the next job, nor write an answer, nor keep the pipes open when this process has ended.
+    """
     nothing = os.open(os.devnull, os.O_RDWR)
     for pipe in pipes:
         os.dup2(nothing, pipe.fileno(), inheritable=False)
@@ -65,12 +75,12 @@ def _forget(*pipes: IO[bytes]) -> None:
 
 
 def _end_with(parent: int, jobs: int) -> None:
-    """End this process and all that it has started as soon as the parent is dead, however that died."""
+    """End this process and all that it has started as soon as the parent has ended, even if it was killed."""
     import select  # loads late: not on every system
 
     watched = select.poll()
     watched.register(jobs, 0)
-    # Another child of the parent may hold the other end of the pipe open; hence the look at who our parent is.
+    # Another child of the parent may keep the other end of the pipe open, so the id of the parent is checked as well.
     while not watched.poll(_SECONDS_BETWEEN_LOOKS * 1000) and os.getppid() == parent:
         pass
     if os.getpgrp() == os.getpid():
@@ -79,7 +89,7 @@ def _end_with(parent: int, jobs: int) -> None:
 
 
 def _answer(job: bytes) -> bytes:
-    # Whatever it is: a SystemExit would end the server that awaits the result, and this process besides.
+    # Every exception: a SystemExit would end the server that awaits the result, and this process as well.
     try:
         result = _work(job)
     except BaseException as exc:
@@ -87,7 +97,7 @@ def _answer(job: bytes) -> bytes:
     try:
         return RESULT + pickle.dumps(result, pickle.HIGHEST_PROTOCOL)
     except BaseException as exc:
-        return _error_answer(TypeError(f"what the function returned cannot be pickled: {text_of(exc)}"))
+        return _error_answer(TypeError(f"the result of the function cannot be pickled: {text_of(exc)}"))
 
 
 def _work(job: bytes) -> Any:
@@ -101,7 +111,7 @@ def _work(job: bytes) -> Any:
 
 @cache
 def _prepare(**main_module: str) -> None:
-    from multiprocessing import spawn  # loads late: few have a process
+    from multiprocessing import spawn  # loads late: few applications use processes
 
     os.environ[PREPARING] = "1"
     try:
@@ -111,17 +121,19 @@ def _prepare(**main_module: str) -> None:
 
 
 class Report(NamedTuple):
-    """What is told of an error, in terms that need no class of the job's."""
+    """The report of an error, in built-in types that every process can unpickle."""
 
     pickled: bytes | None
-    """Itself; it may be that nobody else can unpickle it."""
+    """The exception, which another process may fail to unpickle; ``None`` if it cannot be pickled."""
 
     stand_in: str
-    """What is said in its place."""
+    """The text of an error that stands for the exception if it cannot be unpickled."""
 
     message: str
+    """The message of an exception group."""
+
     members: list[tuple[Any, ...]] | None
-    """Of an exception group."""
+    """The reports of the exceptions in an exception group; ``None`` if the exception is no group."""
 
     traceback: str
 
@@ -130,7 +142,7 @@ def _error_answer(exc: BaseException) -> bytes:
     try:
         report = _report(exc, _traceback_of(exc))
     except BaseException:
-        # A group that is nested too deeply.
+        # Such as a group that is nested too deeply.
         report = Report(None, f"{_name_of(exc)}, which cannot be pickled", "", None, _traceback_of(exc))
     return ERROR + pickle.dumps(tuple(report), pickle.HIGHEST_PROTOCOL)
 
@@ -155,17 +167,17 @@ def _stand_in(exc: BaseException) -> str:
 
 
 def text_of(exc: BaseException, *, named: bool = True) -> str:
-    """What an exception says of itself, even if it cannot."""
+    """Return the name and text of an exception, even if its ``__str__`` fails."""
     name = f"{_name_of(exc)}: " if named else ""
     try:
-        # No subclass of str, which somebody else might not have.
+        # A plain `str`, because another process may not have the class of a subclass.
         return "".join([name, str(exc)])
     except BaseException as failure:
-        return f"{name}<its text cannot be had: {_name_of(failure)}>"
+        return f"{name}<its text is not available: {_name_of(failure)}>"
 
 
 def _name_of(exc: BaseException) -> str:
-    # Not what a metaclass makes of it.
+    # Not `__name__`, which a metaclass may override.
     name: str = type.__dict__["__name__"].__get__(type(exc))
     return name
 
@@ -174,7 +186,7 @@ def _traceback_of(exc: BaseException) -> str:
     try:
         return "".join(traceback.format_exception(exc))
     except BaseException:
-        # Its notes, or those of one that it came from, are none.
+        # The notes of the exception, or of its cause or context, are not strings.
         return "".join([*traceback.format_tb(exc.__traceback__), text_of(exc)])
 
 

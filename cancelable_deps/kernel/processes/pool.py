@@ -1,8 +1,8 @@
-"""Worker processes of one event loop, each with one job at a time, so that a job is stopped by ending its process.
+"""The worker processes of an event loop. Each runs one job at a time, so a job is stopped by ending its process.
 
-Why not `anyio.to_process`: it forgets a process whose start is cancelled; it runs the main module of the server once
-more in each (`python -m hypercorn` and `-m granian` do not survive that); and its processes neither notice that a
-server was killed while they work, nor take with them what they have started.
+Why not `anyio.to_process`? It loses a process whose start is cancelled. It runs the main module of the server again in
+each process, which fails with `python -m hypercorn` and `-m granian`. And its processes do not end when the server is
+killed during a job, nor do they end the processes that they have started.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from ..loops.base import EventLoop, Worker
 
 IDLE_SECONDS = 60.0
-"""How long a process waits for the next job before it is ended."""
+"""The seconds that a process waits for the next job before it is ended."""
 
 
 def pool_of(loop: EventLoop) -> Pool:
-    """The loop's own pool."""
+    """Return the pool of ``loop``, which is created on the first call."""
     pool: Pool | None = loop.extras.get(Pool)
     if pool is None:
         pool = loop.extras[Pool] = Pool(loop)
@@ -43,10 +43,10 @@ def pool_of(loop: EventLoop) -> Pool:
 
 
 class Pool:
-    """The processes of one loop: those that work, and those that wait for the next job, the freshest last.
+    """The processes of one loop: the busy ones, and the idle ones, with the most recently used last.
 
-    A task of ours, the keeper, lives as long as there is any process: it ends those that have waited for too long, and
-    all of them when the loop ends.
+    A background task, the keeper, runs while there is any process. It ends the processes that have been idle for too
+    long, and all of them when the loop ends.
     """
 
     def __init__(self, loop: EventLoop) -> None:
@@ -56,6 +56,7 @@ class Pool:
         self._keeper: Worker | None = None
 
     async def run(self, func: Callable[..., Any], args: tuple[Any, ...], limiter: CapacityLimiter | None) -> Any:
+        """Run ``func(*args)`` in a process, and return its result or raise its exception."""
         job = _job(func, args)
         async with limiter or anyio.to_process.current_default_process_limiter():
             answer = await self._ask(job, func)
@@ -71,7 +72,7 @@ class Pool:
             except anyio.BrokenWorkerProcess:
                 if worker.has_taken_job:
                     raise
-                # Somebody has ended it while it was idle: another one can do the job.
+                # The process was ended from outside while it was idle: another process can run the job.
         return await self._give(await self._start(), job, func)
 
     async def _give(self, worker: WorkerProcess, job: bytes, func: Callable[..., Any]) -> bytes:
@@ -94,12 +95,12 @@ class Pool:
             worker = self._idle.pop()
             if worker.process.returncode is None:
                 return worker
-            # It was ended by somebody else.
+            # The process has ended by itself, or was ended from outside.
             await self._end(worker)
         return None
 
     async def _start(self) -> WorkerProcess:
-        # Not to be interrupted half way: somebody has to know of the process.
+        # Shielded, because a start that is cancelled half-way would lose the process.
         worker = WorkerProcess()
         with anyio.CancelScope(shield=True):
             await worker.start()
@@ -109,7 +110,7 @@ class Pool:
         return worker
 
     async def _end(self, worker: WorkerProcess) -> int:
-        """Kill at once, and wait until nothing is left of the process."""
+        """Kill the process, wait for its end, and return its exit code."""
         code = await worker.end()
         self._all.discard(worker)
         if not self._all and self._keeper is not None:
@@ -118,6 +119,7 @@ class Pool:
         return code
 
     async def keep(self) -> None:
+        """End idle processes after a while, and all processes when the loop ends."""
         me = self._keeper
         try:
             while self._keeper is me:
@@ -138,13 +140,17 @@ class Pool:
 
 
 class WorkerProcess:
-    """One process, and the way to it."""
+    """One process and its pipes."""
 
     process: Process
     idle_since = 0.0
+    """The time of the loop's clock at which the last job has ended."""
+
     has_taken_job = False
+    """Whether the process has confirmed that it runs the job."""
 
     async def start(self) -> None:
+        """Start the process."""
         program = [sys.executable, "-P", str(Path(_child.__file__))]
         process = await anyio.open_process(program, stderr=None, start_new_session=os.name == "posix")
         assert process.stdin is not None
@@ -154,6 +160,7 @@ class WorkerProcess:
         self._answers = BufferedByteReceiveStream(process.stdout)
 
     async def ask(self, job: bytes) -> bytes:
+        """Send a job, and return the answer."""
         self.has_taken_job = False
         await self._jobs.send(len(job).to_bytes(8) + job)
         self.has_taken_job = await self._answers.receive_exactly(1) == _child.TAKEN
@@ -161,6 +168,7 @@ class WorkerProcess:
         return await self._answers.receive_exactly(int.from_bytes(header))
 
     async def end(self) -> int:
+        """Kill the process, wait for its end, shielded, and return its exit code."""
         self._kill()
         with anyio.CancelScope(shield=True):
             await self.process.aclose()
@@ -169,10 +177,10 @@ class WorkerProcess:
         return code
 
     def _kill(self) -> None:
-        # Not if it has ended by itself: its id may be somebody else's by now.
+        # Not if it has ended by itself: another process may have its id by now.
         if self.process.returncode is None:
             try:
-                # With all that it has started: it is the first of a session of its own.
+                # The process leads a session of its own, so this kills all that it has started as well.
                 os.killpg(self.process.pid, signal.SIGKILL)
             except (AttributeError, PermissionError):
                 self.process.kill()
@@ -185,15 +193,15 @@ def _job(func: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
         raise TypeError(f"run_in_process() takes a plain function: {_name(func)}() is `async def`. Await it here.")
     if _child.PREPARING in os.environ:
         raise RuntimeError(
-            "run_in_process() was called while a worker process imported your main module. Put what starts your "
-            "program under `if __name__ == '__main__':`."
+            "run_in_process() was called while a worker process imported your main module. Put the code that starts "
+            "your program under `if __name__ == '__main__':`."
         )
     try:
         call = pickle.dumps((func, args), pickle.HIGHEST_PROTOCOL)
     except Exception as exc:
         raise TypeError(
             f"run_in_process() sends {_name(func)}() and its arguments to another process, and they cannot be pickled "
-            f"({exc}). Take a function from the top level of a module, no lambda or closure, and plain data."
+            f"({exc}). Use a function from the top level of a module, not a lambda or closure, and plain data."
         ) from exc
     return pickle.dumps((sys.path, _main_module() if b"__main__" in call else None, call), pickle.HIGHEST_PROTOCOL)
 
@@ -202,17 +210,17 @@ def _result(pickled: memoryview, func: Callable[..., Any]) -> Any:
     try:
         return pickle.loads(pickled)
     except KeyboardInterrupt:
-        # Ctrl+C is meant for us.
+        # Ctrl+C is meant for the server.
         raise
     except BaseException as exc:
         raise TypeError(
-            f"what {_name(func)}() returned cannot be unpickled in this process ({_child.text_of(exc)}). Return plain "
+            f"the result of {_name(func)}() cannot be unpickled in this process ({_child.text_of(exc)}). Return plain "
             "data, or objects of classes that can be imported here."
         ) from exc
 
 
 def _error(told: tuple[Any, ...]) -> Exception:
-    """The error of a job: itself, if it can be had here, or something that names it."""
+    """Return the exception of a job, or an error that names it if it cannot be unpickled here."""
     report = _child.Report(*told)
     error = _unpickled(report.pickled)
     if error is None and report.members is not None:
@@ -220,31 +228,31 @@ def _error(told: tuple[Any, ...]) -> Exception:
     if error is None:
         error = RuntimeError(report.stand_in)
     if report.traceback:
-        # Here, as what it has of its own need not survive the pickling. It may take none.
+        # Added here, because pickling may lose the notes of the exception. `add_note` may fail.
         _quietly(lambda: error.add_note(f"In the worker process:\n{report.traceback}"))
     return error
 
 
 def _unpickled(pickled: bytes | None) -> Exception | None:
     error = None if pickled is None else _quietly(lambda: pickle.loads(pickled))
-    # Others would end the server, or pass for a cancellation, and a StopIteration cannot leave a coroutine.
+    # A plain BaseException would end the server or look like a cancellation, and no coroutine can raise StopIteration.
     return error if isinstance(error, Exception) and not isinstance(error, StopIteration) else None
 
 
 def _quietly(call: Callable[[], Any]) -> Any:
-    """What code of the job's gives, whatever it may raise; nothing then."""
+    """Return the result of ``call``, which runs code of the user; ``None`` if it raises."""
     try:
         return call()
     except KeyboardInterrupt:
-        # Ctrl+C is meant for us.
+        # Ctrl+C is meant for the server.
         raise
     except BaseException:
         return None
 
 
 def _main_module() -> dict[str, str]:
-    # What `multiprocessing` tells a spawned process of its parent's main module; the function stands in it.
-    from multiprocessing import spawn  # loads late: few have a process
+    # The data that `multiprocessing` gives a spawned process about the parent's main module, which has the function.
+    from multiprocessing import spawn  # loads late: few applications use processes
 
     known = spawn.get_preparation_data("cancelable_deps")
     return {name: known[name] for name in known if name.startswith("init_main_from")}
