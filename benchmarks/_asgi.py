@@ -1,4 +1,4 @@
-"""Drive an ASGI application in process, the way uvicorn does: a task, a `receive` and a `send` of its own per request."""
+"""Drive an ASGI application in process as uvicorn does: each request has its own task, `receive` and `send`."""
 
 import asyncio
 import functools
@@ -14,7 +14,7 @@ Work = Callable[[], Awaitable[None]]
 
 
 async def at_once() -> None:
-    """The work of a handler that returns at once."""
+    """Do nothing: the work of a handler that returns at once."""
 
 
 async def forever() -> None:
@@ -25,7 +25,7 @@ WAITING_AT_ONCE = 32
 
 
 def work_of(milliseconds: float) -> tuple[Work, int]:
-    """What a handler awaits for so long, and how many such requests to serve at a time."""
+    """Return work that takes so long, and the number of such requests to serve at a time."""
     if milliseconds:
         return functools.partial(asyncio.sleep, milliseconds / 1000), WAITING_AT_ONCE
     return at_once, 1
@@ -41,7 +41,7 @@ _HEADERS = [
 
 
 class Exchange:
-    """One GET request. Its `receive` blocks after the (empty) body until the response is complete or the client left."""
+    """One GET request, whose `receive` blocks after the empty body until the response is complete or the client leaves."""
 
     __slots__ = ("_gone", "_ready", "complete", "listened_to", "scope", "status")
 
@@ -102,7 +102,7 @@ async def _run(app: ASGIApp, exchange: Exchange) -> None:
 
 
 async def serve(app: ASGIApp, requests: int, concurrency: int, query: bytes = b"") -> None:
-    """Serve `requests` requests, `concurrency` at a time; a status other than 200 ends the benchmark."""
+    """Serve `requests` requests, `concurrency` at a time; raise an error if a status is not 200."""
     for first in range(0, requests, concurrency):
         exchanges = [Exchange(query) for _ in range(min(concurrency, requests - first))]
         for task in [start(app, exchange) for exchange in exchanges]:
@@ -113,7 +113,7 @@ async def serve(app: ASGIApp, requests: int, concurrency: int, query: bytes = b"
 
 
 def loops(choice: str) -> list[str]:
-    """The event loops that `--loop` names; without uvloop a message and asyncio alone."""
+    """Return the event loops that `--loop` names; if uvloop is not installed, print that and leave it out."""
     wanted = ["asyncio", "uvloop"] if choice == "both" else [choice]
     if "uvloop" in wanted and importlib.util.find_spec("uvloop") is None:
         print("uvloop: not installed, skipped")
@@ -135,7 +135,7 @@ def _loop_factory(loop: str) -> Callable[[], asyncio.AbstractEventLoop]:
 
 
 def median_and_spread(samples: Sequence[float]) -> tuple[float, float]:
-    """The median and the interquartile range."""
+    """Return the median and the interquartile range."""
     if len(samples) < 2:
         return samples[0], 0.0
     low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")

@@ -1,4 +1,4 @@
-"""All that is measured, in the order in which it is printed."""
+"""All variants that are measured, in the order in which they are printed."""
 
 from benchmarks._doors import OURS
 from benchmarks._rivals import rivals

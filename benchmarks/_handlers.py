@@ -1,4 +1,4 @@
-"""The handlers that are measured, as a user writes them. Each awaits its work and answers a small JSON."""
+"""The handlers that are measured, as a user writes them. Each awaits its work and returns a small JSON object."""
 
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -33,7 +33,7 @@ def request_handler(work: Work) -> Handler:
 
 
 def value_handler(work: Work, dependency: Any) -> Handler:
-    """A handler that takes what a dependency returns, and does nothing with it."""
+    """Return a handler that takes the value of a dependency and does not use it."""
 
     async def handler(given: Any) -> dict[str, bool]:
         await work()
@@ -43,7 +43,7 @@ def value_handler(work: Work, dependency: Any) -> Handler:
 
 
 def entering_handler(work: Work, dependency: Any) -> Handler:
-    """A handler that works inside what a dependency returns."""
+    """Return a handler that works inside the context manager that a dependency returns."""
 
     async def handler(given: Any) -> dict[str, bool]:
         async with given:
@@ -54,7 +54,7 @@ def entering_handler(work: Work, dependency: Any) -> Handler:
 
 
 def calling_handler(work: Work, dependency: Any) -> Handler:
-    """A handler that works inside what a dependency's function makes."""
+    """Return a handler that works inside the context manager that a dependency's function makes."""
 
     async def handler(given: Any) -> dict[str, bool]:
         async with given():
@@ -65,7 +65,7 @@ def calling_handler(work: Work, dependency: Any) -> Handler:
 
 
 def event_handler(work: Work, dependency: Any) -> Handler:
-    """A handler that waits for the event of a dependency where another would wait for ever."""
+    """Return a handler that waits for the event of a dependency, where the other handlers wait for ever."""
 
     async def handler(given: Any) -> dict[str, bool]:
         if work is forever:

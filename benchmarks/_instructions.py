@@ -1,4 +1,4 @@
-"""Count the instructions of a request under valgrind's callgrind: unlike seconds, they repeat.
+"""Count the instructions of a request under valgrind's callgrind: unlike times, the counts are reproducible.
 
 Under valgrind everything takes some fifty times as long, and more on a busy machine. With the real clock a handler that
 returns at once would outlive `listen_after` (5 ms), after which a request costs more, and one that sleeps 2 ms would
@@ -42,10 +42,10 @@ _WARM_UP = 3 * WAITING_AT_ONCE
 
 
 def why_not() -> str | None:
-    """Return what is missing on this machine to count instructions."""
+    """Return a message about the programs that are missing to count instructions; `None` if none is."""
     missing = [tool for tool in ("valgrind", "cc") if shutil.which(tool) is None]
     if missing or sys.platform != "linux":
-        return f"instructions: not counted, for this needs Linux, valgrind and a C compiler (missing: {missing})"
+        return f"instructions: not counted; this needs Linux, valgrind and a C compiler (missing: {missing})"
     return None
 
 
@@ -82,9 +82,9 @@ def compiled(folder: Path) -> Path:
 def _in_child(
     variant: Variant, loop: str, waits: Sequence[float], requests: int, clock: Path, out: Path, layout: int
 ) -> list[float]:
-    # Where the kernel lays things out by chance, so do the addresses that dictionaries hash.
+    # Without address space randomization, because dictionaries hash addresses.
     fixed_addresses = ["setarch", "-R"] if shutil.which("setarch") else []
-    # The interpreter makes strings of its environment first of all: whatever follows lies elsewhere.
+    # The interpreter first makes strings of its environment, which moves all later objects.
     padding = {f"BENCHMARK_PADDING_{number}": "x" for number in range(37 * layout)}
     valgrind = ["valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={out}"]
     python = [sys.executable, "-m", "benchmarks._instructions", variant.name, loop, str(requests), str(clock)]
@@ -98,7 +98,7 @@ def _in_child(
     )
     if child.returncode:
         raise RuntimeError(f"{variant.name}, under valgrind: {child.stderr}")
-    # callgrind numbers what it is told to write; at the end it writes the rest, which is nothing, into `out` itself.
+    # callgrind numbers the files of the dumps that it is asked for. At its end it writes the rest, which is empty, to `out`.
     return [_total(out.with_name(f"{out.name}.{number}")) / requests for number in range(1, len(waits) + 1)]
 
 
@@ -108,7 +108,7 @@ def _total(written: Path) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Serve the requests that are counted; this is the process under valgrind."""
+    """Serve the requests that are counted, in the process under valgrind."""
     parser = argparse.ArgumentParser()
     parser.add_argument("variant")
     parser.add_argument("loop")

@@ -1,7 +1,7 @@
-"""What people use instead: decorators written by hand, and other libraries where they are installed.
+"""The alternatives: decorators written by hand, and other libraries if they are installed.
 
-The decorators do as vLLM's and the two gists that are handed around do, with whatever these leave undone. The libraries
-need Python 3.13 to be all there: `uv sync --group rivals`.
+The decorators follow vLLM's and two gists that are widely copied, faults included. All libraries together need Python
+3.13: `uv sync --group rivals`.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from benchmarks._variants import DEPENDENCY, SEND_MIDDLEWARE, YIELD_DEPENDENCY, 
 
 
 def rivals() -> list[Variant]:
-    """Those by hand, and every door of every library that can be imported; a line on the terminal for each that cannot."""
+    """Return the decorators by hand and the doors of the installed libraries; print a line for each that is missing."""
     return [
         *BY_HAND,
         *_those_of("fastapi-disconnect", "fastapi_disconnect", _fastapi_disconnect),
@@ -31,13 +31,13 @@ def rivals() -> list[Variant]:
 
 
 async def _left(request: Request) -> None:
-    """Return when the client has left."""
+    """Wait until the client has left."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 def _racing_a_listener(handler: Handler) -> Handler:
-    """As vLLM's `with_cancellation`: a task for the handler, a task that listens, and the slower one is cancelled."""
+    """Decorate as vLLM's `with_cancellation`: one task for the handler and one that listens; cancel the slower one."""
 
     @functools.wraps(handler)
     async def racing(*args: Any, **kwargs: Any) -> object:
@@ -52,7 +52,7 @@ def _racing_a_listener(handler: Handler) -> Handler:
 
 
 def _in_a_task_group(handler: Handler) -> Handler:
-    """As a gist does it with anyio: handler and listener in one group, which the first to end cancels."""
+    """Decorate as a gist does with anyio: handler and listener run in one task group, which the first to end cancels."""
 
     @functools.wraps(handler)
     async def grouped(*args: Any, **kwargs: Any) -> object:
@@ -72,17 +72,17 @@ def _in_a_task_group(handler: Handler) -> Handler:
 
 
 _POLL = 0.01
-"""Seconds between two questions in most copies of the gist; fewer copies have 0.1."""
+"""The seconds between two polls in most copies of the gist; some copies have 0.1."""
 
 
 async def _polled(request: Request) -> None:
-    """Return when a question has shown that the client has left."""
+    """Wait until a poll has shown that the client has left."""
     while not await request.is_disconnected():  # noqa: ASYNC110 - polling is what it is about
         await asyncio.sleep(_POLL)
 
 
 def _racing_a_poller(handler: Handler) -> Handler:
-    """As the gist `cancel_on_disconnect`: a task asks again and again, and the slower one is cancelled and awaited."""
+    """Decorate as the gist `cancel_on_disconnect`: one task polls; cancel the slower of it and the handler, and await it."""
 
     @functools.wraps(handler)
     async def racing(*args: Any, **kwargs: Any) -> object:
@@ -167,7 +167,7 @@ def _aiofence(library: ModuleType) -> list[Variant]:
         return app
 
     return [
-        # Compared with none of ours: by itself it stops nothing.
+        # Not compared with a door of ours, because by itself it stops nothing.
         Variant("aiofence: middleware, nothing fenced", middleware, "rival", None, SEND_MIDDLEWARE),
         Variant("aiofence: middleware + fence", fence, "rival", "handle", SEND_MIDDLEWARE, hears=True),
         Variant("aiofence: middleware + event", event, "rival", "event", DEPENDENCY, hears=True),
@@ -177,7 +177,7 @@ def _aiofence(library: ModuleType) -> list[Variant]:
 def _hother(library: ModuleType) -> list[Variant]:
     def decorator(work: Work) -> ASGIApp:
         answer = request_handler(work)
-        # As it comes, FastAPI takes its `args` and `kwargs` for query parameters and answers 422.
+        # Unchanged, FastAPI takes its `args` and `kwargs` for query parameters and answers 422.
         return app_with(functools.update_wrapper(library.with_cancelation(timeout=30)(answer), answer))
 
     def handler_of(work: Work) -> Handler:

@@ -1,4 +1,4 @@
-"""The application that `benchmarks.soak` puts under load: it counts what begins, what ends and whose cleanup was whole."""
+"""The application of `benchmarks.soak`: it counts the pieces of work that begin and end, and their complete cleanups."""
 
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -25,7 +25,7 @@ counts: Counter[str] = Counter()
 
 @asynccontextmanager
 async def counted(name: str) -> AsyncIterator[None]:
-    """Count a piece of work, and the cleanup of what is stopped: its own awaits are not to be disturbed."""
+    """Count a piece of work, and its cleanup if it is stopped, whose awaits must not be interrupted."""
     counts[f"{name} begun"] += 1
     try:
         yield
@@ -58,7 +58,7 @@ def as_it_is(handler: Any) -> Any:
 
 
 def add(router: APIRouter, name: str, decorate: Decorator = as_it_is) -> None:
-    """The endpoints of a door that stands around the handler."""
+    """Return the endpoints of a door around the handler."""
 
     @router.post("/work")
     @decorate
@@ -80,7 +80,7 @@ def add(router: APIRouter, name: str, decorate: Decorator = as_it_is) -> None:
 
 
 def add_handles(app: FastAPI) -> None:
-    """The endpoints whose handler holds a door in its hand."""
+    """Return the endpoints whose handler uses a handle."""
 
     @app.post("/handle/work")
     async def in_block(cancel: RequestCancelable, key: str, seconds: float) -> Response:

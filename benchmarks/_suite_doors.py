@@ -1,4 +1,4 @@
-"""A pytest plugin that puts one of our doors around everything that another project's test suite runs.
+"""A pytest plugin that puts one of our doors around every application of another project's test suite.
 
 `benchmarks.public_suites` copies it to where that suite can import it; ``SUITE_DOOR`` names the door and
 ``SUITE_OUTCOMES`` the file for the outcomes.
@@ -29,7 +29,7 @@ outcomes: dict[str, dict[str, str]] = {}
 
 
 def cover_clients() -> None:
-    """The middleware around whatever a `TestClient` calls, be it an application, a mount or a bare ASGI function."""
+    """Put the middleware around the application of each `TestClient`, be it an app, a mount or a bare ASGI function."""
     make = TestClient.__init__
 
     def cover(self: TestClient, app: Any, *args: Any, **options: Any) -> None:
@@ -41,14 +41,14 @@ def cover_clients() -> None:
 
 
 def cover_stacks() -> None:
-    """The middleware as the outermost of every application, and around everything mounted."""
+    """Put the middleware as the outermost one into every application, and around every mount."""
     for kind in (Starlette, FastAPI):
         kind.build_middleware_stack = _with_ours(kind.build_middleware_stack)  # type: ignore[method-assign,assignment]
     starlette.routing.Mount.handle = _handle_covered  # type: ignore[method-assign]
 
 
 async def _handle_covered(self: Any, scope: Any, receive: Any, send: Any) -> None:
-    """Stand in for ``Mount.handle``; what is mounted stays, for mounts are equal if their applications are."""
+    """Replace ``Mount.handle``, and not the mounted application, because mounts are equal if their applications are."""
     covered = vars(self).get("_covered")
     if covered is None or covered.app is not self.app:
         covered = self._covered = RequestCancelationMiddleware(self.app)
@@ -69,7 +69,7 @@ def _with_ours(build: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def cover_routes() -> None:
-    """`CancelableRoute` wherever a router does not say which class its routes are of."""
+    """Make `CancelableRoute` the class of routes in every router that does not choose one."""
     make = fastapi.routing.APIRouter.__init__
 
     def cover(self: Any, *args: Any, **options: Any) -> None:
@@ -81,7 +81,7 @@ def cover_routes() -> None:
 
 
 def cover_endpoints() -> None:
-    """The decorator around every endpoint, at the moment at which a route is made of it."""
+    """Put the decorator around every endpoint when a route is made of it."""
     for kind in (
         starlette.routing.Route,
         starlette.routing.WebSocketRoute,
@@ -102,7 +102,7 @@ def _with_decorated(make: Callable[..., None]) -> Callable[..., None]:
 
 @functools.cache
 def _decorated_once(endpoint: Any) -> Any:
-    """The same function for the same endpoint: routes are equal if their endpoints are."""
+    """Return the same function for the same endpoint, because routes are equal if their endpoints are."""
     try:
         covered = with_cancelation(endpoint)
     except TypeError:
@@ -112,7 +112,7 @@ def _decorated_once(endpoint: Any) -> Any:
 
 
 def _decorated(endpoint: Any) -> Any:
-    """``endpoint`` under the decorator; a class, and whatever else the decorator refuses, stays as it is."""
+    """Return ``endpoint`` under the decorator; return a class, or another object that the decorator refuses, unchanged."""
     if not inspect.isroutine(endpoint) or getattr(endpoint, "_is_covered", False):
         return endpoint
     return _decorated_once(endpoint)
@@ -137,7 +137,7 @@ DOORS[os.environ.get("SUITE_DOOR", "bare")]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what an earlier process has run, the test included that ended it by hanging."""
+    """Leave out the tests that an earlier process has run, also the one that hung and ended it."""
     if JOURNAL.exists():
         done = {json.loads(line)["test"] for line in JOURNAL.read_text().splitlines()}
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
@@ -145,13 +145,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
-    """Call the test hung, until it says otherwise."""
+    """Record the test as hung, until it has an outcome."""
     outcomes[nodeid] = {"outcome": "passed", "why": ""}
     note(nodeid, {"outcome": "failed", "why": "hung"})
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Keep the worst of what the phases of a test came to, with its last line of explanation."""
+    """Keep the worst outcome of a test's phases, with the last line of its explanation."""
     known = outcomes[report.nodeid]
     if report.failed:
         known.update(outcome="failed", why=_reason(report))
@@ -164,7 +164,7 @@ def pytest_runtest_logfinish(nodeid: str) -> None:
 
 
 def pytest_sessionfinish() -> None:
-    """Tell an end from the exit that a hanging test is given, whose code is that of a failure."""
+    """Record that the session has ended by itself, because the exit of a hanging test has the code of a failure as well."""
     JOURNAL.with_suffix(".complete").touch()
 
 

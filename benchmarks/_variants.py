@@ -1,4 +1,4 @@
-"""What the doors are measured against: floors, and single pieces of anyio and Starlette."""
+"""The references of the doors' measurements: floors, and single parts of anyio and Starlette."""
 
 import functools
 from collections.abc import AsyncIterator, Callable
@@ -24,7 +24,7 @@ GROUP_DEPENDENCY = "dependency, empty anyio task group"
 
 @dataclass(frozen=True)
 class Target:
-    """The most that a door may cost at either handler, as ratios to bare FastAPI, or as what it adds to its floor's."""
+    """The highest costs of a door at either handler: ratios to bare FastAPI, or additions to the ratio of its floor."""
 
     instructions: float
     time: float

@@ -1,4 +1,4 @@
-"""What `check()` costs in the innermost loop of a worker thread: `python -m benchmarks.check`."""
+"""The cost of `check()` in the innermost loop of a worker thread: `python -m benchmarks.check`."""
 
 import argparse
 import timeit

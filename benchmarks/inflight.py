@@ -1,13 +1,13 @@
-"""What each door costs while many requests wait, and when all of them hang up at once: `python -m benchmarks.inflight`.
+"""The cost of each door while many requests wait, and when all clients hang up at once: `python -m benchmarks.inflight`.
 
 Every measurement has a process of its own. `KiB` is the growth of the resident set per request, from before the first
-to when all wait and are listened to; `wakes` is how often the process woke in an idle second, so near 0 means that
-nothing polls. Bare FastAPI hears no hang-up: there the tasks are cancelled, the least that stopping a request can cost.
-`serve us` is what a request costs that is answered at once while the others wait.
+until all wait and are listened to. `wakes` is the number of wake-ups in an idle second: near 0, nothing polls. Bare
+FastAPI does not notice a hang-up, so its tasks are cancelled, which is the least that stopping a request can cost.
+`serve us` is the cost of a request that is answered at once while the others wait.
 
-Microseconds depend on the machine and on what else it does. The targets are for one that serves a bare request in 40 us,
-so each process also times bare requests, just before and after; `scaled` is what such a machine would show. `growth`
-is that of the scaled figure since the smallest number of requests.
+Times depend on the machine and its load. The targets are for a machine that serves a bare request in 40 us. So each
+process also times bare requests, just before and after; `scaled` is the figure of such a machine. `growth` is that of the
+scaled figure since the smallest number of requests.
 
 The targets: 4 KiB a waiting request over bare, 50 us (scaled) a hang-up, and both costs flat from the smallest number of
 requests to the largest.
@@ -35,14 +35,14 @@ from benchmarks._variants import BARE, FLOORS, Variant
 _KIB_OVER_BARE = 4.0
 _HANG_UP = 50.0
 _GROWTH = 1.25
-"""Flat, but for the memory of ten thousand requests being further from the processor than that of five hundred."""
+"""The limit of `growth`: not 1, because the memory of ten thousand requests fits the caches less well than that of 500."""
 _BARE_REQUEST = 40.0
 _SERVED = 150
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Of one process: per request, but `wakes` per second and `wall` (milliseconds) for all of them."""
+    """The figures of one process: per request, but `wakes` per second and `wall` in milliseconds for all requests."""
 
     kib: float
     idle: float
@@ -91,21 +91,21 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _chosen(only: Sequence[str]) -> list[Variant]:
-    # Thousands that poll leave the processor no time for anything else.
+    # Thousands of requests that poll leave no CPU time for anything else.
     hearing = [variant for variant in everything() if variant.hears and not variant.polls]
     wanted = [v for v in hearing if not only or any(part.lower() in v.name.lower() for part in only)]
     return [FLOORS[0], *wanted]
 
 
 def measure(variant: Variant, loop: str, count: int, idle: float, ballast: int) -> Measurement:
-    """Measure in this process; run it in a fresh one, for the memory's sake."""
+    """Measure in this process, which must be a fresh one, because memory is measured."""
     measured: Measurement = run_on(loop, _measure(variant, count, idle, ballast))
     return measured
 
 
 async def _measure(variant: Variant, count: int, idle: float, ballast: int) -> Measurement:
     app, process = variant.build(forever), psutil.Process()
-    # Requests that fill what importing left free, or the next thousand would seem to cost nothing.
+    # These requests fill the memory that importing has left free. Otherwise the next thousand would seem to cost nothing.
     earlier = await _in_flight(variant, app, ballast)
     gc.collect()
     empty = process.memory_info().rss
@@ -133,7 +133,7 @@ async def _measure(variant: Variant, count: int, idle: float, ballast: int) -> M
 
 
 async def _alternating(*apps: ASGIApp) -> tuple[float, float]:
-    """Microseconds for a request of the first and of the last app, which take turns: medians."""
+    """Return the median microseconds for a request of the first and of the last app, which take turns."""
     for app in apps:
         await serve(app, 50, 1)
     rounds = [[await _cost(app) for app in apps] for _ in range(7)]
@@ -141,7 +141,7 @@ async def _alternating(*apps: ASGIApp) -> tuple[float, float]:
 
 
 async def _cost(app: ASGIApp) -> float:
-    """Microseconds for a request; for so many of them that what looks at the waiting ones now and then is in it."""
+    """Return the microseconds for a request, over so many of them that periodic looks at waiting requests are included."""
     started = time.process_time()
     await serve(app, _SERVED, 1)
     return (time.process_time() - started) / _SERVED * 1e6
@@ -173,7 +173,7 @@ async def _listened_to(waiting: Waiting) -> None:
 
 
 async def _idle(process: psutil.Process, seconds: float) -> tuple[float, float]:
-    """CPU seconds and wake-ups per second, less the one that ends the watching."""
+    """Return the CPU seconds and the wake-ups per second, without the wake-up that ends the measurement."""
     switches, started = process.num_ctx_switches().voluntary, time.process_time()
     await asyncio.sleep(seconds)
     cpu, wakes = time.process_time() - started, process.num_ctx_switches().voluntary - switches - 1
@@ -181,7 +181,7 @@ async def _idle(process: psutil.Process, seconds: float) -> tuple[float, float]:
 
 
 async def _hang_up(variant: Variant, waiting: Waiting) -> tuple[float, float]:
-    """CPU and wall-clock seconds from the hang-ups to the end of the last task."""
+    """Return the CPU and wall-clock seconds from the hang-ups to the end of the last task."""
     ended = asyncio.gather(*(task for _, task in waiting), return_exceptions=True)
     cpu, wall = time.process_time(), time.perf_counter()
     for exchange, task in waiting:
@@ -207,7 +207,7 @@ def _block(variants: Sequence[Variant], loop: str, count: int, options: argparse
 
 
 def _in_child(variant: Variant, loop: str, count: int, options: argparse.Namespace) -> list[Measurement]:
-    """One measurement in a fresh process, or none and a message when that fails."""
+    """Measure once in a fresh process; print a message and return `None` if that fails."""
     flags = [f"--child={variant.name}", f"--loop={loop}", f"--counts={count}"]
     flags += [f"--idle={options.idle}", f"--ballast={options.ballast}"]
     command = [sys.executable, "-m", "benchmarks.inflight", *flags]

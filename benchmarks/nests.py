@@ -3,13 +3,13 @@
 A nest is a small program made from a seed. It is run twice on each backend, once with this package's blocks and task
 groups and once with anyio's scopes and groups in their place, and cancelled in the same places. Then
 
-* nothing may have run behind a scope, group or block that anyio would not have let run (a swallowed cancellation),
-* the nest must end as it does with anyio, and no cancellation leave it,
-* no cleanup may have been interrupted, where a block of ours has asked for it.
+* no code may have run after a scope, group or block that would not have run with anyio (a swallowed cancellation),
+* the nest must end as it does with anyio, and no cancellation may leave it,
+* no cleanup may have been interrupted, if a block of ours protects it.
 
-Where several things strike within a few passes of the loop, chance may decide what comes first: one fault in some
-thousand nests need be none. One known difference is none either: a member of a plain group that stands in a shield or a
-thread when the block is cancelled goes on behind it, until the body of its group has cleaned up.
+If several cancellations come within a few passes of the loop, chance may decide which is first, so a fault in one of some
+thousand nests may not be real. There is one known difference: a member of a plain group that stands in a shield or a
+thread when the block is cancelled runs on after that, until the body of its group has cleaned up.
 """
 
 from __future__ import annotations
@@ -39,31 +39,31 @@ from cancelable_deps.testing.clock import _clock
 
 LEAVES = ["wait", "thread", "ask", "two threads"]
 INNER = ["block", "block", "group", "our group", "scope", "timeout", "shield", "catch", "cleanup", "cleanup"]
-# One after the other on the nest's clock; the grace is longer than all of them.
+# These times follow each other on the nest's clock; the grace is longer than all of them together.
 EARLY, LATE, GRACE = 10.0, 20.0, 1000.0
-# Passes of the event loop after which nothing happens any more; a thread's answer may take longer.
+# Passes of the event loop after which the nest has come to rest; the answer of a thread may take longer.
 PASSES = 30
 PATIENCE = 10.0
 
 
 class Stopped(Exception):
-    """What leaves a block of pure anyio that was stopped."""
+    """The exception that leaves a stopped block of the pure anyio variant."""
 
 
 @dataclass
 class Node:
-    """A part of a nest: what it is, and what runs inside it."""
+    """A part of a nest: its kind, and the parts inside it."""
 
     kind: str
     name: str
     deadline: float | None = None
     inside: list[Node] = field(default_factory=list)
-    """One after the other; in a group the first is its body and the others are its children."""
+    """The parts inside, which run one after the other; in a group the first is the body, the others are its children."""
     above: Node | None = None
 
     @property
     def by_block(self) -> bool:
-        """Whether a group of ours is stopped by its block, or by itself, after which the work goes on."""
+        """Whether this is a group of ours that its block stops; a group that is stopped alone lets the work go on."""
         return int(self.name) % 2 == 1
 
     def __str__(self) -> str:
@@ -79,7 +79,7 @@ class Node:
 
 @dataclass
 class Strike:
-    """Cancel ``name``, or move the clock, after that many passes of the loop."""
+    """A cancellation of ``name``, or a move of the clock, after ``passes`` passes of the loop."""
 
     name: str
     jump: float
@@ -90,7 +90,7 @@ class Strike:
 
 
 class Nest:
-    """A random program, and what cancels it and when."""
+    """A random program, and the cancellations that strike it."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -114,7 +114,7 @@ class Nest:
         elif kind not in LEAVES:
             node.inside = [self._any(depth - 1)]
             if kind == "catch" or chance() < 0.3:
-                # Whatever has been caught can be followed by something that is to be stopped.
+                # After a cancellation has been caught, more work may follow, which may be stopped in turn.
                 node.inside.append(self._node("wait", 0))
         return node
 
@@ -144,13 +144,13 @@ class Nest:
 
     @property
     def is_simple(self) -> bool:
-        """Whether one thing alone is cancelled, so that ours and anyio's run must not differ at all."""
+        """Whether only one part is cancelled, so that the run with our blocks and that with anyio must be equal."""
         has_threads = any("thread" in node.kind for node in self.root.walk())
         return len(self.strikes) == 1 and not self.strikes[0].jump and not has_threads
 
     @property
     def may_go_on(self) -> bool:
-        """Whether something that lets the work go on strikes after a block: with anyio, no cleanup lasts that long."""
+        """Whether a cancellation that lets the work go on comes after one of a block; anyio's cleanups never last so long."""
         nodes = {node.name: node for node in self.root.walk()}
         for strike in self.strikes[1:]:
             node = nodes.get(strike.name)
@@ -169,12 +169,12 @@ class Nest:
         return late | {strike.name for strike in self.strikes}
 
     def is_protected(self, cleanup: Node) -> bool:
-        """Whether nothing of anyio's own may interrupt ``cleanup``: a scope, or a group by the failure of a member."""
+        """Return whether no scope of anyio, nor a group whose member fails, may interrupt ``cleanup``."""
         struck = self.struck
         has_scope_of_ours = False
         groups = [group for group in cleanup.walk() if group.kind == "group"]
         if any(node.name in struck for group in groups for node in group.walk()):
-            # The error of a member has left a group of anyio's, which tells nobody.
+            # A member's error has left a group of anyio's, which is not recorded.
             return False
         node = cleanup
         while node.above is not None:
@@ -186,7 +186,7 @@ class Nest:
                 if node.name in struck or any(n.name in struck for n in others):
                     return False
                 if not has_scope_of_ours and len(node.inside) > 1:
-                    # Its members end it by their own cancellation, and only a scope inside of it could be shielded.
+                    # Its members end it by their own cancellation, and only a scope inside it could be shielded.
                     return False
                 if not has_scope_of_ours and inner is not node.inside[0]:
                     return False
@@ -202,7 +202,7 @@ class Run:
         self.nest = nest
         self.ours = ours
         self.passed: set[str] = set()
-        """What was left with the work going on behind it."""
+        """The parts after which the work has gone on."""
         self.interrupted: set[str] = set()
         self.cleaned: set[str] = set()
         self.outcome = "nothing"
@@ -227,7 +227,7 @@ class Run:
                 await self._wait_until(lambda: not self._busy)
                 self._may_end.set()
                 await self._wait_until(lambda: not self._busy)
-                # One after the other, or chance would decide which task is told first.
+                # One after the other, because otherwise chance would decide which task is cancelled first.
                 while self._threads:
                     await self._end_thread(*self._threads.popitem())
                 if not await self._wait_until(lambda: self._ended):
@@ -243,7 +243,7 @@ class Run:
         await self._wait_until(lambda: not self._busy)
 
     async def _wait_until(self, is_so: Callable[[], object]) -> bool:
-        """Wait for what takes real time, because threads do it; and until nothing happens any more."""
+        """Wait for the threads, which take real time, and until the nest has come to rest."""
         until = time.monotonic() + PATIENCE
         await _passes(PASSES)
         while not is_so():
@@ -256,7 +256,7 @@ class Run:
 
     def _strike(self, strike: Strike) -> None:
         if strike.jump:
-            # In one go, as if something had blocked the loop.
+            # In one step, as if the loop had been blocked.
             _clock().move(strike.jump)
         else:
             self._switches.get(strike.name, int)()
@@ -411,7 +411,7 @@ class Run:
 
 
 class _Pure:
-    """What a block is in pure anyio: a scope, and an exception where it has stopped the work."""
+    """The equivalent of a block in pure anyio: a scope, and an exception if it has stopped the work."""
 
     def __init__(self, deadline: float) -> None:
         self._scope = anyio.CancelScope()
@@ -447,7 +447,7 @@ def _leaves(exc: BaseException) -> Iterator[BaseException]:
 
 
 def faults_of(nest: Nest, ours: Run, pure: Sequence[Run]) -> list[str]:
-    """Compare a run of ``nest`` with those by pure anyio, which may differ, and return what is wrong, in words."""
+    """Compare a run of ``nest`` with those in pure anyio, which may differ; return the faults, in words."""
     faults = []
     may_go_on = nest.may_go_on
     if not may_go_on and (swallowed := ours.passed.difference(*(run.passed for run in pure))):
@@ -465,7 +465,7 @@ def faults_of(nest: Nest, ours: Run, pure: Sequence[Run]) -> list[str]:
 
 
 class _Order:
-    """trio runs what is due at the same time in this order or in the opposite one, by chance; here both have their turn."""
+    """A random source for trio, which chooses the order of tasks due at the same time by chance; here both orders run."""
 
     def __init__(self, value: float) -> None:
         self._value = value
@@ -481,7 +481,7 @@ async def _run_once(nest: Nest, ours: bool) -> Run:
 
 
 def run_nest(seed: int, backend: str) -> list[str]:
-    """Run the nest of ``seed`` on ``backend``, and return what is wrong, in words."""
+    """Run the nest of ``seed`` on ``backend``; return the faults, in words."""
     run_loop: Any = trio._core._run
     by_chance = run_loop._r, run_loop._ALLOW_DETERMINISTIC_SCHEDULING
 
@@ -489,7 +489,7 @@ def run_nest(seed: int, backend: str) -> list[str]:
         nest = Nest(seed)
         if backend == "asyncio":
             return anyio.run(_run_once, nest, ours)
-        # Where another test has asked trio for a fixed order, it would shuffle instead.
+        # If another test has asked trio for a fixed order, trio shuffles by this.
         run_loop._r, run_loop._ALLOW_DETERMINISTIC_SCHEDULING = _Order(order), False
         return anyio.run(_run_once, nest, ours, backend="trio", backend_options={"clock": trio.testing.MockClock()})
 

@@ -1,13 +1,12 @@
-"""What each door costs a request that nobody cancels: `python -m benchmarks.overhead`.
+"""The cost of each door for a request that is not cancelled: `python -m benchmarks.overhead`.
 
 Two handlers: one that returns at once, served one at a time, and one that awaits 2 ms, 32 at a time. `us` is the CPU
-time of the process for a request, which leaves the waiting out; `ratio` is that to bare FastAPI's, `spread` the ratio's
-interquartile range, `floor` the ratio to the least that such a door can cost. All applications take turns, round by
-round and in a new order each time, so that whatever else the machine does hits them alike; ratios are taken within a
-round.
+time of the process for a request, without the waiting; `ratio` is that to bare FastAPI's, `spread` the ratio's
+interquartile range, `floor` the ratio to the least that such a door can cost. All applications take turns, round by round
+and in a new order each time, so that other load on the machine affects all alike. Ratios are taken within a round.
 
-`instr` (with `--instructions`) is the ratio to bare FastAPI in instructions, which repeat where seconds do not; see
-`_instructions.py`. An exclamation mark stands at what is above the door's target.
+`instr` (with `--instructions`) is the ratio to bare FastAPI in instructions, which are reproducible where times are not;
+see `_instructions.py`. An exclamation mark marks a figure above the door's target.
 """
 
 import argparse
@@ -26,12 +25,12 @@ from benchmarks._catalogue import everything
 from benchmarks._variants import BARE, Target, Variant
 
 Rounds = dict[str, list[float]]
-"""Microseconds per request, by variant, one for each round."""
+"""The microseconds per request, by variant, one for each round."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one variant's request with one handler; `over_floor` is what the ratios are above those of the floor."""
+    """The cost of a variant's request with one handler; `over_floor` is the ratios minus those of the floor."""
 
     microseconds: float
     ratio: float
@@ -187,7 +186,7 @@ def _print_table(table: Sequence[Row], loop: str, counts: _instructions.Counts, 
 
 
 def _same_door(variant: Variant, table: Sequence[Row]) -> list[Row]:
-    """The rivals' rows that a door of ours is compared with."""
+    """Return the rows of the rivals that a door of ours is compared with."""
     if variant.kind != "ours" or variant.door is None:
         return []
     return [row for row in table if row.variant.kind == "rival" and row.variant.door == variant.door]

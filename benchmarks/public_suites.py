@@ -1,4 +1,4 @@
-"""Run other projects' own test suites bare and through our doors, and print the tests whose outcome differs.
+"""Run other projects' own test suites without our doors and under each of them; print the tests whose outcome differs.
 
 ::
 
@@ -7,13 +7,14 @@
     uv run python -m benchmarks.public_suites fastapi --only tests/test_ws_router.py
     uv run python -m benchmarks.public_suites starlette --bounded      # streams, background tasks, middleware, WebSockets
 
-It downloads the source distributions, which hold the tests, and makes an environment of its own for them, in ``--work``
-(by default a temporary directory, which is removed; one that is kept is used again). Exits 1 if anything differs.
+It downloads the source distributions, which hold the tests, and makes an environment of their own for them, in ``--work``
+(by default a temporary directory, which is removed; another directory is kept, and used again). The exit status is 1 if
+any outcome differs.
 
-The doors, all of which `benchmarks._suite_doors` puts on from outside, so that no test is changed:
+The doors are added from outside by `benchmarks._suite_doors`, so that no test is changed:
 
 ========  ==============================================================================================================
-client    the middleware around whatever a ``TestClient`` calls
+client    the middleware around the application of each ``TestClient``
 stack     the middleware as the outermost of every application, and around everything mounted
 route     `CancelableRoute` as the default route class (FastAPI)
 endpoint  ``@with_cancelation`` around every endpoint
@@ -50,13 +51,13 @@ class Suite:
 
     requirement: str
     needs: tuple[str, ...]
-    """What its tests import."""
+    """The requirements of its tests."""
     doors: tuple[str, ...]
     bounded: tuple[str, ...] = ()
-    """The files about what our doors touch."""
+    """The files whose tests concern our doors."""
     left_out: tuple[str, ...] = ()
     own_files: tuple[tuple[str, str], ...] = ()
-    """Names and texts of files that the tests want, and that the distribution lacks."""
+    """The names and texts of files that the tests need, and that the distribution lacks."""
 
     @property
     def name(self) -> str:
@@ -75,7 +76,7 @@ def anyio_backend():
 
 @pytest.fixture(autouse=True)
 def reset_shutdown_state():
-    """A signal that one test plays is not to end the streams of the next."""
+    """Reset the signal that a test simulates, so that it does not end the streams of the next test."""
     sse.AppStatus.should_exit = False
     vars(sse._thread_state).clear()
     yield
@@ -133,7 +134,7 @@ SUITES = {
             "tests/benchmarks",
             "tests/memory_benchmarks",
             "tests/test_prepare_release.py",
-            # In processes of their own, which the plugin does not reach; some take too long on a busy machine.
+            # They run in processes of their own, which the plugin does not reach; some take too long on a busy machine.
             "tests/test_telemetry/test_environment_integrations.py",
             "tests/test_telemetry/test_runtime.py",
         ),
@@ -186,7 +187,7 @@ class Workshop:
         return next(path for path in self.folder.glob("sdist/*") if path.is_dir())
 
     def outcomes(self, door: str, chosen: Sequence[str], jobs: int, patience: float) -> Outcomes:
-        """Run the suite through ``door``, its files dealt out to ``jobs`` processes."""
+        """Run the suite under ``door``, its files distributed to ``jobs`` processes."""
         with ThreadPoolExecutor(jobs) as pool:
             hands = [self._files(chosen)[number::jobs] for number in range(jobs)]
             parts = pool.map(lambda hand: self._run_to_the_end(door, hand, patience), [hand for hand in hands if hand])
@@ -200,7 +201,7 @@ class Workshop:
         return sorted(file for file in found if not file.startswith(self.suite.left_out or ("/",)))
 
     def _run_to_the_end(self, door: str, files: Iterable[str], patience: float) -> Outcomes:
-        """The outcomes of all tests: a process that a hanging test has ended is followed by one for the rest."""
+        """Return the outcomes of all tests; if a hanging test has ended a process, start another one for the rest."""
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             journal = Path(folder) / "outcomes"
             complete = journal.with_suffix(".complete")
@@ -230,13 +231,13 @@ def run(*command: str | Path) -> None:
 
 
 def read(journal: Path) -> Outcomes:
-    """The outcomes so far; a test that has begun and not ended has hung."""
+    """Return the outcomes so far; a test that has begun and not ended has hung."""
     lines = journal.read_text().splitlines() if journal.exists() else []
     return {record.pop("test"): record for record in map(json.loads, lines)}
 
 
 def difference(bare: Outcomes, other: Outcomes) -> list[str]:
-    """The tests whose outcomes differ, each with the two and the reason of the second."""
+    """Return a line for each test whose outcomes differ, with both outcomes and the reason of the second."""
     missing = {"outcome": "missing", "why": ""}
     lines = []
     for name in sorted(bare.keys() | other.keys()):
@@ -247,7 +248,7 @@ def difference(bare: Outcomes, other: Outcomes) -> list[str]:
 
 
 def compare(workshop: Workshop, doors: Iterable[str], chosen: Sequence[str], jobs: int, patience: float) -> int:
-    """Print what differs through each of ``doors``, and return how much that is."""
+    """Print the tests that differ under each of ``doors``, and return their number."""
     bare = workshop.outcomes("bare", chosen, jobs, patience)
     failed = sum(outcome["outcome"] == "failed" for outcome in bare.values())
     print(f"{workshop.suite.requirement}: {len(bare)} tests, of which {failed} fail bare", flush=True)

@@ -1,8 +1,8 @@
-"""Whether anything is left after many requests of ill-behaved clients: `python -m benchmarks.soak --server uvicorn`.
+"""A soak test with many requests of ill-behaved clients: `python -m benchmarks.soak --server uvicorn`.
 
-The clients hang up (with and without an RST), send garbage, pipeline, and break off uploads and streams at random. Then
-it is counted what each handler began and ended, and what the server has left of tasks, file descriptors and memory. One
-line for each check; the exit status is 1 if one failed.
+The clients hang up (with and without an RST), send garbage, pipeline, and break off uploads and streams at random. After
+that, every piece of work that has begun must have ended, and no tasks, file descriptors or memory may be left in the
+server. Print one line for each check; the exit status is 1 if one has failed.
 """
 
 import argparse
@@ -37,7 +37,7 @@ COMMANDS = {
 DOORS = ("route", "decorator", "timed", "middleware")
 HANDLES = ("handle", "group", "event")
 PATIENCE = 20.0
-# What an allocator keeps, and what grows once: of the first requests of each kind.
+# Memory that an allocator keeps, and that grows once, with the first requests of each kind.
 MEMORY_SLACK = 12 * 1024 * 1024
 BYTES_PER_REQUEST = 256
 COMPLAINT = re.compile(r"Traceback|never retrieved|was never awaited")
@@ -45,7 +45,7 @@ COMPLAINT = re.compile(r"Traceback|never retrieved|was never awaited")
 
 @dataclass
 class Findings:
-    """What the clients saw."""
+    """The observations of the clients."""
 
     sent: int = 0
     statuses: Counter[int] = field(default_factory=Counter)
@@ -54,7 +54,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a server holds at one moment."""
+    """The resources that a server holds at one moment."""
 
     counts: dict[str, int]
     tasks: int
@@ -63,7 +63,7 @@ class Reading:
 
 
 class Client:
-    """One that does something else with each connection."""
+    """A client that does something else with each connection."""
 
     def __init__(self, port: int, seed: str, findings: Findings) -> None:
         self._port = port
@@ -72,7 +72,7 @@ class Client:
         self._findings = findings
 
     async def visit(self) -> None:
-        """Open a connection, behave as chance has it, and leave."""
+        """Open a connection, behave in a random way, and leave."""
         with suppress(ConnectionError):
             self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
             try:
@@ -115,7 +115,7 @@ class Client:
                 return
 
     async def _leave(self) -> None:
-        """Hang up at some moment of the answer, or before it."""
+        """Hang up before the response, or at a random moment of it."""
         data, _ = self._request()
         self._writer.write(data)
         if self._random.random() < 0.3:
@@ -129,14 +129,14 @@ class Client:
         await asyncio.sleep(self._random.choice((0, 0.005)))
 
     async def _babble(self) -> None:
-        """Send what is no request, alone or behind one."""
+        """Send bytes that are not a request, alone or after a request."""
         if self._random.random() < 0.5:
             self._writer.write(self._request()[0])
         self._writer.write(self._random.randbytes(200))
         await asyncio.sleep(self._random.choice((0, 0.005)))
 
     async def _answer(self, key: str) -> bool:
-        """Read a response, and see that it is the request's own; whether another can follow."""
+        """Read a response, and check that it belongs to the request; return whether another can follow."""
         try:
             async with asyncio.timeout(PATIENCE):
                 status, body = await self._read()
@@ -205,7 +205,7 @@ class Server:
         )
 
     def settled(self, before: Reading) -> Reading:
-        """What it holds when it has let go of everything, or as much as it will."""
+        """Return the resources that the server holds when it has released all that it will release."""
         until = time.monotonic() + PATIENCE
         while True:
             now = self.read()
@@ -227,7 +227,7 @@ class Server:
 
 
 def unequal(counts: dict[str, int]) -> list[str]:
-    """What did not end as often as it began."""
+    """Return a line for each kind of work that has begun more often than it has ended."""
     names = {name.rsplit(" ", 1)[0] for name in counts}
     ends = {name: (counts.get(f"{name} begun", 0), counts.get(f"{name} ended", 0)) for name in sorted(names)}
     return [f"{name}: {begun} begun, {ended} ended" for name, (begun, ended) in ends.items() if begun != ended]
@@ -244,7 +244,7 @@ async def load(port: int, requests: int, clients: int, seed: int, findings: Find
 
 
 def checks(before: Reading, after: Reading, findings: Findings, complaints: int) -> list[tuple[str, bool, str]]:
-    """Each check's name, whether it held, and what was seen."""
+    """Return the name of each check, whether it passed, and the observation."""
     grown = after.memory - before.memory
     begun = sum(count for name, count in after.counts.items() if name.endswith("begun"))
     loose = unequal(after.counts)
@@ -267,11 +267,11 @@ def checks(before: Reading, after: Reading, findings: Findings, complaints: int)
 
 
 def soak(name: str, requests: int, clients: int, seed: int, log: Path) -> bool:
-    """Run one server, print what was found, and say whether all checks held."""
+    """Run one server, print the results, and return whether all checks have passed."""
     server = Server(name, log)
     try:
         findings = Findings()
-        # Without the first ones: whatever is made once is made then.
+        # The first requests are not counted, because objects that are made once are made then.
         asyncio.run(load(server.port, max(50, requests // 10), clients, seed, findings))
         before = settled_soon(server)
         asyncio.run(load(server.port, requests, clients, seed + 1, findings))
@@ -286,7 +286,7 @@ def soak(name: str, requests: int, clients: int, seed: int, log: Path) -> bool:
 
 
 def settled_soon(server: Server) -> Reading:
-    """As soon as nothing of the warming up is at work any more."""
+    """Return the resources of the server when all work of the warm-up has ended."""
     until = time.monotonic() + PATIENCE
     last = server.read()
     while True:

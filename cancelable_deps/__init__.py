@@ -16,7 +16,7 @@
 #   read_ahead http_reader websocket_reader   the only code that awaits receive()
 #   blocks websocket postponed   what is stopped, and when
 #   policies limits   how long it may take
-#   run response sse cut drain   its way through a door, its response, its end
+#   run response sse abort shutdown   its way through a door, its response, its end
 # doors/      the ways into an application
 #   dependencies decorator(endpoint options dress generators) middleware(base_http wsgi) route
 #   streaming progress websocket lifespan

@@ -1,12 +1,10 @@
-"""The work of `examples.processes`, and how it counts, in a module of its own: a worker process imports this, and not
-the whole server.
-"""
+"""The work of `examples.processes`, in a module of its own: a worker process imports this, and not the whole server."""
 
 import os
 
 
 def longest(below: int) -> dict[str, int]:
-    """The number below `below` that takes the most steps down to 1, and who found it."""
+    """Return the number below `below` that takes the most steps down to 1, and the process that has found it."""
     print(f"process {os.getpid()} counts", flush=True)
     start, steps = max(((number, count_steps(number)) for number in range(1, below)), key=lambda found: found[1])
     return {"start": start, "steps": steps, "process": os.getpid()}

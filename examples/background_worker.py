@@ -1,8 +1,8 @@
-"""The kernel on its own: a worker without any request, whose jobs have limits and which a token stops.
+"""The kernel without requests: a worker whose jobs have time limits, and which a token stops.
 
     python -m examples.background_worker
 
-No HTTP here, so no curl line: press Ctrl-C to see it stop in the middle of a job.
+There is no HTTP, and no curl command: press Ctrl-C to see it stop in the middle of a job.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ JOBS = {"thumbnails": 3, "newsletter": 1000, "statistics": 5}
 
 
 async def work_off(jobs: dict[str, int], stop: CancelationToken, limit: float = 1.0) -> dict[str, str]:
-    """Do one job after another, each within `limit` seconds, until `stop` is cancelled; say how each ended."""
+    """Do one job after another, each within `limit` seconds, until `stop` is cancelled; return how each ended."""
     outcomes: dict[str, str] = {}
     for name, steps in jobs.items():
         try:
@@ -38,7 +38,7 @@ async def do_job(name: str, steps: int, block: Cancelable) -> None:
         await anyio.sleep(0.1)
         await block.report_progress(f"{name}: step {step} of {steps}", {"step": step})
     with block.shield():
-        await anyio.sleep(0.05)  # writing down that it is done is not interrupted
+        await anyio.sleep(0.05)  # recording the end of the job is not interrupted
 
 
 async def main() -> None:

@@ -24,7 +24,7 @@ async def report(cancel: RequestCancelable) -> dict[str, int]:
 
 
 async def count_rows() -> int:
-    """Stands for a slow query; its `finally` may await, it has five seconds for that."""
+    """Simulate a slow query; its `finally` has five seconds in which it may await."""
     try:
         await anyio.sleep(10)
         return 1_000_000

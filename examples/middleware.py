@@ -1,11 +1,11 @@
-"""Cover a whole application, its handlers unchanged.
+"""Cover a whole application, and leave its handlers unchanged.
 
     python -m examples.middleware
     curl -m 1 http://127.0.0.1:8000/report
     curl -i http://127.0.0.1:8000/report
     curl -i http://127.0.0.1:8000/health
 
-The first ends when curl hangs up, the second after two seconds with a 504; the health check is left alone.
+The first request ends when curl hangs up, the second after two seconds with a 504. The health check is excluded.
 """
 
 import anyio
@@ -31,7 +31,7 @@ async def health() -> str:
 
 @app.post("/orders")
 async def order(background: BackgroundTasks) -> str:
-    """Background tasks run after the response: a client that is gone by then does not stop them."""
+    """Take an order: its background task runs after the response, also if the client has left by then."""
     background.add_task(print, "the invoice is on its way", flush=True)
     return "ordered"
 

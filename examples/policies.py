@@ -1,4 +1,4 @@
-"""Named timeouts: a default, one for a route, and one that only measures.
+"""Named timeouts: a default, one for a single route, and one that only counts the requests that exceed it.
 
 Run: python -m examples.policies
 Try: curl -i localhost:8000/search

@@ -1,4 +1,4 @@
-"""Nothing but a signal stops a C extension or a tight loop: run it in a process, and hanging up kills that.
+"""Run work that never yields, as a C extension or a tight loop does, in a process, which is killed when the client leaves.
 
     python -m examples.processes
     curl -m 2 'http://127.0.0.1:8000/collatz?below=100000000'

@@ -1,4 +1,4 @@
-"""Cover all routes of a router, FastAPI's own way.
+"""Cover all routes of one router, by FastAPI's `route_class`.
 
 python -m examples.route_class
 curl -m 1 http://127.0.0.1:8000/reports/5

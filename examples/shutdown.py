@@ -1,4 +1,4 @@
-"""The server is told to stop: the application knows at once, and every request ends in time.
+"""Shut a server down: the application is notified at once, and every request ends in time.
 
     python -m examples.shutdown
     curl -i localhost:8000/report & curl -N localhost:8000/ticks & curl -i -X POST localhost:8000/orders

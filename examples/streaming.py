@@ -1,4 +1,4 @@
-"""An LLM proxy that stops with its client, though not before it knows what it is to pay; a chart of ticks; a report.
+"""Streams: an LLM proxy that stops with its client but still receives the bill, a feed of ticks, a report with progress.
 
 python -m examples.streaming
 curl -N http://127.0.0.1:8000/chat       # press Ctrl-C: the upstream is closed, or, past `finish`, read to its end; the
@@ -22,7 +22,7 @@ THINKING = 1.0
 
 
 async def model() -> AsyncGenerator[str]:
-    """Stands for the upstream: tokens, `finish`, and then what they cost."""
+    """Simulate the upstream: yield tokens, `finish`, and then the costs."""
     try:
         for number in range(3):
             yield f"token {number}"
@@ -40,8 +40,8 @@ async def proxied(cancel: Cancelable) -> AsyncIterator[str]:
             if frame == "finish":
                 break
             yield f"data: {frame}\n\n"
-        # Past this point the answer is complete, and only the bill is missing: a client that leaves now is no reason
-        # to lose it, while a timeout still is.
+        # From here the answer is complete, and only the bill is missing. A disconnect must not stop that any more, but a
+        # timeout still may.
         with cancel.defer_disconnect():
             yield "data: finish\n\n"
             async for frame in frames:

@@ -1,4 +1,4 @@
-"""A plain `def` handler is stopped where it asks; nobody can interrupt a thread.
+"""Stop plain `def` handlers: a thread cannot be interrupted, so the handler calls `check()` where it may stop.
 
     python -m examples.sync_handlers
     curl -m 1 http://127.0.0.1:8000/primes
@@ -21,7 +21,7 @@ LAST = 50_000_000
 
 @app.get("/primes")
 def primes(cancel: RequestCancelable) -> dict[str, int]:
-    """The handle: a block of the thread's own, entered by a plain `with`."""
+    """Use a handle: the thread enters a block of its own by a plain `with`."""
     with cancel:
         return {"primes": count_primes(cancel)}
 
@@ -29,7 +29,7 @@ def primes(cancel: RequestCancelable) -> dict[str, int]:
 @app.get("/primes/limited")
 @with_cancelation(timeout=0.5)
 def limited_primes() -> dict[str, int]:
-    """The decorator: whatever runs below finds the block by `current_cancelable()`."""
+    """Use the decorator: every function that the handler calls finds the block by `current_cancelable()`."""
     cancel = current_cancelable()
     assert cancel is not None
     return {"primes": count_primes(cancel)}
@@ -46,7 +46,7 @@ def count_primes(cancel: Cancelable) -> int:
     found = 0
     try:
         for number in range(2, LAST):
-            cancel.check()  # a fraction of a microsecond: it can stand in the innermost loop
+            cancel.check()  # takes a fraction of a microsecond, so it may be in the innermost loop
             found += all(number % divisor for divisor in range(2, int(number**0.5) + 1))
     except CancelationError as exc:
         print(f"stopped after {found} primes: {exc.reason}", flush=True)

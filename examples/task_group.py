@@ -1,4 +1,4 @@
-"""Ask several services at once; hanging up, or the first refusal, cancels them all.
+"""Ask several services at once; a hang-up, or the first refusal, cancels all of these calls.
 
 python -m examples.task_group
 curl -m 1 http://127.0.0.1:8000/offers
@@ -25,7 +25,7 @@ async def offers(get_task_group: RequestTaskGroup, article: str = "lamp") -> dic
 
 
 async def ask(shop: str, article: str, prices: dict[str, int]) -> None:
-    """A refusal in one task is the answer to the request: 409, not an exception group and a 500."""
+    """Reserve in one task: its `HTTPException` is the response, 409, and not an exception group with a 500."""
     try:
         await anyio.sleep(SHOPS[shop])
         if article == "sold-out":

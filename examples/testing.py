@@ -20,7 +20,7 @@ async def report() -> dict[str, int]:
     try:
         await anyio.sleep(3600)
     finally:
-        await anyio.sleep(0.01)  # give something back
+        await anyio.sleep(0.01)  # cleanup, such as returning a connection
         released.append("report")
     return {"rows": 1}
 
@@ -47,7 +47,7 @@ async def test_timeout() -> None:
     async with CancelableClient(app) as client:
         async with client.start("POST", "/report") as call:
             await call.running()
-            await advance(31)  # seconds, in no time
+            await advance(31)  # seconds, which take milliseconds
         assert_cancelled(call, reason=CancelationReason.TIMEOUT)
         response = await call.response()
         assert (response.status_code, response.json()) == (504, {"detail": "Timed out after 30 seconds"})

@@ -20,13 +20,13 @@ app = FastAPI()
 @app.get("/decorated")
 @with_cancelation(timeout=0.5)
 async def decorated() -> dict[str, str]:
-    """The whole handler has half a second."""
+    """Limit the whole handler to half a second."""
     return await slow_answer()
 
 
 @app.get("/dependency")
 async def dependency(cancel: Annotated[Cancelable, Depends(cancelable_with_timeout(0.5))]) -> dict[str, str]:
-    """The block has half a second; what is outside of it has all the time it needs."""
+    """Limit the block to half a second; the code outside it has no limit."""
     async with cancel:
         return await slow_answer()
 

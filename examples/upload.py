@@ -1,4 +1,4 @@
-"""Take in a large upload, and stop when it breaks off or takes too long.
+"""Receive a large upload, and stop when it breaks off or takes too long.
 
     python -m examples.upload
     head -c 50000000 /dev/urandom | curl -i -X POST -T - http://127.0.0.1:8000/files
@@ -30,7 +30,7 @@ async def take(request: Request) -> dict[str, int | str]:
                 size += await file.write(chunk)
                 digest.update(chunk)
     except (anyio.get_cancelled_exc_class(), ClientDisconnect):
-        # The second comes from `request.stream()`, to a handler that was reading when the client left. Both answer 499.
+        # `request.stream()` raises the second if the client leaves while the handler reads. Both are answered with 499.
         print(f"broken off after {size} bytes; the file is gone", flush=True)
         raise
     return {"bytes": size, "sha256": digest.hexdigest()}

@@ -1,4 +1,4 @@
-"""Stop a WebSocket's work when its client drops, and close it when it says nothing for too long.
+"""Stop a WebSocket's work when its client leaves, and close the WebSocket when the client is silent for too long.
 
     python -m examples.websocket
     curl http://127.0.0.1:8000
@@ -39,7 +39,7 @@ async def page() -> str:
 
 @app.websocket("/ask")
 async def ask(websocket: WebSocket, cancel: RequestCancelable) -> None:
-    """A conversation: what the client says while an answer is being made is answered next."""
+    """Hold a conversation: a message that arrives while an answer is being made is answered next."""
     async with CancelableWebSocket(websocket, cancel, idle_timeout=IDLE, timeout=TOTAL) as socket:
         await socket.accept()
         async for question in socket.iter_text():
@@ -50,7 +50,7 @@ async def ask(websocket: WebSocket, cancel: RequestCancelable) -> None:
 @app.websocket("/report")
 @with_cancelation(timeout=TOTAL)
 async def report(websocket: WebSocket) -> None:
-    """The same for a handler that only sends: it is stopped as a whole."""
+    """Only send: the decorator stops the whole handler when the client leaves."""
     await websocket.accept()
     async for word in answer("the report"):
         await websocket.send_text(word)
@@ -58,7 +58,7 @@ async def report(websocket: WebSocket) -> None:
 
 
 async def answer(question: str) -> AsyncIterator[str]:
-    """Stands for a language model, which is dear while it thinks."""
+    """Simulate a language model, which costs money while it works."""
     done = False
     try:
         for word in f"I have thought about {question!r}".split():

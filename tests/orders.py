@@ -47,7 +47,10 @@ LIMIT = 0.5
 HANG = 1000
 """Seconds after which a request does not end any more."""
 
-CUT = ("Caught handled exception, but response already started.", "Unexpected message: {'type': 'cancelable_deps.cut'")
+ABORTED = (
+    "Caught handled exception, but response already started.",
+    "Unexpected message: {'type': 'cancelable_deps.abort'",
+)
 """What Starlette makes of it when a response that has started is left by an exception, or broken inside of its middleware."""
 
 # Negative: passes of the event loop. 5 ms is when listening begins.
@@ -415,7 +418,7 @@ class Exchange:
                 self.faults.append("a body before the start")
             if self.is_complete:
                 self.faults.append("a message after the last")
-        elif message["type"] != "cancelable_deps.cut":
+        elif message["type"] != "cancelable_deps.abort":
             self.faults.append(f"an unknown message: {message['type']}")
 
     def hang_up(self) -> None:
@@ -494,7 +497,7 @@ def _faults_of_body(exchange: Exchange) -> list[str]:
 
 def _may_raise(exchange: Exchange, error: BaseException) -> bool:
     # A response that has started is cut by raising, where the server cannot be told; a send() that fails is told to all.
-    if isinstance(error, CancelationError) or str(error).startswith(CUT):
+    if isinstance(error, CancelationError) or str(error).startswith(ABORTED):
         return exchange.status is not None
     return exchange.has_left and isinstance(error, OSError | ClientDisconnect)
 

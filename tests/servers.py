@@ -123,7 +123,7 @@ class Connection:
 
     def _exactly(self, size: int) -> bytes:
         data = self._file.read(size)
-        assert len(data) == size, f"the response was cut: {len(data)} bytes instead of {size}"
+        assert len(data) == size, f"the response is incomplete: {len(data)} bytes instead of {size}"
         return data
 
     def can_send(self) -> bool:

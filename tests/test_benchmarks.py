@@ -103,7 +103,7 @@ def test_overhead_says_what_it_needs_to_count_instructions(
     monkeypatch.setenv("PATH", "")
     overhead.main(["--rounds=1", "--requests=1", "--loop=asyncio", "--wait=0", "--only=bare", "--instructions"])
     text = capsys.readouterr().out
-    assert "instructions: not counted, for this needs Linux, valgrind" in text
+    assert "instructions: not counted; this needs Linux, valgrind" in text
     assert len(rows_of(FLOORS[0], text.splitlines())) == 1
 
 

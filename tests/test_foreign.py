@@ -39,7 +39,7 @@ from cancelable_deps import (
 from cancelable_deps.kernel.foreign import ThisTask
 from cancelable_deps.kernel.task_group import CancelableTaskGroup
 from cancelable_deps.kernel.token import Cause
-from cancelable_deps.request.drain import Drain, Graces
+from cancelable_deps.request.shutdown import Graces, Shutdown
 from cancelable_deps.request.state import SCOPE_KEY
 from cancelable_deps.testing import Call
 from tests.calls import CEILING, checked_socket, connected, get, running
@@ -1073,7 +1073,7 @@ async def test_a_call_that_waits_can_be_stopped_by_its_client() -> None:
 
 
 class InFlight:
-    """A request, as a `Drain` sees it."""
+    """A request, as a `Shutdown` sees it."""
 
     pen: Any = None
     is_closed = False
@@ -1094,12 +1094,12 @@ class InFlight:
 @every_exit
 async def test_what_ends_the_process_passes_when_all_requests_have_been_stopped(exit_kind: type[BaseException]) -> None:
     limits = Graces(grace=0, background_grace=0, retry_after=1, refuse_new=False)
-    drain = Drain.joined(limits)
+    shutdown = Shutdown.joined(limits)
     requests = [InFlight(exit_kind) for _ in range(3)]
     for request in requests:
-        drain.in_flight.add(request)
+        shutdown.in_flight.add(request)
     try:
-        for stop in (drain._cut, drain._cut_background):
+        for stop in (shutdown._stop_requests, shutdown._stop_background):
             with pytest.raises(exit_kind):
                 stop()
             assert all(request.token.is_cancelled for request in requests)
@@ -1107,8 +1107,8 @@ async def test_what_ends_the_process_passes_when_all_requests_have_been_stopped(
                 request.token = InFlight(exit_kind).token
     finally:
         for request in requests:
-            drain.requests.pop(request)
-        drain.leave(limits)
+            shutdown.requests.pop(request)
+        shutdown.leave(limits)
 
 
 @every_cancellation

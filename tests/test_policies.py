@@ -338,7 +338,7 @@ async def test_an_unknown_name_without_a_lifespan_or_middleware() -> None:
     async def wrong() -> None: ...
 
     async with CancelableClient(app) as client:
-        with pytest.raises(LookupError, match="give RequestCancelationMiddleware its `policies"):
+        with pytest.raises(LookupError, match="pass `policies="):
             await client.get("/wrong")
 
 
@@ -492,7 +492,7 @@ def wrong(value: object) -> Any:
         (lambda: with_cancelation(policy="a", timeout=1), TypeError, "not both"),
         (lambda: RequestCancelationMiddleware(FastAPI(), policies={"a": wrong(1)}), TypeError, "'a' is 1"),
         (lambda: RequestCancelationMiddleware(FastAPI(), default_policy="a"), LookupError, "no timeout policy 'a'"),
-        (lambda: RequestCancelationMiddleware(FastAPI(), default_policy=wrong(3)), TypeError, "default_policy takes"),
+        (lambda: RequestCancelationMiddleware(FastAPI(), default_policy=wrong(3)), TypeError, "default_policy must be"),
         (
             lambda: RequestCancelationMiddleware(FastAPI(), default_timeout=3, default_policy=TimeoutPolicy(1)),
             TypeError,

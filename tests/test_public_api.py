@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 import types
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, assert_type
+from typing import Annotated, Any, assert_type, get_args
 
 import pytest
 from anyio import CapacityLimiter
@@ -20,6 +21,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 
 import cancelable_deps
+import cancelable_deps.testing
 from cancelable_deps import (
     Cancelable,
     CancelableStreamingResponse,
@@ -47,14 +49,18 @@ DOCS = "".join(path.read_text() for path in [README, *PAGES] if path.name != "ap
 EXAMPLES = "".join(path.read_text() for path in (Path(__file__).parent.parent / "examples").rglob("*.py"))
 
 
-def test_all_is_what_is_there() -> None:
+MODULES = (cancelable_deps, cancelable_deps.testing)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_all_is_what_is_there(module: Any) -> None:
     there = {
         name
-        for name, value in vars(cancelable_deps).items()
+        for name, value in vars(module).items()
         if not name.startswith("_") and not isinstance(value, types.ModuleType)
     }
-    assert there == set(cancelable_deps.__all__)
-    assert cancelable_deps.__all__ == sorted(cancelable_deps.__all__)
+    assert there == set(module.__all__)
+    assert module.__all__ == sorted(module.__all__)
 
 
 @pytest.mark.parametrize("name", cancelable_deps.__all__)
@@ -70,6 +76,36 @@ def test_everything_has_a_docstring(name: str) -> None:
         assert value.__metadata__
     else:
         assert value.__doc__
+
+
+def exported_classes() -> dict[str, type]:
+    """Return the classes that the package exports, by name, and those that its `Annotated` exports stand for."""
+    values = {name: getattr(module, name) for module in MODULES for name in module.__all__}
+    meant = {name: get_args(value)[0] if hasattr(value, "__metadata__") else value for name, value in values.items()}
+    return {name: value for name, value in meant.items() if inspect.isclass(value)}
+
+
+def members_of_ours(cls: type) -> Iterator[tuple[str, Any]]:
+    """Yield the public methods and properties of a class that this package defines, inherited ones included."""
+    for name in dir(cls):
+        member = inspect.getattr_static(cls, name)
+        wrapped = getattr(member, "fget", None) or getattr(member, "__func__", member)
+        is_ours = inspect.isfunction(wrapped) and wrapped.__module__.startswith("cancelable_deps.")
+        if is_ours and not name.startswith("_"):
+            yield name, wrapped
+
+
+@pytest.mark.parametrize(
+    "cls", [pytest.param(cls, id=name) for name, cls in exported_classes().items() if any(members_of_ours(cls))]
+)
+def test_every_public_member_has_a_docstring(cls: type) -> None:
+    assert [name for name, function in members_of_ours(cls) if not function.__doc__] == []
+
+
+def test_everything_for_tests_has_a_docstring() -> None:
+    # `Outcome` is a Literal, which cannot have one.
+    values = {name: getattr(cancelable_deps.testing, name) for name in cancelable_deps.testing.__all__}
+    assert [name for name, value in values.items() if not value.__doc__ and name != "Outcome"] == []
 
 
 def test_importing_brings_no_optional_dependency() -> None:

@@ -98,7 +98,7 @@ def test_a_test_that_is_not_async_is_told(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("def test_plain(no_tasks_left): pass")
     result = pytester.runpytest_subprocess()
     result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines(["*no_tasks_left is for `async` tests, and test_plain is none*"])
+    result.stdout.fnmatch_lines(["*no_tasks_left is for `async` tests, and test_plain is not `async`*"])
 
 
 def test_a_test_case_of_unittest_is_told(pytester: pytest.Pytester) -> None:
@@ -115,7 +115,7 @@ def test_a_test_case_of_unittest_is_told(pytester: pytest.Pytester) -> None:
     )
     result = pytester.runpytest_subprocess()
     result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines(["*no_tasks_left cannot look into a unittest.TestCase: write `async with *"])
+    result.stdout.fnmatch_lines(["*no_tasks_left does not work in a unittest.TestCase: write `async with *"])
 
 
 def test_it_costs_nothing_to_those_who_do_not_use_it(pytester: pytest.Pytester) -> None:

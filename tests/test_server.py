@@ -59,34 +59,34 @@ class StreamCycle(Cycle):
 async def test_a_connection_of_its_own_is_closed() -> None:
     cycle = Cycle()
     cycle.transport.close = lambda: setattr(cycle, "disconnected", True)  # type: ignore[method-assign]
-    assert await server_of(cycle.receive, HTTP1).cut(drop=False)
+    assert await server_of(cycle.receive, HTTP1).abort(drop=False)
     assert cycle.transport.calls == []
 
 
 async def test_a_connection_is_aborted_if_it_does_not_close() -> None:
     cycle = Cycle()
-    assert await server_of(cycle.receive, HTTP1).cut(drop=True)
+    assert await server_of(cycle.receive, HTTP1).abort(drop=True)
     assert cycle.transport.calls == ["abort"]
     assert cycle.disconnected
 
 
 async def test_a_stream_is_reset_alone() -> None:
     cycle = StreamCycle()
-    assert await server_of(cycle.receive, HTTP2).cut(drop=False)
+    assert await server_of(cycle.receive, HTTP2).abort(drop=False)
     assert (cycle.resets, cycle.transport.calls, cycle.disconnected) == (1, [], True)
 
 
 async def test_a_stream_that_its_client_has_reset_is_not_reset_again() -> None:
     cycle = StreamCycle()
     cycle.disconnected = True
-    assert await server_of(cycle.receive, HTTP2).cut(drop=False)
+    assert await server_of(cycle.receive, HTTP2).abort(drop=False)
     assert cycle.resets == 0
 
 
 @pytest.mark.parametrize("module", ["uvicorn.protocols.http.zttp_h3_impl", "elsewhere"])
 async def test_a_connection_that_may_be_shared_is_left_alone(module: str) -> None:
     unknown: Any = type("Cycle", (Cycle,), {"__module__": module})()
-    assert not await server_of(unknown.receive, HTTP2).cut(drop=True)
+    assert not await server_of(unknown.receive, HTTP2).abort(drop=True)
     assert unknown.transport.calls == []
 
 
@@ -97,7 +97,7 @@ async def test_what_only_looks_like_a_server_is_left_alone() -> None:
         def __init__(self) -> None:
             self.disconnected = False
 
-    assert not await server_of(Half().receive, HTTP1).cut(drop=False)
+    assert not await server_of(Half().receive, HTTP1).abort(drop=False)
 
 
 async def ticks() -> AsyncIterator[bytes]:
@@ -126,7 +126,7 @@ async def test_an_unknown_server_is_named_once_in_the_log(
     for _ in range(2):
         await cut_stream(Cycle().receive, HTTP2)
     told = [record for record in caplog.records if record.levelno == logging.DEBUG]
-    assert [record.getMessage().partition(" is no server")[0] for record in told] == ["tests.test_server.Cycle"]
+    assert [record.getMessage().partition(" is not a server")[0] for record in told] == ["tests.test_server.Cycle"]
 
 
 async def test_a_known_server_is_not_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
@@ -143,8 +143,8 @@ async def test_a_function_for_receive_is_no_server() -> None:
 
     server = server_of(receive, HTTP1)
     server.say_again(DISCONNECT)
-    assert not await server.cut(drop=False)
-    assert not server.cuts_what_is_unfinished
+    assert not await server.abort(drop=False)
+    assert not server.aborts_unfinished_responses
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
@@ -154,7 +154,7 @@ async def test_a_queue_says_it_again(anyio_backend: str, kind: Any) -> None:
     server = server_of(queue.get, HTTP1)
     server.say_again(DISCONNECT)
     assert await queue.get() == DISCONNECT
-    assert server.cuts_what_is_unfinished
+    assert server.aborts_unfinished_responses
 
 
 @pytest.mark.parametrize("anyio_backend", ["trio"])
@@ -163,7 +163,7 @@ async def test_a_channel_says_it_again(anyio_backend: str) -> None:
     server = server_of(channel.receive, HTTP1)
     server.say_again(DISCONNECT)
     assert await channel.receive() == DISCONNECT
-    assert server.cuts_what_is_unfinished
+    assert server.aborts_unfinished_responses
     sender.close()
 
 

@@ -176,4 +176,4 @@ def test_a_client_that_stops_reading_is_told_apart_from_one_that_left(server: Se
         connection.send(request(f"{stack}/flood", key))
         connection.head()
         assert server.journal(key, "ended") == ["status:200", "cleaned up", "ended"]
-    assert "timeout: The client took nothing for 0.5 seconds" in server.log().removeprefix(before)
+    assert "timeout: The client read nothing for 0.5 seconds" in server.log().removeprefix(before)

@@ -41,7 +41,7 @@ from cancelable_deps import (
 )
 from cancelable_deps.kernel.loops.current import current_loop
 from cancelable_deps.kernel.settings import settings
-from cancelable_deps.request.drain import Drain, running_drain
+from cancelable_deps.request.shutdown import Shutdown, running_shutdown
 from cancelable_deps.testing import CancelableClient
 from tests.calls import CEILING, get, running
 from tests.leftovers import nothing_left
@@ -126,7 +126,7 @@ async def served(app: Any) -> AsyncGenerator[Any]:
     with anyio.fail_after(CEILING):
         async with nothing_left(), app.router.lifespan_context(app) as state:
             yield state
-        assert current_loop().drain is None
+        assert current_loop().shutdown is None
 
 
 async def settled(condition: Any) -> None:
@@ -137,7 +137,7 @@ async def settled(condition: Any) -> None:
 
 async def armed(count: int = 1) -> None:
     """Wait until so many requests are known to be in flight."""
-    await settled(lambda: len(running_drain().requests) == count)
+    await settled(lambda: len(running_shutdown().requests) == count)
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -169,7 +169,7 @@ async def test_one_that_is_too_young_to_be_known_is_found(door: str) -> None:
     async with served(work.app):
         async with running(work.app, f"/{door}/") as call:
             await work.started.wait()
-            assert not running_drain().requests
+            assert not running_shutdown().requests
             begin_shutdown()
         assert call.status == 503
 
@@ -222,7 +222,7 @@ async def test_after_the_grace_all_are_refused(door: str) -> None:
     work = Work(cancelation_lifespan(grace=0))
     async with served(work.app):
         begin_shutdown()
-        await settled(lambda: running_drain().refuses)
+        await settled(lambda: running_shutdown().refuses)
         assert (await get(work.app, f"/{door}/")).status == 503
         assert not work.started.is_set()
 
@@ -244,7 +244,7 @@ async def test_background_tasks_outlive_the_grace(door: str) -> None:
         async with running(work.app, f"/{door}/background") as call:
             await armed()
             begin_shutdown()
-            await settled(lambda: running_drain().refuses)
+            await settled(lambda: running_shutdown().refuses)
             await anyio.sleep(SOON)
             assert not work.cleaned_up
             work.gate.set()
@@ -275,7 +275,7 @@ async def test_background_tasks_that_are_too_young_to_be_known_are_found(monkeyp
     async with served(work.app):
         async with running(work.app, "/mw/background") as call:
             await work.started.wait()
-            assert not running_drain().requests
+            assert not running_shutdown().requests
             begin_shutdown()
         assert call.status == 200
         assert work.cleaned_up == ["background"]
@@ -324,7 +324,7 @@ async def test_a_fast_request_never_meets_the_registry(monkeypatch: pytest.Monke
     work = Work(cancelation_lifespan())
     work.gate.set()
     async with served(work.app):
-        monkeypatch.setattr(running_drain().in_flight, "add", None)
+        monkeypatch.setattr(running_shutdown().in_flight, "add", None)
         for door in DOORS:
             assert (await get(work.app, f"/{door}/")).status == 200
 
@@ -336,7 +336,7 @@ async def test_a_request_that_is_over_has_left_the_registry(door: str) -> None:
         async with running(work.app, f"/{door}/"):
             await armed()
             work.gate.set()
-        assert not running_drain().requests
+        assert not running_shutdown().requests
 
 
 async def test_between_two_blocks_a_request_is_still_known() -> None:
@@ -469,7 +469,7 @@ async def test_a_lifespan_that_is_cancelled_waits_for_nobody() -> None:
                 scope.cancel()
                 await anyio.lowlevel.checkpoint()
         assert scope.cancelled_caught
-        assert current_loop().drain is None
+        assert current_loop().shutdown is None
         work.gate.set()
 
 
@@ -485,7 +485,7 @@ async def test_a_lifespan_that_fails_leaves_nothing() -> None:
             async with served(FastAPI(lifespan=cancelation_lifespan(broken))):
                 pass
         assert signal.getsignal(signal.SIGTERM) is before
-        assert current_loop().drain is None
+        assert current_loop().shutdown is None
     assert not received
 
 
@@ -616,7 +616,7 @@ async def test_a_handler_put_on_top_of_ours_stays_and_still_reaches_the_first() 
 
 async def test_after_the_lifespan_a_handler_that_stays_tells_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    monkeypatch.setattr(Drain, "begin_from_thread", lambda drain, message: told.append(message))
+    monkeypatch.setattr(Shutdown, "begin_from_thread", lambda shutdown, message: told.append(message))
     with handled() as received:
         async with cancelation_lifespan()(None):
             ours: Any = signal.getsignal(signal.SIGTERM)
@@ -649,7 +649,7 @@ async def test_lifespans_that_end_in_any_order_put_every_handler_back(
     order: tuple[int, ...], failing: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
-    monkeypatch.setattr(Drain, "begin_from_thread", lambda drain, message: told.append(message))
+    monkeypatch.setattr(Shutdown, "begin_from_thread", lambda shutdown, message: told.append(message))
     with handled() as received:
         lifespans = [own_lifespan(fails=number == failing)(None) for number in range(3)]
         for lifespan in lifespans:
@@ -770,7 +770,7 @@ async def test_in_a_thread_that_cannot_take_signals_only_an_order_counts(anyio_b
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 async def test_a_forked_child_does_what_it_did_without_us(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    monkeypatch.setattr(Drain, "begin_from_thread", lambda drain, message: told.append(message))
+    monkeypatch.setattr(Shutdown, "begin_from_thread", lambda shutdown, message: told.append(message))
     with handled() as received:
         async with served(Work(cancelation_lifespan()).app):
             child = os.fork()

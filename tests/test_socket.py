@@ -250,7 +250,7 @@ async def test_connection_parameter() -> None:
 
 
 def test_plain_function_is_refused() -> None:
-    with pytest.raises(TypeError, match="is awaited: make it `async def`"):
+    with pytest.raises(TypeError, match="must be awaitable: make it `async def`"):
 
         @with_cancelation
         def endpoint(websocket: WebSocket) -> None: ...

@@ -151,7 +151,7 @@ async def test_a_client_that_stops_reading_is_timed_out_and_has_not_left(door: s
                 call.stop_reading(after=1)
     assert body.journal[-1] == "cleaned up"
     error = raised.value
-    assert "took nothing for 0.05 seconds" in f"{error} {error.__cause__} {error.__context__}"
+    assert "read nothing for 0.05 seconds" in f"{error} {error.__cause__} {error.__context__}"
 
 
 @pytest.mark.parametrize("limit", ["timeout", "gap_timeout"])
@@ -429,7 +429,7 @@ async def test_a_client_that_stops_reading_is_no_disconnect(caplog: pytest.LogCa
     async with running(app_for("none", Body(chunks=2), send_timeout=0.05), raise_app_exceptions=False) as call:
         call.stop_reading(after=1)
     (line,) = [record.getMessage() for record in caplog.records if record.name == "cancelable_deps"]
-    assert line.endswith("timeout: The client took nothing for 0.05 seconds")
+    assert line.endswith("timeout: The client read nothing for 0.05 seconds")
 
 
 async def test_a_client_that_leaves_before_the_empty_end_is_no_error() -> None:

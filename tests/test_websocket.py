@@ -293,7 +293,7 @@ async def test_wrong_use(options: dict[str, Any], error: type[Exception]) -> Non
         await socket.accept()
     async with socket:
         pass
-    with pytest.raises(RuntimeError, match="one block"):
+    with pytest.raises(RuntimeError, match="can be entered once"):
         async with socket:
             pass
 

@@ -140,7 +140,7 @@ async def _settle(
     receive: Receive,
     send: Send,
 ) -> None:
-    """Answer the request, leave a response that has started to be cut, or raise what is not ours."""
+    """Answer the request, leave a response that has started to be aborted, or raise what is not ours."""
     state.note_disconnect()
     outcome = lost_stream(outcome, watch, state)
     error = error_of(outcome, state)
@@ -153,7 +153,7 @@ async def _settle(
             await answer(error, scope, receive, send)
         elif not watch.is_complete:
             # A ``BaseHTTPMiddleware`` would send a last chunk, as if the response were whole.
-            state.is_cut = True
-            state.cut_by = error
+            state.is_aborted = True
+            state.aborted_by = error
     finally:
         del outcome, error  # Their tracebacks know this frame: cycles, as long as this frame knows them.

@@ -1,4 +1,4 @@
-"""``@with_cancelation``: the whole handler is covered, and its signature stays."""
+"""``@with_cancelation``, which covers a whole handler and keeps its signature."""
 
 from __future__ import annotations
 
@@ -95,50 +95,53 @@ def with_cancelation(
     abandon_thread: bool = False,
     policy: str | TimeoutPolicy | None = None,
 ) -> Any:
-    """Stop this handler when nobody needs its result, and answer with the status of the reason.
+    """Stop a handler when its client leaves or its time is up, and answer with the status of the reason.
 
-    Put it *below* the route decorator::
+    Put it *below* the route decorator:
 
-        @app.get("/report")
-        @with_cancelation(timeout=30)
-        async def report() -> Report: ...
+    ```python
+    @app.get("/report")
+    @with_cancelation(timeout=30)
+    async def report() -> Report: ...
+    ```
 
-    The handler is cancelled at the ``await`` where it stands, as by a `Cancelable`, which is `current_cancelable()`
-    inside. A handler that finishes anyway has finished: its result is the response. An ``HTTPException`` from anywhere
-    below, a task group included, arrives as itself. Called without a request (your own test, a script), the handler runs
-    with the timeout alone.
+    The handler is cancelled at the ``await`` where it stands, as by a `Cancelable`, which `current_cancelable()` returns
+    inside. If the handler returns all the same, its result is the response. An ``HTTPException`` from inside, also out of
+    a task group, is answered as usual. If the handler is called without a request (by a test or a script), only the
+    timeout applies.
 
-    Of a generator endpoint (with ``yield``), the generator is covered from its first step to its last, in one task of
-    ours, and may hold what it likes across its ``yield``. Its response has started by then: it is cut, or as an event
-    stream ends with ``event: cancelled``. A plain ``def`` generator makes each item in a worker thread; it is stopped
-    between two items, by being closed, or where it calls ``check()``, and is an async generator for those who call it
-    themselves.
+    A generator endpoint (with ``yield``) is covered from its first step to its last. It runs in one task of its own, and
+    may hold blocks and task groups across its ``yield``. Its response has started by then: when the generator is stopped,
+    the response is aborted, so that the client sees that it is incomplete; an event stream ends with ``event: cancelled``.
+    A plain ``def`` generator makes each item in a worker thread. It is stopped between two items, when it is closed, or
+    where it calls ``check()``. For your own code it becomes an async generator.
 
-    On a WebSocket route a client that drops while the handler is busy stops it; one that leaves while the handler
-    waits for its message is told by ``WebSocketDisconnect``, as ever. A stop for another reason closes with the close
-    code of the reason and its message as the text; before ``accept`` it refuses the handshake with the status.
+    On a WebSocket route the handler is cancelled if the client leaves while the handler is busy. If it leaves while the
+    handler waits for a message, the handler gets ``WebSocketDisconnect``, as without the decorator. A handler that is
+    stopped for another reason closes the WebSocket with the close code of the reason and its message as the close reason;
+    before ``accept`` it refuses the handshake with the status.
 
-    A plain ``def`` handler runs in a worker thread, as without the decorator, and becomes an ``async`` one for those who
-    call it themselves: ``await report()``, while ``report()`` alone has not begun. (FastAPI is one of them, and therefore
-    validates its result in the event loop.) Nothing can interrupt a thread: it is stopped where it calls
-    ``current_cancelable().check()``, and the response waits for it. While it waits for a free thread it can be cancelled
-    at once.
+    A plain ``def`` handler runs in a worker thread, as without the decorator. For your own code it becomes ``async``:
+    call it by ``await report()``. FastAPI calls it like that, too, and therefore validates its result in the event loop.
+    A thread cannot be interrupted: the handler is stopped where it calls ``current_cancelable().check()``, and the
+    response waits for that. While it waits for a free thread it can be cancelled at once.
 
-    Other decorators may stand above and below. They find the signature, the type hints and the defaults of the handler,
-    and are called with its arguments alone: the request comes to us beside them. What a decorator above answers itself
-    (a cache, a limiter) never comes to us. What stands in for a dependency by ``app.dependency_overrides`` is told no
-    request, unless it has a parameter for it.
+    Other decorators may stand above and below. They see the signature, the type hints and the defaults of the handler,
+    and are called with its arguments alone. If a decorator above answers a request itself (a cache, a limiter), this one
+    is not called. A decorated function in ``app.dependency_overrides`` gets the request only if it has a parameter for
+    it.
 
-    :param timeout: seconds from the handler's start, of a WebSocket in all, for a ``def`` one the waiting for a thread
-        included. It replaces the default of the middleware or route class; ``None`` switches that off for this route.
-    :param status_codes: other statuses for some reasons, as ``{CancelationReason.TIMEOUT: 503}``.
-    :param on_cancel: called with the `Cancelable`, as by `Cancelable.on_cancel`.
-    :param cleanup_grace: seconds that the handler's cleanup may await undisturbed; the default is that of `configure`.
-    :param abandon_thread: for a ``def`` handler: send the response of the reason at once, and leave the thread alone. It
-        keeps its place among the threads until it has ended; what it returns is dropped, what it raises is logged.
-    :param policy: a `TimeoutPolicy`, or the name of one of the middleware's, in place of ``timeout``.
-    :raises TypeError: when the app is built, for what is no endpoint.
-    :raises ValueError: when the app is built, for limits or statuses that make no sense.
+    :param timeout: seconds from the handler's start; for a ``def`` handler including the wait for a thread, for a
+        WebSocket the whole conversation. It replaces the default of the middleware or route class; ``None`` switches that
+        off for this route.
+    :param status_codes: other statuses for some reasons, such as ``{CancelationReason.TIMEOUT: 503}``.
+    :param on_cancel: a function that is called with the `Cancelable`, as by `Cancelable.on_cancel`.
+    :param cleanup_grace: the seconds that the handler's cleanup may await undisturbed; the default is that of `configure`.
+    :param abandon_thread: for a ``def`` handler: send the response at once, and do not wait for the thread. The thread
+        keeps its place in the pool until it has ended. Its result is dropped; an exception that it raises is logged.
+    :param policy: a `TimeoutPolicy`, or the name of a policy of the middleware, in place of ``timeout``.
+    :raises TypeError: when the app is built, if the decorated object is not an endpoint, or an option has a wrong type.
+    :raises ValueError: when the app is built, if a limit is negative or NaN, or a status is outside 400 to 599.
     """
     options = Options(timeout, status_codes, on_cancel, cleanup_grace, abandon_thread, policy)
     if endpoint is None:

@@ -1,4 +1,4 @@
-"""Handles: what a route receives by ``Annotated`` dependency, and the same for use without ``Depends``."""
+"""Handles: the objects that a route receives by ``Annotated`` dependencies, and functions for use without ``Depends``."""
 
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
@@ -22,40 +22,44 @@ from ..request.state import Listening, RequestState
 
 @final
 class RequestCancellationEvent:
-    """Whether, and why, the request should stop, for a handler that chooses its own stopping point.
+    """An event that is set when the request should stop, for a handler that chooses its own stopping point.
 
-    It is set by the client's leaving and by whatever stops the whole request (the timeout of the decorator, route class
-    or middleware), never by a response that simply ended. Nothing is cancelled through it.
+    It is set when the client leaves, and when the whole request is stopped (by the timeout of the decorator, route class
+    or middleware). The normal end of a response does not set it. The event itself cancels nothing.
     """
 
     def __init__(self, state: RequestState) -> None:
         self._state = state
 
     def is_set(self) -> bool:
-        """Ask as often as you like: it reads one attribute. The event loop must have had a turn to notice anything."""
+        """Return whether the event is set. The call is cheap; the event loop must run in between to notice a disconnect."""
         return self._state.cause is not None
 
     async def wait(self) -> CancelationReason:
-        """Wait until it is set, and return the reason. When the handler returns, listening ends."""
+        """Wait until the event is set, and return the reason.
+
+        Listening ends when the handler returns.
+        """
         return await self._state.token.wait()
 
     @property
     def reason(self) -> CancelationReason | None:
-        """Why; ``None`` while it is not set."""
+        """The reason for which the request should stop; ``None`` while the event is not set."""
         cause = self._state.cause
         return None if cause is None else cause.reason
 
     @property
     def message(self) -> str | None:
-        """What was given to ``cancel()``, or says which limit was passed."""
+        """The message of the cancellation: that given to ``cancel()``, or one that names the limit that was exceeded."""
         cause = self._state.cause
         return None if cause is None else cause.message
 
 
 async def cancelable_dependency(request: HTTPConnection) -> Cancelable:
-    """A `Cancelable` that the client's leaving stops. Enter it: ``async with cancel:``; leaving a stopped block raises.
+    """Provide a `Cancelable` that is cancelled when the client leaves. Enter it: ``async with cancel:``.
 
-    Each use in a signature gets its own through `RequestCancelable`; all stop with the same request.
+    Leaving a cancelled block raises the `CancelationError`. By way of `RequestCancelable` each use in a signature gets a
+    `Cancelable` of its own; all are cancelled with the same request.
     """
     state = connection_state(request, with_handler=True)
     return cancelable_of(new_block(state))
@@ -68,10 +72,15 @@ async def cancelable_dependency(request: HTTPConnection) -> Cancelable:
 def cancelable_with_timeout(
     timeout: float | timedelta, *, cleanup_grace: float | None = None
 ) -> Callable[[HTTPConnection], Awaitable[Cancelable]]:
-    """A dependency for ``Annotated[Cancelable, Depends(cancelable_with_timeout(30))]``: as `cancelable_dependency`,
-    stopped ``timeout`` seconds after it is entered as well. It replaces the default timeout of the middleware.
+    """Return a dependency like `cancelable_dependency` whose block has a timeout.
 
-    :raises ValueError: for a timeout that is negative or NaN, :exc:`TypeError` for one that is no number.
+    Use it as ``Annotated[Cancelable, Depends(cancelable_with_timeout(30))]``. The timeout counts from entering the block,
+    and replaces the default timeout of the middleware or route class.
+
+    :param timeout: the limit in seconds, or a ``timedelta``.
+    :param cleanup_grace: the seconds that cleanup may await undisturbed; the default is that of `configure`.
+    :raises TypeError: if ``timeout`` or ``cleanup_grace`` is not a number.
+    :raises ValueError: if one of them is negative or NaN.
     """
     limit = seconds(timeout, "timeout")
     grace = None if cleanup_grace is None else seconds(cleanup_grace, "cleanup_grace")
@@ -89,10 +98,14 @@ def cancelable_with_timeout(
     'Depends(timeout_policy("report")).'
 )
 def timeout_policy(policy: str | TimeoutPolicy) -> Callable[[HTTPConnection], Awaitable[None]]:
-    """A dependency that chooses a policy: ``dependencies=[Depends(timeout_policy("report"))]`` of a route or router.
+    """Return a dependency that chooses a policy: ``dependencies=[Depends(timeout_policy("report"))]`` of a route or router.
 
-    It replaces the default of the middleware or route class, and counts from the request's arrival there. A WebSocket
-    has no default, and is left alone; give it a policy by `with_cancelation`.
+    The policy replaces the default timeout of the middleware or route class, and counts from the request's arrival there.
+    A WebSocket has no default, so this dependency does nothing for it; use ``with_cancelation(policy=...)`` there.
+
+    :param policy: a `TimeoutPolicy`, or the name of a policy of the middleware.
+        An application with the middleware fails to start if a name is unknown.
+    :raises TypeError: if ``policy`` is neither.
     """
     if not isinstance(policy, str | TimeoutPolicy):
         raise TypeError(f"timeout_policy takes the name of a policy or a TimeoutPolicy, not {policy!r}")
@@ -108,19 +121,22 @@ def timeout_policy(policy: str | TimeoutPolicy) -> Callable[[HTTPConnection], Aw
 
 
 async def no_timeout(request: HTTPConnection) -> None:
-    """A dependency that switches the default timeout off: ``dependencies=[Depends(no_timeout)]``."""
+    """Switch the default timeout of the middleware or route class off: ``dependencies=[Depends(no_timeout)]``."""
     connection_state(request, with_handler=True).lift_default()
 
 
 async def request_task_group(request: HTTPConnection) -> Callable[[], AbstractAsyncContextManager[TaskGroup]]:
-    """A function that makes a task group of this request: ``async with get_task_group() as tg:``."""
+    """Provide a function that makes a task group of this request: ``async with get_task_group() as tg:``.
+
+    `create_request_task_group` says how such a group is cancelled.
+    """
     return partial(_task_group, connection_state(request, with_handler=True))
 
 
 async def cancellation(request: HTTPConnection) -> RequestCancellationEvent:
-    """An event that is set when the request should stop. Listening starts now and ends when the handler returns.
+    """Provide an event that is set when the request should stop; listening ends when the handler returns.
 
-    It stops nothing itself; a decorator, route class or middleware around the handler does all the same.
+    The event cancels nothing itself. A decorator, route class or middleware around the handler still does.
     """
     state = connection_state(request, with_handler=True)
     event = RequestCancellationEvent(state)
@@ -129,39 +145,43 @@ async def cancellation(request: HTTPConnection) -> RequestCancellationEvent:
 
 
 RequestCancelable = Annotated[Cancelable, Depends(cancelable_dependency, use_cache=False)]
-"""``async with cancel:`` in the handler: a block that the client's leaving stops."""
+"""A parameter's type that gives a handler a `Cancelable`: ``async with cancel:`` stops when the client leaves."""
 
 RequestTaskGroup = Annotated[
     Callable[[], AbstractAsyncContextManager[TaskGroup]], Depends(request_task_group, use_cache=False)
 ]
-"""``async with get_task_group() as tg:`` in the handler: an anyio task group that is cancelled with the request."""
+"""A parameter's type that gives a handler a function for task groups: ``async with get_task_group() as tg:``.
+
+The anyio task group is cancelled with the request.
+"""
 
 CancellationEvent = Annotated[RequestCancellationEvent, Depends(cancellation)]
-"""``event.is_set()`` and ``await event.wait()`` in the handler, which stops where it likes."""
+"""A parameter's type that gives a handler an event, to stop where it likes: ``event.is_set()``, ``await event.wait()``."""
 
 
 def create_request_task_group(request: HTTPConnection) -> AbstractAsyncContextManager[TaskGroup]:
-    """A task group whose tasks are cancelled when the client leaves; for use without ``Depends``, Starlette included.
+    """Return a task group whose tasks are cancelled when the client leaves; for use without ``Depends``, as in Starlette.
 
-    Listening ends with the group. The children are cancelled politely, each with its own grace for its cleanup. A
-    child's ``HTTPException`` arrives as itself; leaving a group that we cancelled raises the `CancelationError`.
+    Listening ends with the group. Each child has its own grace in which its cleanup may await undisturbed. A child's
+    ``HTTPException`` is raised as itself, and not in an ``ExceptionGroup``. Leaving a group that was cancelled with the
+    request raises the `CancelationError`.
     """
     return _task_group(connection_state(request, with_handler=True))
 
 
 async def wait_for_disconnect(request: HTTPConnection) -> None:
-    """Return when the client has left; for use without ``Depends``, Starlette included.
+    """Wait until the client has left; for use without ``Depends``, as in Starlette.
 
-    Listening starts at once, and ends when this returns or is cancelled. What is read meanwhile is replayed to
-    ``request.body()``. Call it while the handler runs: a server also reports a client as gone when it has its response.
+    Listening starts at once, and ends when this returns or is cancelled. A body that is read meanwhile is replayed to
+    ``request.body()``. Call this while the handler runs, because servers also report a disconnect after a response.
 
-    :raises RuntimeError: after the handler has returned.
+    :raises RuntimeError: if the handler has returned.
     """
     state = connection_state(request, with_handler=True)
     if state.is_closed:
         raise RuntimeError(
-            "wait_for_disconnect() was called after the handler had returned: by now the server reports every client "
-            "as gone. Call it inside the handler."
+            "wait_for_disconnect() was called after the handler had returned: servers then report a disconnect for every "
+            "client. Call it inside the handler."
         )
     waiting = Listening()
     state.watch(waiting)

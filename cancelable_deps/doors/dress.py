@@ -1,4 +1,4 @@
-"""What makes a wrapper the function that it wraps, for whoever looks at it: decorators, FastAPI, pickle, type hints."""
+"""Make a wrapper look like the function that it wraps: to decorators, FastAPI, pickle and type hints."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ if sys.version_info >= (3, 14):
 
 
 def signature_of(function: Any) -> inspect.Signature:
-    """The signature, with annotations as they are written."""
+    """Return the signature of ``function``, with its annotations as they are written."""
     if sys.version_info >= (3, 14):
-        # Those that cannot be evaluated yet, or never, stay what they are: names.
+        # Annotations that cannot be evaluated yet, or never, stay names.
         return inspect.signature(function, annotation_format=Format.FORWARDREF)
     return inspect.signature(function)
 
 
 def what_runs(endpoint: Any) -> Any:
+    """Return the function that runs when ``endpoint`` is called, without partials and wrappers."""
     function = innermost(endpoint)
     return function if inspect.isroutine(function) else type(function).__call__
 
 
 def innermost(function: Any) -> Any:
-    """What is left when all partials and wrappers are taken off."""
+    """Return the callable that all partials and wrappers around it lead to."""
     while isinstance(function, functools.partial) or hasattr(function, "__wrapped__"):
         function = function.func if isinstance(function, functools.partial) else function.__wrapped__
     return function
 
 
 def dressed(wrapper: Any, endpoint: Any, unguarded: Any, *, is_generator: bool = False) -> Any:
-    """``wrapper`` as a function that is ``endpoint`` in all that can be asked of it.
+    """Return ``wrapper`` as a function that has the name, signature, defaults, module and type hints of ``endpoint``.
 
-    :param wrapper: finds what it needs in its closure, for its module will be that of the endpoint.
-    :param unguarded: gives what ``endpoint`` gives, in the way in which ``wrapper`` gives it.
-    :param is_generator: whether that is an async iterator, and not an awaitable.
+    :param wrapper: a function that needs no globals of its own module, because it gets those of the endpoint's.
+    :param unguarded: a function that gives the result of ``endpoint`` in the form in which ``wrapper`` gives it.
+    :param is_generator: whether the result is an asynchronous iterator, and not an awaitable.
     """
     result = _in_its_module(wrapper, endpoint)
     signature = signature_of(endpoint)
@@ -45,25 +46,25 @@ def dressed(wrapper: Any, endpoint: Any, unguarded: Any, *, is_generator: bool =
     is_kind = inspect.isasyncgenfunction if is_generator else inspect.iscoroutinefunction
     end = inspect.unwrap(endpoint)
     if not (inspect.isroutine(end) and is_kind(end)):
-        # FastAPI takes a decorated function for what is at the end of its `__wrapped__`. A `def` would be called in a
-        # thread; a partial or a callable object has no hints.
+        # FastAPI judges a decorated function by the end of its `__wrapped__` chain. If that were a `def`, FastAPI would
+        # call the wrapper in a thread; if it were a partial or a callable object, it would find no type hints.
         result.__wrapped__ = _twin(endpoint, signature, unguarded, is_generator)
     return result
 
 
 def _in_its_module(function: Any, endpoint: Any) -> Any:
-    # FastAPI before 0.124, and others, evaluate annotations among the globals of what they are given.
+    # FastAPI before 0.124, and other libraries, evaluate annotations with the globals of the function that they get.
     namespace = getattr(what_runs(endpoint), "__globals__", function.__globals__)
     return FunctionType(function.__code__, namespace, function.__name__, None, function.__closure__)
 
 
 def _look_like(function: Any, endpoint: Any, signature: inspect.Signature) -> None:
     functools.update_wrapper(function, endpoint)
-    # Without effect, for the parameters of a wrapper are `*args, **kwargs`.
+    # For those who read them. They have no effect on calls, because the parameters of a wrapper are `*args, **kwargs`.
     function.__defaults__ = getattr(endpoint, "__defaults__", None)
     function.__kwdefaults__ = getattr(endpoint, "__kwdefaults__", None)
     if not inspect.isroutine(endpoint):
-        # As FastAPI names a partial or a callable object, which has no name of its own.
+        # The name that FastAPI uses for a partial or a callable object, which has no name of its own.
         function.__name__ = getattr(endpoint, "__name__", type(endpoint).__name__)
         function.__qualname__ = getattr(endpoint, "__qualname__", function.__name__)
         function.__annotations__ = _annotations(signature)
@@ -76,10 +77,10 @@ def _annotations(signature: inspect.Signature) -> dict[str, Any]:
 
 
 def _twin(endpoint: Any, signature: inspect.Signature, unguarded: Any, is_generator: bool) -> Any:
-    """An ``async def`` with the parameters of ``endpoint`` that does what ``unguarded`` does.
+    """Return an ``async def`` with the parameters of ``endpoint`` that does what ``unguarded`` does.
 
-    Made of source, for nothing else has a signature of its own: one that is attached keeps its annotations as strings,
-    and those who look at the code see others.
+    It is compiled from source, because only then has the code itself these parameters. A signature that is attached as
+    ``__signature__`` keeps annotations as strings, and a library that reads the code object sees other parameters.
     """
     parameters = signature.parameters.values()
     namespace: dict[str, Any] = {}
@@ -93,7 +94,7 @@ def _twin(endpoint: Any, signature: inspect.Signature, unguarded: Any, is_genera
     twin.__defaults__ = tuple(p.default for p in given if p.kind is not keyword_only) or None
     twin.__kwdefaults__ = {p.name: p.default for p in given if p.kind is keyword_only} or None
     original = getattr(what_runs(endpoint), "__code__", twin.__code__)
-    # Error messages of FastAPI name the lines of the endpoint.
+    # So that error messages of FastAPI name the file and line of the endpoint.
     twin.__code__ = twin.__code__.replace(co_filename=original.co_filename, co_firstlineno=original.co_firstlineno)
     return twin
 
@@ -123,7 +124,7 @@ def _argument(parameter: inspect.Parameter) -> str:
 
 
 def _parameter_list(parameters: list[inspect.Parameter]) -> str:
-    # Of a signature, with the defaults to be replaced by the real ones.
+    # A signature prints its parameters as source. The defaults are replaced by the real ones later.
     bare = [
         parameter.replace(
             annotation=parameter.empty, default=parameter.empty if parameter.default is parameter.empty else None

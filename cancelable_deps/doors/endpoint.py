@@ -1,4 +1,4 @@
-"""What an endpoint is: whether it is ``async`` or a generator, and where it finds the request that it is called for."""
+"""The kinds of endpoints: whether one is ``async`` or a generator, and where it finds the request it is called for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .dress import innermost, signature_of, what_runs
 
 
 class RequestFinder(Target):
-    """Finds the request that an endpoint is called for: among its arguments, or where FastAPI tells it."""
+    """A callable that returns the request that an endpoint is called for: from its arguments, or from FastAPI."""
 
     def __init__(self, endpoint: Any) -> None:
         signature = signature_of(endpoint)
@@ -31,7 +31,7 @@ class RequestFinder(Target):
         self.index = None if self.own is None else names.index(self.own)
 
     def be_given_the_request(self, guarded: Any) -> None:
-        """``guarded`` is the function that will ask."""
+        """Register ``guarded``, the decorated function, so that FastAPI passes it the request."""
         self.function = guarded
         self.has_own = self.own is not None
         setattr(guarded, TARGET_ATTRIBUTE, self)
@@ -61,14 +61,15 @@ def _with_request(signature: inspect.Signature) -> inspect.Signature:
 
 
 def _first_of(args: tuple[Any, ...]) -> Any:
-    """Starlette gives an endpoint its request alone, whatever the parameter is called."""
+    """Return a request among the first two arguments: Starlette passes it alone, whatever the parameter's name is."""
     return next((given for given in args[:2] if isinstance(given, HTTPConnection)), None)
 
 
 def _starlettes_own(signature: inspect.Signature) -> str | None:
-    """The request of ``async def endpoint(request)`` or ``on_receive(self, websocket, data)``.
+    """Return the name of the request's parameter in ``endpoint(request)`` or ``on_receive(self, websocket, data)``.
 
-    Starlette allows it to have no annotation. To FastAPI, which knows no ``self``, it would be a query parameter.
+    Starlette allows it to have no annotation. FastAPI, which does not call methods with ``self``, would take it for a
+    query parameter.
     """
     names = [name for name in signature.parameters if name != "self"]
     is_method = len(names) < len(signature.parameters)
@@ -78,11 +79,11 @@ def _starlettes_own(signature: inspect.Signature) -> str | None:
 
 
 def refuse_what_cannot_be_covered(endpoint: Any) -> None:
-    """Raise an error that says how to do it right, for what is no endpoint."""
+    """Raise a ``TypeError`` that says how to do it right, if ``endpoint`` is not an endpoint."""
     if inspect.isclass(endpoint) or not callable(endpoint):
         raise TypeError(
-            f"@with_cancelation takes an endpoint (a function), not {endpoint!r}. It stands below the route decorator, "
-            "directly above the function; its options have names: @with_cancelation(timeout=30)."
+            f"@with_cancelation takes an endpoint (a function), not {endpoint!r}. Put it below the route decorator, "
+            "directly above the function, and pass its options by name: @with_cancelation(timeout=30)."
         )
     function = what_runs(endpoint)
     if {"scope", "receive", "send"} <= set(inspect.signature(function).parameters):
@@ -92,22 +93,22 @@ def refuse_what_cannot_be_covered(endpoint: Any) -> None:
         )
     if yields(endpoint):
         if not HAS_GENERATORS:
-            raise TypeError(f"{name_of(endpoint)}() is a generator: as endpoints, FastAPI has these since 0.135")
+            raise TypeError(f"{name_of(endpoint)}() is a generator, which FastAPI accepts as an endpoint since 0.135")
         return
     if not is_async(endpoint) and any(_is_a(kind, WebSocket) for kind in RequestFinder(endpoint).annotations.values()):
         raise TypeError(
-            f"{name_of(endpoint)}() is a plain `def`, and a WebSocket endpoint is awaited: make it `async def`."
+            f"{name_of(endpoint)}() is a plain `def`, and a WebSocket endpoint must be awaitable: make it `async def`."
         )
 
 
 def yields(endpoint: Any) -> bool:
-    """Return whether it is a generator, or wraps one."""
+    """Return whether ``endpoint`` is a generator function, or wraps one."""
     function = what_runs(endpoint)
     return inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function)
 
 
 def is_async(endpoint: Any) -> bool:
-    """Return whether it or, as FastAPI looks at it, what it wraps is ``async def``."""
+    """Return whether FastAPI awaits ``endpoint``: whether it is ``async def``, or wraps such a function."""
     if inspect.iscoroutinefunction(what_runs(endpoint)):
         return True
     while isinstance(endpoint, functools.partial):

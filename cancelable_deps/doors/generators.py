@@ -1,4 +1,4 @@
-"""A generator that runs in one task from its first step to its last, whoever asks it for its items."""
+"""Generators that run in one task from their first step to their last, whichever tasks ask for the items."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..kernel.errors import CancelationError
 from ..kernel.foreign import EXITS, SENDING, ThisTask, as_failure, call_in_thread
 from ..kernel.reasons import CancelationReason
 from ..kernel.unwrap import raise_as_it_is
-from ..request.cut import cut_at_once
+from ..request.abort import abort_at_once
 from ..request.sse import reason_and_message
 
 if TYPE_CHECKING:
@@ -40,10 +40,12 @@ async def feed(
     blocks: tuple[Block, ...],
     step: Callable[[Awaitable[Any]], Awaitable[Any]],
 ) -> None:
-    """Give all items of ``iterator`` to ``sink``; what interrupts the sink arrives at the iterator's ``yield``.
+    """Pass all items of ``iterator`` to ``sink``; throw an exception of the sink into the iterator, at its ``yield``.
 
-    So a generator may hold ``async with``, scopes and task groups across its ``yield``. Each of its steps is awaited
-    through ``step``. It dies of a cancellation that is not this task's as of any other exception.
+    So a generator may hold ``async with``, scopes and task groups across its ``yield``. A cancellation that does not
+    belong to this task is an ordinary failure of the iterator or the sink.
+
+    :param step: awaits each step of the iterator.
     """
     this_task = ThisTask()
     try:
@@ -58,7 +60,7 @@ async def feed(
     except StopAsyncIteration:
         pass
     except BaseException as exc:
-        # One that a thread has raised who asked whether it is cancelled: the block makes its own error of it.
+        # A thread that asked whether it is cancelled has raised it: the block makes its own error of it.
         is_ours = isinstance(exc, CancelledError) and any(block.cause is not None for block in blocks)
         raise_as_it_is(exc if is_ours else _told(exc, this_task, _WORK))
 
@@ -76,13 +78,13 @@ async def _throw(iterator: Any, exc: BaseException, blocks: tuple[Block, ...], s
     except StopAsyncIteration:
         for block in blocks:
             if block.cause is not None:
-                # The generator made its peace with it, but a part of the stream is missing.
+                # The generator has swallowed the cancellation, but a part of the stream is missing.
                 raise block.cause.error() from None
         raise
 
 
 async def close(iterator: Any) -> None:
-    """A generator that an exception has left is closed already; this one has not begun, or is no generator."""
+    """Close an iterator that can be closed; harmless for one that has ended."""
     aclose = getattr(iterator, "aclose", None)
     if aclose is None:
         return
@@ -94,10 +96,10 @@ async def close(iterator: Any) -> None:
 
 
 class ThreadedGenerator:
-    """The items of a plain iterable, each made in a worker thread, which is waited for.
+    """An asynchronous iterator over a plain iterable, which makes each item in a worker thread and waits for the thread.
 
-    It stops between two items: a generator is closed then, in a thread as well, and finds a `GeneratorExit` at its
-    ``yield``. No exception of the event loop is thrown into it.
+    It stops between two items. A generator is then closed, in a thread as well: `GeneratorExit` is raised at its
+    ``yield``. No other exception is thrown into it.
     """
 
     _iterator: Any = None
@@ -118,14 +120,14 @@ class ThreadedGenerator:
         if self._iterator is None:
             self._iterator = iter(self._items)
         try:
-            # A StopIteration cannot leave a thread by way of a future.
+            # A StopIteration cannot leave a thread, because a future does not accept it.
             return next(self._iterator, _END)
         except StopAsyncIteration as exc:
-            # Whoever asks for the items would take it for their end.
+            # The consumer would take it for the end of the items.
             raise RuntimeError(f"{_WORK} raised StopAsyncIteration") from exc
 
     async def aclose(self) -> None:
-        # Of what has no close(), and of a list, there is nothing to end.
+        # Only generators and files, for example, have a close().
         end = getattr(self._items if self._iterator is None else self._iterator, "close", None)
         if end is not None:
             with anyio.CancelScope(shield=True):
@@ -133,11 +135,11 @@ class ThreadedGenerator:
 
 
 class GuardedGenerator:
-    """The items of ``iterator``, which runs inside ``block`` in a task of ours.
+    """An asynchronous iterator over ``iterator``, which runs inside ``block`` in a task of ours.
 
-    FastAPI asks for the items of an endpoint in a task that may end before the generator has; a block that was open
-    across a ``yield`` would then be closed in another one. Whoever is cancelled while asking, or closes us, stops the
-    generator and waits for its cleanup.
+    FastAPI asks for the items of an endpoint in a task that may end before the generator has. A block that is open across
+    a ``yield`` would then be closed in another task. If the consumer is cancelled while it asks for an item, or calls
+    ``aclose()``, the generator is stopped, and its cleanup waited for.
     """
 
     _worker: Worker | None = None
@@ -164,7 +166,7 @@ class GuardedGenerator:
             await self._stopped()
             error = self._error
             if error is not None and not isinstance(error, EXITS):
-                # Of our own task, if somebody has cancelled that: this one is to go on, and to know.
+                # If another task has cancelled our task, the consumer is not cancelled: it gets a failure.
                 error = as_failure(error, _WORK)
             return await self._end(error)
         except BaseException:
@@ -193,7 +195,7 @@ class GuardedGenerator:
                 await self._worker.join()
 
     async def _end(self, error: BaseException | None) -> Any:
-        """What the one who asks for more gets when there is none."""
+        """Answer ``__anext__`` after the last item: stop, or raise the exception that has stopped the generator."""
         if error is None:
             raise StopAsyncIteration
         raise_as_it_is(error)
@@ -211,7 +213,7 @@ class GuardedGenerator:
             self._error = exc
             if self._is_over or not isinstance(exc, EXITS):
                 raise
-            # Whoever asks for the items gets it: in their task it ends the process, and in ours on trio the loop alone.
+            # The consumer raises it: in its task it ends the process, in ours, on trio, only the loop.
         finally:
             self._to_consumer.close()
             self._produced()
@@ -220,7 +222,7 @@ class GuardedGenerator:
 
 
 class EndpointGenerator(GuardedGenerator):
-    """That of a FastAPI endpoint, whose response has started before the first item is there."""
+    """The generator of a FastAPI endpoint, whose response starts before the first item is there."""
 
     def __init__(self, iterator: Any, block: DoorBlock, state: RequestState, *, ours: bool) -> None:
         super().__init__(iterator, block, state.loop)
@@ -231,7 +233,7 @@ class EndpointGenerator(GuardedGenerator):
             spare_streams_listening(state.scope)
         if ours:
             state.keep_through_response()
-        # Private; should it be gone one day, the generator is closed when it is collected.
+        # The stack is private. If it is gone one day, the generator is closed when it is garbage-collected.
         if state.request_stack is not None:
             state.request_stack.push_async_exit(self._response_ended)
 
@@ -239,16 +241,16 @@ class EndpointGenerator(GuardedGenerator):
         await self.aclose()
         error = self._error
         if self._ours and isinstance(exc, ClientDisconnect) and exc.__context__ is error and error is not None:
-            # Under ASGI 2.4 Starlette believes that any OSError out of a stream was that of the server's send().
+            # Under ASGI 2.4 Starlette takes any OSError out of a stream for one of the server's send().
             raise_as_it_is(error)
 
     def _cancel(self) -> None:
         if self._state.is_deferring:
-            # Under ASGI 2.4 the end of the response is how we hear of the client's.
+            # Under ASGI 2.4 the early end of the response is the only sign that the client has left.
             self._state.client_left()
         else:
             super()._cancel()
-            # The response was told that its client left, and has time to end by itself. It has: here the stream ends.
+            # The response received the disconnect and had time to end by itself. It has: the stream ends here.
             cast("DoorBlock", self._block).stop_at_once()
 
     def _produced(self) -> None:
@@ -264,7 +266,7 @@ class EndpointGenerator(GuardedGenerator):
 
     async def _end(self, error: BaseException | None) -> Any:
         if not self._ours:
-            # The door around us cuts the response, and is about to reach us: its cancellation arrives here.
+            # The door around us aborts the response, and is about to cancel this task: the cancellation arrives here.
             await anyio.lowlevel.checkpoint()
         if error is None or (isinstance(error, CancelationError) and error.reason is CancelationReason.DISCONNECT):
             self._close_state()
@@ -275,13 +277,13 @@ class EndpointGenerator(GuardedGenerator):
             self._close_state()
             if event is not None:
                 return event
-            if await cut_at_once(raw, self._state.scope):
+            if await abort_at_once(raw, self._state.scope):
                 raise StopAsyncIteration
         raise_as_it_is(error)
 
     def _close_state(self) -> None:
         if self._ours:
-            # Before the server has the last bytes: every server reports a disconnect after them.
+            # Before the last bytes are sent, because every server reports a disconnect after them.
             self._state.close()
 
 

@@ -1,4 +1,4 @@
-"""Tell the application at once that its server shuts down, and bring its requests to an end in time."""
+"""Notify the application at once that its server shuts down, and end its requests in time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..kernel.errors import RETRY_AFTER_SECONDS
 from ..kernel.loops.current import current_loop
 from ..kernel.options import seconds
 from ..kernel.reasons import CancelationReason
-from ..request.drain import Drain, Graces, running_drain
+from ..request.shutdown import Graces, Shutdown, running_shutdown
 
 if TYPE_CHECKING:
     import signal
@@ -59,28 +59,35 @@ def cancelation_lifespan(
     retry_after: float | timedelta = RETRY_AFTER_SECONDS,
     refuse_new: bool = False,
 ) -> Any:
-    """A lifespan that ends the requests of an application in time when its server is told to shut down.
+    """Return a lifespan that ends the requests of an application in time when its server shuts down.
 
-    ``FastAPI(lifespan=cancelation_lifespan(grace=10))``, or around a lifespan of your own, whose state is passed on:
+    Use ``FastAPI(lifespan=cancelation_lifespan(grace=10))``, or pass a lifespan of your own, whose state is passed on:
     ``FastAPI(lifespan=cancelation_lifespan(my_lifespan, grace=10))``.
 
-    When SIGTERM or SIGINT arrives, `shutdown_token` is cancelled at once. Requests in flight go on for ``grace`` seconds;
-    those that still run then are cancelled: 503 with ``Retry-After``, streams are cut, WebSockets closed with 1012. Work
-    behind a complete response (background tasks; under the middleware or the route class) has another
-    ``background_grace`` seconds, and is then cancelled too. Every cleanup has its own grace, as always. Give the server
-    more time than all of these together: one that loses its patience earlier cuts the connections.
+    When SIGTERM or SIGINT arrives:
 
-    Signals still reach whoever handled them before. A signal that nobody handles, and any in a thread that cannot take
-    signals (a test client), is left alone; `begin_shutdown` works everywhere. When the lifespan ends, it waits for the
-    requests that the server has left behind, within the same limits; your own lifespan is left after that. Applications
-    that share an event loop end together, by the longest limits among them.
+    1. `shutdown_token` is cancelled at once.
+    2. Requests in flight may go on for ``grace`` seconds. Those that still run are then cancelled: they are answered with
+       503 and ``Retry-After``, streams are aborted, WebSockets are closed with 1012.
+    3. Work after a complete response (background tasks under the middleware or the route class) has another
+       ``background_grace`` seconds, and is then cancelled too.
 
+    Every cleanup has its own grace in addition. Give the server more time than all of these together: a server whose own
+    timeout is shorter closes the connections first.
+
+    The signal handlers that were installed before are still called. A signal without a handler is left alone, and so is
+    every signal in a thread that cannot handle signals (that of a test client); `begin_shutdown` works everywhere. When
+    the lifespan ends, it waits for the requests that the server has left running, within the same limits. Your own
+    lifespan is left after that. Applications that share an event loop shut down together, by the longest of their limits.
+
+    :param lifespan: your own lifespan: a function of the application that returns an async context manager.
     :param grace: seconds for requests in flight; 0 cancels them at once, ``math.inf`` never.
     :param background_grace: seconds for background tasks, counted from the end of ``grace``.
-    :param retry_after: seconds after which a client may come back, for the response header; rounded up.
-    :param refuse_new: answer requests that arrive after the signal with 503 at once; otherwise they are served until the
-        grace is over.
-    :raises ValueError: for limits that are negative or NaN, :exc:`TypeError` for what is no number or no lifespan.
+    :param retry_after: seconds for the ``Retry-After`` header; rounded up.
+    :param refuse_new: answer requests that arrive after the signal with 503 at once; otherwise they are served until
+        ``grace`` is over.
+    :raises TypeError: if a limit is not a number, or ``lifespan`` is not a lifespan.
+    :raises ValueError: if a limit is negative or NaN, or ``retry_after`` is not finite.
     """
     graces = Graces(
         seconds(grace, "grace"),
@@ -102,38 +109,39 @@ def cancelation_lifespan(
 
 
 def shutdown_token() -> CancelationToken:
-    """The token that is cancelled, for `CancelationReason.SIGNAL`, as soon as the running event loop's server shuts down.
+    """Return the token that is cancelled as soon as the server of the running event loop shuts down.
 
-    Await it (``await shutdown_token().wait()``), ask it (in a ``def`` endpoint, too), or give it to a block that should
-    stop at once: ``Cancelable(token=shutdown_token())``. Without a `cancelation_lifespan` in this event loop nothing
-    cancels it.
+    Its reason is then `CancelationReason.SIGNAL`. Await it (``await shutdown_token().wait()``), read it (in a ``def``
+    endpoint, too), or pass it to a block that should stop at once: ``Cancelable(token=shutdown_token())``. Without a
+    `cancelation_lifespan` in this event loop nothing cancels it.
 
-    :raises RuntimeError: in a thread that neither runs an event loop nor works for one.
+    :raises RuntimeError: in a thread that neither runs an event loop nor was started by one.
     """
-    return running_drain().token
+    return running_shutdown().token
 
 
 def begin_shutdown(message: str | None = None) -> bool:
-    """Do what a signal does, without one: for tests, servers inside other programs, and orders that come by HTTP.
+    """Begin the shutdown as a signal does: for tests, servers inside other programs, and orders that come by HTTP.
 
-    The server itself is told nothing, and goes on. ``message`` is for the log.
+    The server itself is not notified, and goes on.
 
-    :return: whether this call did it; ``False`` if the shutdown had begun before.
+    :param message: a text for the log.
+    :return: whether this call has begun the shutdown; ``False`` if it had begun before.
     :raises RuntimeError: if no `cancelation_lifespan` runs in this event loop.
     """
-    drain = running_drain()
-    if not drain.is_joined:
+    shutdown = running_shutdown()
+    if not shutdown.is_joined:
         raise RuntimeError(
-            "no cancelation_lifespan runs in this event loop. Give one to the application, "
-            "FastAPI(lifespan=cancelation_lifespan(grace=10)), and see that your server or test client runs lifespans."
+            "no cancelation_lifespan runs in this event loop. Pass one to the application, "
+            "FastAPI(lifespan=cancelation_lifespan(grace=10)), and check that your server or test client runs lifespans."
         )
-    return drain.token.cancel_nowait(CancelationReason.SIGNAL, message)
+    return shutdown.token.cancel_nowait(CancelationReason.SIGNAL, message)
 
 
-def _teller(drain: Drain) -> Callable[[signal.Signals], object]:
+def _teller(shutdown: Shutdown) -> Callable[[signal.Signals], object]:
     def tell(number: signal.Signals) -> None:
-        # Into the loop, as a handler runs in the middle of anything, the cancelling of this very token included.
-        drain.begin_from_thread(number.name)
+        # By way of the loop, because a handler interrupts any code, the cancelling of this very token included.
+        shutdown.begin_from_thread(number.name)
 
     return tell
 
@@ -152,19 +160,19 @@ def _refuse_what_is_no_lifespan(lifespan: Any) -> None:
         raise TypeError(f"{lifespan.__qualname__}() is a bare generator: put @asynccontextmanager above it")
     if not callable(lifespan):
         raise TypeError(
-            "a lifespan is a function of the application that gives an async context manager, as @asynccontextmanager "
-            f"makes them, not {lifespan!r}"
+            "a lifespan is a function of the application that returns an async context manager, as @asynccontextmanager "
+            f"makes it, not {lifespan!r}"
         )
 
 
 @asynccontextmanager
 async def _run(app: Any, lifespan: Any, graces: Graces) -> AsyncIterator[Any]:
-    drain = Drain.joined(graces)
+    shutdown = Shutdown.joined(graces)
     try:
-        with heard(_teller(drain), current_loop()):
+        with heard(_teller(shutdown), current_loop()):
             async with nullcontext() if lifespan is None else lifespan(app) as state:
-                # Not in a `finally`: whoever cancels a lifespan has no time to wait.
+                # Not in a `finally`, because a lifespan that is cancelled must end without waiting.
                 yield state
-                await drain.finish()
+                await shutdown.finish()
     finally:
-        drain.leave(graces)
+        shutdown.leave(graces)

@@ -1,4 +1,4 @@
-"""The door around a whole application, Starlette's and bare ASGI included."""
+"""The middleware: the door around a whole application, also one of Starlette or bare ASGI."""
 
 from __future__ import annotations
 
@@ -26,28 +26,30 @@ Exclude = str | re.Pattern[str] | Callable[["Scope"], bool]
 
 
 class RequestCancelationMiddleware:
-    """Stops every request of an application when its client leaves or its time is up; the handlers stay as they are.
+    """An ASGI middleware that stops each request when its client leaves or its time is up; handlers stay unchanged.
 
-    ``app.add_middleware(RequestCancelationMiddleware, default_timeout=30)``. A cancelled request whose response has not
-    started is answered with the status of the reason, which middleware further out sees as well, even if the client is
-    gone. One whose response has started is cut: nothing more is sent. What runs after a complete response (background
-    tasks) is spared.
+    Add it by ``app.add_middleware(RequestCancelationMiddleware, default_timeout=30)``. If a request is cancelled before
+    its response has started, it is answered with the status of the reason, even if the client is gone; middleware further
+    out sees that response as well. If the response has started, it is aborted: nothing more is sent, and the client sees
+    that it is incomplete. Work after a complete response (background tasks) is not cancelled.
 
-    A WebSocket is stopped when its client drops while the handler is busy, and closed for the reason; ``default_timeout``
-    does not apply to it, for it may live long.
+    A WebSocket's handler is cancelled if the client leaves while the handler is busy, and the WebSocket is closed with the
+    code of the reason. ``default_timeout`` does not apply to WebSockets, because they may live long.
 
-    Place it outside of (add it after) middleware that may take long. Other doors below find its request state: one
-    reader, one reason.
+    Place it outside middleware that may take long: add it after them. Other doors inside share its request state, and so
+    its reader and its reason.
 
-    :param default_timeout: seconds from the request's arrival; ``None`` for none. A route's own timeout
+    :param default_timeout: seconds from the request's arrival; ``None`` for no limit. A route's own timeout
         (``with_cancelation(timeout=...)``, `cancelable_with_timeout`) replaces it, longer or shorter.
     :param exclude: paths that are left alone: a path or a pattern (``"/health"``, ``"/static/*"``), a compiled regular
-        expression that must match the whole path, or a function of the ASGI scope.
-    :param cleanup_grace: seconds that cleanup may await undisturbed; the default is that of `configure`.
-    :param policies: `TimeoutPolicy` objects by name, which routes choose from. A name that a route has chosen and that
-        is not here is reported when the application starts.
-    :param default_policy: one of them, or another one, in place of ``default_timeout``.
-    :raises ValueError: for limits that are negative or NaN, :exc:`TypeError` for what is no number or no pattern.
+        expression that must match the whole path, a function of the ASGI scope, or several of these.
+    :param cleanup_grace: the seconds that cleanup may await undisturbed; the default is that of `configure`.
+    :param policies: `TimeoutPolicy` objects by name, from which routes choose. If a route has chosen a name that is not
+        among them, the application fails to start.
+    :param default_policy: one of their names, or a `TimeoutPolicy`, in place of ``default_timeout``.
+    :raises TypeError: if a limit is not a number, or ``exclude`` or a policy has a wrong type.
+    :raises ValueError: if a limit is negative or NaN, or a path does not begin with ``/`` or ``*``.
+    :raises LookupError: if ``default_policy`` is a name that is not in ``policies``.
     """
 
     def __init__(
@@ -108,7 +110,7 @@ def _matcher(pattern: Any) -> Callable[[Scope], bool]:
 
 
 def _route_path(scope: Scope) -> str:
-    """The path as the application's routes see it, without the prefix that it is mounted under."""
+    """Return the path as the application's routes see it, without the prefix that it is mounted under."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
     return path[len(root) :] if root and path.startswith(root + "/") else path

@@ -1,4 +1,4 @@
-"""Work whose progress its client follows as Server-Sent Events."""
+"""Responses that stream the progress and the result of work as Server-Sent Events."""
 
 from __future__ import annotations
 
@@ -31,16 +31,24 @@ def progress_response(
     send_timeout: float | timedelta | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> CancelableStreamingResponse:
-    """Run ``work(cancel)`` for as long as its client listens, and stream its progress as ``text/event-stream``.
+    """Return a response that runs ``work(cancel)`` until it ends or its client leaves, and streams its progress.
 
-    Each ``cancel.report_progress(message, metadata)`` becomes ``event: progress`` with the JSON data ``{"message": ...,
-    "metadata": {...}}``, and waits until it is sent: work does not run ahead of a client that reads slowly. At last
-    comes ``event: result``, whose data is what ``work`` returned, as FastAPI encodes it. Work that is stopped ends with
-    ``event: cancelled``, unless its client has left; work that fails is logged, and ends with ``event: error``, whose
-    data tells nothing of the failure but ``{"message": "The work failed"}``.
+    The media type is ``text/event-stream``. Each ``cancel.report_progress(message, metadata)`` becomes ``event: progress``
+    with the JSON data ``{"message": ..., "metadata": {...}}``. The report waits until the event is sent, so that work does
+    not run ahead of a client that reads slowly. The last event depends on how the work ends:
 
-    ``cancel`` is entered for you, around ``work``; without one, a new `Cancelable` is. The limits are those of
-    `CancelableStreamingResponse`: ``gap_timeout`` is for the time between two reports.
+    - ``event: result``: the work has returned. The data is its result, as FastAPI encodes it.
+    - ``event: cancelled``: the work was stopped, and the client is still there.
+    - ``event: error``: the work has raised. The exception is logged; the data is only ``{"message": "The work failed"}``.
+
+    :param work: an async function that takes the `Cancelable`.
+    :param cancel: the `Cancelable` for ``work``, which the response enters; by default a new one.
+    :param timeout: the seconds that the whole response may take.
+    :param gap_timeout: the seconds that may pass between two reports.
+    :param send_timeout: the seconds that the client may take to make room for one event.
+    :param headers: additional headers of the response.
+    :raises TypeError: if ``work`` is not callable, ``cancel`` is not a `Cancelable`, or a limit is not a number.
+    :raises ValueError: if a limit is negative or NaN.
     """
     if not callable(work):
         raise TypeError(f"work must be an async function that takes the Cancelable, not {work!r}")
@@ -64,7 +72,7 @@ async def _events(work: Callable[[Cancelable], Awaitable[object]], cancel: Cance
         await say(_event("progress", {"message": message, "metadata": metadata}))
 
     async def say(event: bytes) -> None:
-        # Nobody takes what stopped work says while it cleans up, nor what is said after its end.
+        # The stream is closed while stopped work cleans up, and after its end: such reports are dropped.
         with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
             await sender.send(event)
 
@@ -83,11 +91,11 @@ async def _events(work: Callable[[Cancelable], Awaitable[object]], cancel: Cance
             await say(result)
 
     with sender, receiver:
-        # A response runs its generator in one task, from the first step to the last: a group may stay open.
+        # The group may stay open across a `yield`, because the response runs its generator in one task.
         inside = Cancelable(token=cancel.token, cleanup_grace=block_of(cancel).grace)
         async with CancelableTaskGroup(inside) as tasks:
             tasks.start_soon(run)
-            # Closed before the work is waited for, which may be waiting for us.
+            # Closed before the group waits for the work, which may itself be waiting to send.
             with receiver:
                 async for event in receiver:
                     yield event

@@ -1,4 +1,4 @@
-"""``APIRouter(route_class=CancelableRoute)``: for every route of a router what the middleware does for the app."""
+"""``APIRouter(route_class=CancelableRoute)``, which covers every route of one router."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 
 class CancelableRoute(APIRoute):
-    """A route whose request is stopped when its client leaves; the handler stays as it is.
+    """A route whose request is stopped when its client leaves; the handler stays unchanged.
 
-    A cancelled request raises its `CancelationError` into the application, whose exception handlers answer it. If the
-    response has started, it is cut: nothing more is sent. For a timeout, make a class with `with_timeout`, or set the
-    class attributes in a subclass of your own. The router's WebSocket routes are not covered, for FastAPI makes them of
-    another class: use the decorator, a handle or the middleware.
+    Use it as ``APIRouter(route_class=CancelableRoute)``. A cancelled request raises its `CancelationError` into the
+    application, whose exception handlers answer it. If the response has started, it is aborted: nothing more is sent, and
+    the client sees that it is incomplete. For a timeout, make a class by `with_timeout`, or set the class attributes in a
+    subclass. The router's WebSocket routes are not covered, because FastAPI makes them of another class: use the
+    decorator, a handle or the middleware for these.
     """
 
     default_timeout: ClassVar[float | timedelta | None] = None
@@ -36,7 +37,7 @@ class CancelableRoute(APIRoute):
     """Seconds that cleanup may await undisturbed; the default is that of `configure`."""
 
     default_policy: ClassVar[TimeoutPolicy | None] = None
-    """In place of `default_timeout`."""
+    """A policy in place of `default_timeout`."""
 
     _limits: ClassVar[Limits] = Limits(None, None)
 
@@ -51,19 +52,23 @@ class CancelableRoute(APIRoute):
     def with_timeout(
         cls, default_timeout: float | timedelta | None, *, cleanup_grace: float | None = None
     ) -> type[CancelableRoute]:
-        """``APIRouter(route_class=CancelableRoute.with_timeout(30))``.
+        """Return a subclass with a timeout: ``APIRouter(route_class=CancelableRoute.with_timeout(30))``.
 
-        :raises ValueError: for limits that are negative or NaN, :exc:`TypeError` for what is no number.
+        :param default_timeout: seconds from the request's arrival at the route; ``None`` for no limit.
+        :param cleanup_grace: the seconds that cleanup may await undisturbed; the default is that of `configure`.
+        :raises TypeError: if a limit is not a number.
+        :raises ValueError: if a limit is negative or NaN.
         """
         limits = {"default_timeout": default_timeout, "cleanup_grace": cleanup_grace, "__module__": cls.__module__}
         return type(cls.__name__, (cls,), limits)
 
     @classmethod
     def with_policy(cls, policy: TimeoutPolicy) -> type[CancelableRoute]:
-        """``APIRouter(route_class=CancelableRoute.with_policy(TimeoutPolicy(30, status_code=503)))``."""
+        """Return a subclass with a policy: ``CancelableRoute.with_policy(TimeoutPolicy(30, status_code=503))``."""
         return type(cls.__name__, (cls,), {"default_policy": policy, "__module__": cls.__module__})
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the route for one request, as Starlette calls it."""
         error = await run_request(super().handle, scope, receive, send, self._limits)
         if error is not None:
             try:

@@ -1,4 +1,4 @@
-"""A streaming response whose body is stopped with its request."""
+"""Streaming responses whose body is stopped with their request."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ..kernel.errors import CancelationError
 from ..kernel.foreign import SENDING, with_own_failures
 from ..kernel.options import seconds
 from ..kernel.reasons import CancelationReason
+from ..request.abort import abort_response
 from ..request.blocks import RequestBlock
 from ..request.connection import known_state
-from ..request.cut import cut
 from ..request.lifetime import Lifetime
 from ..request.response import send_or_leave
 from ..request.state import SCOPE_KEY, RequestState
@@ -40,27 +40,30 @@ if TYPE_CHECKING:
 
 
 class CancelableStreamingResponse(StreamingResponse):
-    """A `StreamingResponse` whose iterator is stopped by whatever stops the request, or by ``cancel``.
+    """A `StreamingResponse` whose iterator is stopped with its request, or by ``cancel``.
 
-    The iterator runs in one task from its first step to its last, and so does its cleanup, which has ``cleanup_grace``
-    seconds in which its own awaits run undisturbed. A generator that stands at its ``yield`` gets the cancellation
-    there, so it may hold ``async with``, cancel scopes and task groups across it. A plain iterator runs in a thread;
-    it is stopped between two chunks.
+    The iterator runs in one task from its first step to its last. Its cleanup runs in the same task, and may await
+    undisturbed for ``cleanup_grace`` seconds. A generator gets the cancellation at the ``yield`` or ``await`` where it
+    stands, so it may hold ``async with``, cancel scopes and task groups across a ``yield``. A plain iterator runs in a
+    worker thread, and is stopped between two chunks.
 
-    A client that left gets nothing more. For every other reason the stream is visibly cut: its connection closes
-    without the last chunk, or, as ``text/event-stream``, it ends with ``event: cancelled`` whose data is
-    ``{"reason": ..., "message": ...}``. Where the server cannot be told to close, the `CancelationError` is raised into
-    it, which it logs. Background tasks run when the stream has ended, also where it was stopped or cut; not after an
-    error of the iterator's own.
+    When the client has left, nothing more is sent. When the stream is stopped for another reason, the client can see
+    that it is incomplete: the connection is closed without the last chunk, or, if the media type is
+    ``text/event-stream``, the stream ends with ``event: cancelled`` and the data ``{"reason": ..., "message": ...}``. If
+    the server offers no way to close the connection, the `CancelationError` is raised into the server, which logs it.
+    Background tasks run when the stream has ended, also after a cancellation; they do not run if the iterator fails.
 
-    :param cancel: another `Cancelable` that stops the stream. One that has not been entered is entered by the
-        response, around the iterator: its timeout counts from there. The iterator may enter it as well, once.
-    :param timeout: seconds for the whole stream, from its start.
-    :param gap_timeout: seconds that the iterator may take for one chunk.
-    :param send_timeout: seconds that the client may take to make room for one chunk. A client that stops reading is
-        cut with ``CancelationReason.TIMEOUT``; it has not left. granian buffers every chunk at once, and hypercorn on trio
-        shields its sending: there it does not act.
-    :raises ValueError: for limits that are negative or NaN, :exc:`TypeError` for what is no number or no `Cancelable`.
+    :param cancel: another `Cancelable` that stops the stream. If it has not been entered, the response enters it around
+        the iterator, and its timeout counts from there. The iterator may enter it once more.
+    :param timeout: the seconds that the whole stream may take, from its start.
+    :param gap_timeout: the seconds that the iterator may take for one chunk.
+    :param send_timeout: the seconds that the client may take to make room for one chunk. If it stops reading, the stream
+        is stopped with ``CancelationReason.TIMEOUT``, because the client has not left. This limit has no effect on
+        granian, which buffers every chunk at once, and with hypercorn on trio, which shields its sending.
+    :param cleanup_grace: the seconds that the iterator's cleanup may await undisturbed; the default is that of
+        `configure`.
+    :raises TypeError: if a limit is not a number, or ``cancel`` is not a `Cancelable`.
+    :raises ValueError: if a limit is negative or NaN.
     """
 
     def __init__(
@@ -101,18 +104,18 @@ class CancelableStreamingResponse(StreamingResponse):
             await super().__call__(scope, receive, send)
             return
         state = known_state(scope)
-        # One that was kept for us is ours to close; any other is that of a middleware or route class.
+        # A state that was kept open for us is ours to close; any other belongs to a middleware or route class.
         ours = state is None or state.lifetime is Lifetime.RESPONSE
         if state is None:
             state = RequestState(scope, receive, lifetime=Lifetime.RESPONSE)
         try:
             error = await self._run(state, send, ours)
-            if error is not None and await self._is_cut(error, state, send):
+            if error is not None and await self._abort(error, state, send):
                 error = None
             elif error is not None and not ours:
-                # The door around us raises it into the server. From here it would meet those that answer errors.
-                state.cut_by, error = error, None
-                state.cannot_be_cut = True
+                # The door around us raises it into the server. Raised here, it would meet exception handlers on the way.
+                state.aborted_by, error = error, None
+                state.cannot_be_aborted = True
         finally:
             if ours:
                 with anyio.CancelScope(shield=True):
@@ -125,7 +128,7 @@ class CancelableStreamingResponse(StreamingResponse):
             raise error
 
     async def _run(self, state: RequestState, send: Send, ours: bool) -> CancelationError | None:
-        """Send the stream, and say why it was cut, if it was."""
+        """Send the stream; return the error that has stopped it after its start, if any."""
         block = RequestBlock(state, timeout=self._timeout, cleanup_grace=self._grace)
         stream = _Stream(self, block, state, send)
         try:
@@ -135,12 +138,12 @@ class CancelableStreamingResponse(StreamingResponse):
             if not stream.started:
                 raise
             state.log(exc.reason, exc.message or exc.detail)
-            # A `cancel` of another request may bring the disconnect of that one's client.
+            # A `cancel` of another request may carry the disconnect of that request's client.
             return None if exc.reason is CancelationReason.DISCONNECT and state.has_left else exc
         if ours:
-            # Before the server has the last bytes: every server reports a disconnect after them.
+            # Before the last bytes are sent, because every server reports a disconnect after them.
             state.close()
-        # Since ASGI 2.4 it raises if the client has left. It may have, now that it has everything.
+        # Since ASGI 2.4 send() raises if the client has left, which it may do now that it has everything.
         with suppress(OSError):
             await with_own_failures(SENDING, send, {"type": "http.response.body", "body": b"", "more_body": False})
         return None
@@ -151,26 +154,26 @@ class CancelableStreamingResponse(StreamingResponse):
             await stream.run()
         elif block_of(cancel).loop is None:
             async with cancel:
-                # Its generator may be written to enter it, too.
+                # The generator may enter it, too.
                 block_of(cancel).lends_itself = True
                 await stream.run()
         else:
-            # It runs elsewhere, and stops us as well.
+            # It is entered elsewhere, and stops this stream as well.
             cancel.token.listen(block)
             try:
                 await stream.run()
             finally:
                 cancel.token.unlisten(block)
 
-    async def _is_cut(self, error: CancelationError, state: RequestState, send: Send) -> bool:
-        """Cut the stream; return whether that was possible, or nobody is there to be told."""
-        is_cut = await cut(self.raw_headers, self._last, error, send, state, stalled=self._stalled)
+    async def _abort(self, error: CancelationError, state: RequestState, send: Send) -> bool:
+        """Abort the stream; return whether that was possible, or the client has left."""
+        is_aborted = await abort_response(self.raw_headers, self._last, error, send, state, stalled=self._stalled)
         # A client may have left while the iterator cleaned up.
-        return is_cut or state.has_left
+        return is_aborted or state.has_left
 
 
 class _Stream:
-    """The iterator's whole life, in the task that runs the response."""
+    """The iterator and its limits, from its start to its end, in the task that runs the response."""
 
     started = False
 
@@ -187,7 +190,7 @@ class _Stream:
     async def run(self) -> None:
         iterator: Any = aiter(self._response.body_iterator)
         try:
-            # A stop that has come already is answered with its status.
+            # Before the response starts, a cancellation can still be answered with its status.
             self._block.check()
             cancel = self._response._cancel
             blocks = (self._block,) if cancel is None else (self._block, block_of(cancel))
@@ -196,15 +199,15 @@ class _Stream:
         finally:
             self._chunks.end()
             self._sends.end()
-            del self._chunks, self._sends  # They know us: cycles.
+            del self._chunks, self._sends  # They refer to us: reference cycles.
             await close(iterator)
 
     async def _start(self, blocks: tuple[Block, ...]) -> None:
         response = self._response
         self.started = True
         message = {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
-        # Nobody could tell whether the start of a stream that is stopped now has got out. But where it does not get out
-        # at all, a stop has to wait no longer than for a cleanup.
+        # If the stream were stopped now, it would be unknown whether its start has been sent. So a stop waits until it has,
+        # but no longer than a cleanup may take, because a send may block for ever.
         let_through = _Limit(self._state.loop, self._block.cleanup_grace, lambda _: _resume(blocks))
         for block in blocks:
             block.hold()
@@ -219,7 +222,7 @@ class _Stream:
         body = chunk.encode(self._response.charset) if isinstance(chunk, str) else chunk
         self._response._last = body or self._response._last
         await self._send_on({"type": "http.response.body", "body": body, "more_body": True})
-        # A generator that never waits, to a client that always has room, would never let us see that it has left.
+        # Without this, a generator that never waits would never let us notice that a client which reads fast has left.
         await anyio.lowlevel.checkpoint()
 
     async def _within_limit(self, step: Any) -> Any:
@@ -241,7 +244,7 @@ class _Stream:
 
     def _no_room(self, limit: float) -> None:
         self._response._stalled = True
-        self._block.cancel_nowait(CancelationReason.TIMEOUT, f"The client took nothing for {limit:g} seconds")
+        self._block.cancel_nowait(CancelationReason.TIMEOUT, f"The client read nothing for {limit:g} seconds")
 
 
 def _resume(blocks: tuple[Block, ...]) -> None:
@@ -250,7 +253,7 @@ def _resume(blocks: tuple[Block, ...]) -> None:
 
 
 class _Limit:
-    """A deadline that begins anew with each chunk."""
+    """A timeout that begins anew with each chunk."""
 
     def __init__(self, loop: EventLoop, seconds: float | None, passed: Callable[[float], None]) -> None:
         self._loop = loop
@@ -273,13 +276,16 @@ class _Limit:
 
 
 def keep_for_stream(state: RequestState, response: CancelableStreamingResponse) -> None:
-    """Let ``state`` live until the stream has ended, if the handler's return would close it."""
+    """Keep ``state`` open until the stream has ended, if the handler's return would close it."""
     if state.ends_with_handler:
         state.keep_through_response(response)
 
 
 def keep_listening(response: StreamingResponse, scope: Scope) -> None:
-    """Listen until a stream that a handler has returned is over: ours lets us know, and Starlette's asks our reader."""
+    """Listen until the stream that a handler has returned has ended.
+
+    Our own response closes the state itself. Starlette's is made to listen through our reader.
+    """
     found: RequestState | FirstDoorBlock | None = scope.get(SCOPE_KEY)
     if found is None:
         return
@@ -291,10 +297,10 @@ def keep_listening(response: StreamingResponse, scope: Scope) -> None:
 
 
 def _listen_through(response: StreamingResponse, state: RequestState) -> None:
-    # Starlette's response would await the server's receive() beside our reader, which must not be cancelled for it:
-    # granian then reports a client as gone that is not. So the response listens through the reader, until it ends.
+    # Starlette's response would await the server's receive() beside our reader. The reader must not be cancelled for that,
+    # because granian then reports a client as gone that is still there. So the response listens through our reader.
     if not streams_listen(state.scope) or state.outermost is not None:
-        # It does not listen, or a door hands it our reader.
+        # It does not listen, or a door passes it our reader.
         return
 
     listen, stream_response = response.listen_for_disconnect, response.stream_response
@@ -312,7 +318,8 @@ def _listen_through(response: StreamingResponse, state: RequestState) -> None:
                 state.close()
             await send(message)
 
-        # Starlette's group would take that for the end of a task which was cancelled, and wait for the client to leave.
+        # A foreign CancelledError would look to Starlette's task group like the end of a cancelled task: the group would
+        # then wait for the client to leave.
         await with_own_failures("the body of a StreamingResponse", stream_response, send_and_close)
 
     state.keep_through_response()
@@ -333,7 +340,17 @@ def cancelable_streaming_response(
     send_timeout: float | timedelta | None = None,
     cleanup_grace: float | None = None,
 ) -> CancelableStreamingResponse:
-    """A `CancelableStreamingResponse`, which says what happens to it on cancellation."""
+    """Return a `CancelableStreamingResponse`, whose documentation says what happens on cancellation.
+
+    :param iterator: the chunks of the body, from an asynchronous or a plain iterable.
+    :param cancel: another `Cancelable` that stops the stream, such as the handler's `RequestCancelable`.
+    :param timeout: the seconds that the whole stream may take.
+    :param gap_timeout: the seconds that the iterator may take for one chunk.
+    :param send_timeout: the seconds that the client may take to make room for one chunk.
+    :param cleanup_grace: the seconds that the iterator's cleanup may await undisturbed.
+    :raises TypeError: if a limit is not a number, or ``cancel`` is not a `Cancelable`.
+    :raises ValueError: if a limit is negative or NaN.
+    """
     return CancelableStreamingResponse(
         iterator,
         status_code,

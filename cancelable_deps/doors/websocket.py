@@ -1,4 +1,4 @@
-"""A WebSocket whose every step stops with the request, and whose client must not be silent for too long."""
+"""WebSockets whose work stops with their client, with limits for the whole conversation and for silence."""
 
 from __future__ import annotations
 
@@ -26,24 +26,33 @@ T = TypeVar("T")
 
 
 class CancelableWebSocket:
-    """A WebSocket in a block, entered once: ``async with CancelableWebSocket(websocket, cancel) as socket:``.
+    """A WebSocket in a block, to be entered once: ``async with CancelableWebSocket(websocket, cancel) as socket:``.
 
-    All that is awaited in the block, on the socket or elsewhere, stops when the client drops, when ``cancel`` is
-    cancelled, when the block has lasted for ``timeout``, or when the client has said nothing for ``idle_timeout`` while
-    `receive` (or one of its kind) waited for it. Leaving a stopped block closes the socket with the close code of the
-    reason and its message as the text, before ``accept`` with the status of the reason, and raises its
-    `CancelationError`. Leaving it otherwise does not close: that is yours, or the server's when the handler returns.
+    Every ``await`` inside the block, on the socket or elsewhere, is cancelled when one of these happens:
 
-    What the client sends while the handler is busy is kept, in order: at most 64 messages and 64 KiB, one message more
-    at worst. Beyond that the client has to wait, as it would without us; while it waits its leaving is not seen.
+    - the client leaves,
+    - ``cancel`` is cancelled,
+    - ``timeout`` seconds have passed since the block was entered,
+    - `receive` or one of its variants has waited ``idle_timeout`` seconds for a message.
 
-    A task that waits for a message when the client leaves gets ``WebSocketDisconnect``, as from a plain ``WebSocket``;
-    the ``iter_`` methods end.
+    Leaving a block that was stopped closes the WebSocket, with the close code of the reason and its message as the close
+    reason; before ``accept`` it refuses the handshake with the status of the reason. It then raises the
+    `CancelationError`. Leaving the block otherwise does not close the WebSocket: you do, or the server does when the
+    handler returns.
 
+    Messages that arrive while the handler is busy are kept, in order: at most 64 messages and 64 KiB, or one message
+    more. After that the client has to wait, as it would without this class, and its disconnect is not noticed until the
+    handler receives.
+
+    If the client leaves while a task waits for a message, that task gets ``WebSocketDisconnect``, as from a plain
+    ``WebSocket``; the ``iter_`` methods end.
+
+    :param websocket: the WebSocket of the route.
     :param cancel: a `RequestCancelable` or another `Cancelable`. It is entered here unless you have entered it.
     :param timeout: seconds from entering the block.
-    :param idle_timeout: seconds that one message may be waited for. A message that has been read ahead counts as there.
-    :raises ValueError: for a timeout that is negative or NaN, :exc:`TypeError` for one that is no number.
+    :param idle_timeout: the seconds to wait for one message. A message that has been read ahead is there at once.
+    :raises TypeError: if ``websocket`` or ``cancel`` is of another class, or a timeout is not a number.
+    :raises ValueError: if a timeout is negative or NaN.
     """
 
     def __init__(
@@ -68,17 +77,25 @@ class CancelableWebSocket:
 
     @property
     def websocket(self) -> WebSocket:
-        """The plain one, for its headers, path and query parameters, and for a ``receive`` without idle timeout."""
+        """The plain ``WebSocket``: for its headers, path and query parameters, and to receive without ``idle_timeout``."""
         return self._websocket
 
     @property
     def cancelable(self) -> Cancelable:
-        """The block, for its ``reason``, ``remaining()`` and ``shield()``."""
+        """The block, with its ``reason``, ``remaining()`` and ``shield()``.
+
+        :raises RuntimeError: before the block is entered, as every method does.
+        """
         return self._entered()
 
     async def __aenter__(self) -> Self:
+        """Enter the block, and ``cancel`` unless it has been entered; listening for the disconnect begins.
+
+        :raises CancelationError: if the request has been cancelled already.
+        :raises RuntimeError: if the block has been entered before.
+        """
         if self._block is not None:
-            raise RuntimeError("a CancelableWebSocket serves one block: make another one for another block")
+            raise RuntimeError("a CancelableWebSocket can be entered once: make another one for another block")
         state = connection_state(self._websocket, with_handler=True)
         assert isinstance(state, SocketState)
         self._state = state
@@ -94,6 +111,7 @@ class CancelableWebSocket:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        """Leave the block; if it was stopped, close the WebSocket and raise the `CancelationError`."""
         await self._stack.__aexit__(exc_type, exc, traceback)
 
     async def _close_if_stopped(
@@ -103,62 +121,104 @@ class CancelableWebSocket:
             error = self._state.error(exc)
             await self._state.answer(error, self._websocket.send)
             if error is not exc:
-                # Of a `cancel` that knows nothing of WebSockets.
+                # It comes from a `cancel` that is not of a WebSocket's request.
                 raise error from exc.__cause__
 
     async def accept(
         self, subprotocol: str | None = None, headers: Iterable[tuple[bytes, bytes]] | None = None
     ) -> None:
+        """Accept the handshake, as ``WebSocket.accept``.
+
+        :param subprotocol: the chosen one of those that the client has offered.
+        :param headers: additional headers of the response to the handshake, as pairs of bytes.
+        """
         self._entered()
         await self._websocket.accept(subprotocol, headers)
 
     async def close(self, code: int = 1000, reason: str | None = None) -> None:
-        """Close for a reason of your own. That the server then reports the client as gone stops nothing."""
+        """Close the WebSocket for a reason of your own. The disconnect that the server reports after that stops nothing.
+
+        :param code: the close code of RFC 6455.
+        :param reason: the text of the close frame, at most 123 bytes in UTF-8.
+        """
         self._entered()
         await self._websocket.close(code, reason)
 
     async def send(self, message: Message) -> None:
+        """Send an ASGI message, as ``WebSocket.send``."""
         self._entered()
         await self._websocket.send(message)
 
     async def send_text(self, data: str) -> None:
+        """Send a text message."""
         self._entered()
         await self._websocket.send_text(data)
 
     async def send_bytes(self, data: bytes) -> None:
+        """Send a binary message."""
         self._entered()
         await self._websocket.send_bytes(data)
 
     async def send_json(self, data: Any, mode: str = "text") -> None:
+        """Send ``data`` as JSON.
+
+        :param mode: ``"text"`` or ``"binary"``, the kind of message.
+        """
         self._entered()
         await self._websocket.send_json(data, mode)
 
     async def receive(self) -> Message:
-        """The next ASGI message, the last of which is ``websocket.disconnect``.
+        """Return the next ASGI message; the last one is ``websocket.disconnect``.
 
-        :raises TimeoutCancelation: after ``idle_timeout`` seconds without one; all of the block is stopped then.
+        :raises TimeoutCancelation: after ``idle_timeout`` seconds without a message. The whole block is then cancelled.
+        :raises RuntimeError: after the block was left, if there is an ``idle_timeout``.
         """
         return await self._receive(self._websocket.receive)
 
     async def receive_text(self) -> str:
+        """Return the next message, which must be a text.
+
+        :raises WebSocketDisconnect: if the client leaves instead.
+        :raises TimeoutCancelation: after ``idle_timeout`` seconds without a message. The whole block is then cancelled.
+        """
         return await self._receive(self._websocket.receive_text)
 
     async def receive_bytes(self) -> bytes:
+        """Return the next message, which must be binary.
+
+        :raises WebSocketDisconnect: if the client leaves instead.
+        :raises TimeoutCancelation: after ``idle_timeout`` seconds without a message. The whole block is then cancelled.
+        """
         return await self._receive(self._websocket.receive_bytes)
 
     async def receive_json(self, mode: str = "text") -> Any:
+        """Return the next message, decoded from JSON.
+
+        :param mode: ``"text"`` or ``"binary"``, the kind of message.
+        :raises WebSocketDisconnect: if the client leaves instead.
+        :raises TimeoutCancelation: after ``idle_timeout`` seconds without a message. The whole block is then cancelled.
+        """
         return await self._receive(lambda: self._websocket.receive_json(mode))
 
     def iter_text(self) -> AsyncIterator[str]:
-        """All texts until the client leaves."""
+        """Return an asynchronous iterator over the text messages, which ends when the client leaves.
+
+        Each message must arrive within ``idle_timeout`` seconds.
+        """
         return _Messages(self.receive_text)
 
     def iter_bytes(self) -> AsyncIterator[bytes]:
-        """All binary messages until the client leaves."""
+        """Return an asynchronous iterator over the binary messages, which ends when the client leaves.
+
+        Each message must arrive within ``idle_timeout`` seconds.
+        """
         return _Messages(self.receive_bytes)
 
     def iter_json(self) -> AsyncIterator[Any]:
-        """All messages, decoded, until the client leaves."""
+        """Return an asynchronous iterator over the messages, decoded from JSON, which ends when the client leaves.
+
+        Each message must arrive within ``idle_timeout`` seconds.
+        """
         return _Messages(self.receive_json)
 
     async def _receive(self, receive: Callable[[], Awaitable[T]]) -> T:
@@ -167,8 +227,8 @@ class CancelableWebSocket:
             return await receive()
         if not block.is_active:
             raise RuntimeError(
-                "this CancelableWebSocket has been left, and its idle_timeout has nothing to stop any more: receive inside "
-                "its `async with` block"
+                "this CancelableWebSocket has been left, so that its idle_timeout cannot stop a block: receive inside its "
+                "`async with` block"
             )
         with anyio.move_on_after(self._idle_timeout):
             return await receive()
@@ -183,7 +243,7 @@ class CancelableWebSocket:
 
 
 class _Messages(Generic[T]):
-    """No generator: that would be left open by a handler which is stopped in the body of its loop."""
+    """An iterator over messages. A generator would stay open if the handler is stopped in the body of its loop."""
 
     def __init__(self, receive: Callable[[], Awaitable[T]]) -> None:
         self._receive = receive

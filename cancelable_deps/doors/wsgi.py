@@ -1,4 +1,4 @@
-"""WSGI applications that are mounted: their work is done by a thread, which is not safe to cancel."""
+"""Mounted WSGI applications: their work runs in a thread, which is not safe to cancel."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from ..request.connection import known_state
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# By name: a2wsgi is no dependency of ours, and Starlette warns of its own when that is imported.
+# By name, because a2wsgi is not a dependency of ours, and importing Starlette's own bridge emits a warning.
 _BRIDGES = {("a2wsgi.wsgi", "WSGIMiddleware"), ("starlette.middleware.wsgi", "WSGIMiddleware")}
 
 
 def is_wsgi_bridge(app: object) -> bool:
-    """Return whether ``app`` is a class by which a WSGI application is mounted, or one derived from it."""
+    """Return whether ``app`` is an instance of a class that makes a WSGI application an ASGI one."""
     return any((cls.__module__, cls.__qualname__) in _BRIDGES for cls in type(app).__mro__)
 
 
 class Bridge:
-    """Waits for the thread behind ``app`` as for any worker thread.
+    """An ASGI application around the bridge ``app``, which waits for the bridge's thread as for any worker thread.
 
-    A bridge that is cancelled leaves its thread waiting for a reader that is gone, and with it a place among the few
-    that there are. So nothing of ours interrupts it. A response that it begins before the request is stopped is the
-    response; one that it would begin later is dropped, and the request answered for the reason when the thread is done.
+    If a bridge is cancelled, its thread waits for ever for a reader that is gone, and one of its few worker threads is
+    lost. So nothing of ours interrupts it. A response that begins before the request is stopped is sent. A response that
+    would begin later is dropped, and the request is answered with the status of the reason when the thread has ended.
     """
 
     def __init__(self, app: ASGIApp) -> None:

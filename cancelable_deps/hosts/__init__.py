@@ -1,6 +1,6 @@
-"""Floor 1: what we know of others that they do not promise.
+"""Floor 1: knowledge of other software that is not part of its public API.
 
-Private names of Starlette, FastAPI and the servers, debuggers and signal handlers, each with the reason for it and the
-test that notices a change. It may use the kernel. It must not know what a request state or a door is: it answers
-questions about scopes, tasks, routes and ``receive()`` functions.
+The private names of Starlette, FastAPI and the servers, and the handling of debuggers and signals. Each private name has
+its reason beside it, and a test that notices a change. This floor may use the kernel. It must not know request states or
+doors: it answers questions about scopes, tasks, routes and ``receive()`` functions.
 """

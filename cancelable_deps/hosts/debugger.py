@@ -1,16 +1,16 @@
-"""Whether somebody steps through this process, and would be cut off by every timeout."""
+"""Detection of a debugger, under which no timeout should act: it would end what the user steps through."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
-# Coverage tools trace as well, and their users want their timeouts.
+# Not every tracer: coverage tools trace as well, and their users want timeouts.
 _DEBUGGERS = ("bdb", "pdb", "pydevd", "_pydevd", "debugpy")
 
 
 def is_debugged() -> bool:
-    """Whether a debugger traces this thread (``sys.settrace``), or is registered with ``sys.monitoring``."""
+    """Return whether a debugger traces this thread (``sys.settrace``), or is registered with ``sys.monitoring``."""
     tracer = sys.gettrace()
     if tracer is not None and _belongs_to_a_debugger(tracer):
         return True

@@ -1,4 +1,4 @@
-"""What we know of FastAPI that it does not promise: its exit stacks, its generator endpoints, the tree of its routes."""
+"""Private parts of FastAPI: its exit stacks, its generator endpoints, the tree of its routes."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ if TYPE_CHECKING:
     from starlette.types import Scope
 
 HAS_GENERATORS: Final = find_spec("fastapi.sse") is not None
-"""Whether generators are endpoints, which they are since FastAPI 0.135."""
+"""Whether this FastAPI accepts generators as endpoints, as it does since 0.135."""
 
 _sse: Final[Any] = import_module("fastapi.sse") if HAS_GENERATORS else None
 
 HANDLER_STACK_KEY: Final = "fastapi_function_astack"
-"""The key of the scope with the exit stack around dependencies and handler, closed when the handler has returned.
+"""The scope's key for the exit stack around dependencies and handler, which is closed when the handler has returned.
 
-Nothing public tells a plain dependency of that moment, and a ``yield`` dependency costs a request as much as all the
-rest.
+No public API lets a plain dependency know that moment. A ``yield`` dependency would, but costs a request as much as all
+the rest of ours.
 """
 
 REQUEST_STACK_KEY: Final = "fastapi_inner_astack"
-"""The key of the exit stack around the response and its background tasks, for what no error may leave behind."""
+"""The scope's key for the exit stack around the response and its background tasks; it is closed after errors, too."""
 
 
 def last_item(scope: Scope, event: str, data: dict[str, str]) -> Any:
-    """Return an event that a generator endpoint can yield at last, or ``None`` if its response is no event stream.
+    """Return an event for a generator endpoint to yield last, or ``None`` if its response is no event stream.
 
-    A route says so by an attribute that is not documented.
+    A route with an event stream is known by an attribute that is not documented.
     """
     is_event_stream = HAS_GENERATORS and getattr(scope.get("route"), "is_sse_stream", False)
     return _sse.ServerSentEvent(event=event, data=data) if is_event_stream else None
 
 
 def tells_that_it_was_swallowed(outcome: BaseException) -> bool:
-    """Return whether FastAPI finds out so that a dependency with ``yield``, or on trio its own nursery, has kept an error.
+    """Return whether ``outcome`` is how FastAPI fails when a dependency with ``yield`` has swallowed an error.
 
-    It says so where one of ``scope="request"`` has. Where one of ``scope="function"`` has it does not notice, and goes on
-    to a response that was never assigned.
+    On trio, FastAPI's own nursery may swallow it. For a dependency of ``scope="request"`` FastAPI raises an error that
+    says so. For one of ``scope="function"`` it does not notice, and uses a response that was never assigned.
     """
     if type(outcome) is not UnboundLocalError:
         return type(outcome) is FastAPIError
@@ -53,11 +53,11 @@ def tells_that_it_was_swallowed(outcome: BaseException) -> bool:
 
 
 def functions_called(routes: Iterable[Any], apps: tuple[Any, ...] = ()) -> Iterator[tuple[Any, str, tuple[Any, ...]]]:
-    """Yield the functions that routes call, each with the path of its route and the mounted applications around that."""
+    """Yield each function that the routes call, the path of its route, and the mounted applications around the route."""
     for route in routes:
         for function in _functions_of(route):
             yield function, getattr(route, "path", ""), apps
-        # Since 0.137 FastAPI keeps an included router as it is, with what `include_router` was given beside it.
+        # Since 0.137 FastAPI keeps an included router as it is, and the arguments of `include_router` beside it.
         router = getattr(route, "original_router", route)
         inner = getattr(router, "routes", None) or ()
         yield from functions_called(inner, (*apps, getattr(route, "app", None)))

@@ -1,8 +1,8 @@
-"""How far a framework has come with a request, as the frames of its task tell.
+"""How far the framework has come with a request, read from the frames of its task.
 
-Nothing public says when a handler has returned: the framework still encodes its result, leaves dependencies and sends the
-response, all in the one coroutine that we await. What it has by then stands in its local variables, which are private;
-`tests/test_frames.py` fails when they change. They are asked only when a request is being stopped.
+No public API says when a handler has returned. The framework then still encodes the result, leaves the dependencies and
+sends the response, all in the one coroutine that we await. Its progress shows in its local variables, which are private;
+`tests/test_frames.py` fails when they change. They are read only when a request is being stopped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def _inner(function: Any, *names: str) -> CodeType | None:
-    """Return the code of a function inside of others, by the names that lead to it."""
+    """Return the code of a function that is nested in ``function``, by the names of the functions around it and its own."""
     code: CodeType | None = getattr(function, "__code__", None)
     for name in names:
         inside = () if code is None else code.co_consts
@@ -28,20 +28,20 @@ def _inner(function: Any, *names: str) -> CodeType | None:
     return code
 
 
-# These await the handler and then its response. A class with a method for each verb is not among them: what an
-# ``__await__`` gives hides its frame.
+# These await the handler and then its response. Endpoint classes with a method for each verb are not among them: the
+# iterator that an ``__await__`` returns hides its frame.
 _SENDERS = {
     _inner(getattr(starlette_routing, "request_response", None), "app", "app"),
     _inner(getattr(fastapi_routing, "request_response", None), "app", "app"),
 } - {None}
-# This is awaited by one of them: it parses the body, solves the dependencies, calls the handler and encodes its result.
+# One of them awaits this: it parses the body, solves the dependencies, calls the handler and encodes its result.
 _FASTAPIS_HANDLER = _inner(getattr(fastapi_routing, "get_request_handler", None), "app")
-# And this by that one, around the handler alone.
+# And that one awaits this, around the handler alone.
 _FASTAPIS_CALL = _inner(getattr(fastapi_routing, "run_endpoint_function", None))
 
 
 def handler_has_returned(task: Any) -> bool:
-    """Return whether the handler of the request that ``task`` runs has returned, as far as its framework is known."""
+    """Return whether the handler of the request in ``task`` has returned; ``False`` for a framework that we do not know."""
     frames = iter(_frames(task))
     for frame in frames:
         if frame.f_code in _SENDERS:
@@ -53,9 +53,9 @@ def handler_has_returned(task: Any) -> bool:
 
 
 def waits_for_thread_of_handler(task: Any) -> bool:
-    """Return whether what ``task`` waits for, on trio, is the thread of a ``def`` handler."""
+    """Return whether ``task``, on trio, waits for the thread in which a ``def`` handler runs."""
     names = [(frame.f_code is _FASTAPIS_CALL, frame.f_code.co_name) for frame in _frames(task)]
-    # Not for a free thread, nor in a checkpoint on the way there.
+    # Waiting for a free thread, or standing at a checkpoint before that, does not count.
     is_in_thread = ["to_thread_run_sync", "wait_task_rescheduled"] in [
         [first, second] for (_, first), (_, second) in pairwise(names)
     ]
@@ -63,7 +63,7 @@ def waits_for_thread_of_handler(task: Any) -> bool:
 
 
 def is_parsing_body(task: Any) -> bool:
-    """Return whether FastAPI reads the body in ``task``, to parse it for the handler."""
+    """Return whether FastAPI is reading the body in ``task``, to parse it for the handler."""
     if _is_running(_coroutine(task)):
         return _is_parsing(_frame_around(_FASTAPIS_HANDLER))
     return _is_parsing(next((frame for frame in _frames(task) if frame.f_code is _FASTAPIS_HANDLER), None))
@@ -74,8 +74,8 @@ def _is_parsing(frame: FrameType | None) -> bool:
 
 
 def _frame_around(code: CodeType | None) -> FrameType | None:
-    """Return the frame of that code that the caller runs in."""
-    # Frames are not collected here: a list of them that is known to one of them is a cycle.
+    """Return the nearest frame around the caller that runs ``code``."""
+    # Frames are not collected in a list: a list of frames that one of them refers to is a reference cycle.
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
@@ -91,7 +91,7 @@ def _is_running(coro: Any) -> bool:
 
 
 def _frames(task: Any) -> Iterator[FrameType]:
-    """Yield the frames of a task that waits, outermost first; none of one that runs."""
+    """Yield the frames of a task that waits, outermost first; nothing for a task that runs."""
     coro = _coroutine(task)
     while coro is not None and not _is_running(coro):
         frame = getattr(coro, "cr_frame", None) or getattr(coro, "gi_frame", None)

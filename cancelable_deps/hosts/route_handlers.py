@@ -1,9 +1,9 @@
-"""For which request FastAPI calls a decorated function that has no parameter for one.
+"""The request that FastAPI calls a decorated function for, if the function has no parameter for the request.
 
-A parameter of ours would be in the way of every decorator between the route and ours: in its cache keys, its hints, its
-schemas. So no signature shows one. Where nothing is between, FastAPI is made to give the request as a keyword all the
-same, which costs least. Otherwise it is told beside the arguments, in a context variable that is set while the route's
-handler runs.
+An additional parameter would disturb every decorator between the route and ours: its cache keys, type hints and schemas.
+So no signature shows one. If no decorator stands between, FastAPI is made to pass the request as a keyword all the same,
+which costs least. Otherwise the request is passed beside the arguments, in a context variable that is set while the
+route's handler runs.
 """
 
 from __future__ import annotations
@@ -28,45 +28,47 @@ if TYPE_CHECKING:
 KEYWORD: Final = "cancelable_deps_request"
 TARGET_ATTRIBUTE: Final = "__cancelable_deps_target__"
 
-# Of FastAPI's description of a function: the name of the parameter that takes the request or WebSocket. Not public; if
-# it is gone one day, the context variable serves for all.
+# The attribute of FastAPI's `Dependant` with the name of the parameter that takes the request or WebSocket. Not public;
+# if it is gone one day, the context variable serves for all.
 _PARAMETER_OF_FASTAPI: Final = "http_connection_param_name"
 
-# They make what a route runs for each request, of what is known when the app is built: where other libraries that follow
-# a request (tracers, error reporters) stand as well. Nothing closer to FastAPI's public surface is given the endpoint
-# and the very Request that its dependencies get, for routes of every class.
+# These functions make the handler that a route runs for each request, when the app is built. Other libraries that follow
+# a request (tracers, error reporters) wrap them as well. Nothing closer to FastAPI's public surface gets both the endpoint
+# and the same Request object that its dependencies get, for routes of every class.
 _MAKERS: Final = ("get_request_handler", "get_websocket_app")
 
-# Far more than any stack of decorators has; a callable object may lead to a whole application.
+# Far more than any stack of decorators has. A limit is needed because a callable object may lead to a whole application.
 _MOST_CALLABLES: Final = 500
 
 
 class Target:
-    """Stands for one decorated function, to be told its request."""
+    """A decorated function that needs its request."""
 
     function: Any = None
     has_own = False
-    """Whether it has a parameter for the request."""
+    """Whether the function has a parameter for the request."""
 
     is_on_route = False
+    """Whether FastAPI has made a route that leads to the function."""
 
 
-# Weakly: the context is copied for every task that is started meanwhile, and one that goes on must not keep the request.
-# With the targets: a decorated function that the handler calls itself was not called for the request.
+# A weak reference, because the context is copied for every task that is started meanwhile, and a task that outlives the
+# request must not keep it alive. With the targets, because a decorated function that the handler calls itself was not
+# called for the request.
 _calling: ContextVar[tuple[ref[HTTPConnection], frozenset[Target]] | None] = ContextVar(
     "cancelable_deps_calling", default=None
 )
 
 
 def request_for(target: Target) -> HTTPConnection | None:
-    """The request that FastAPI calls the target's function for."""
+    """Return the request that FastAPI is calling the target's function for."""
     calling = _calling.get()
     return None if calling is None or target not in calling[1] else calling[0]()
 
 
 @functools.cache
 def is_told() -> bool:
-    """Make FastAPI tell for which request it calls a target; whether it does."""
+    """Make FastAPI pass each target its request; return whether that works with this version."""
     for name in _MAKERS:
         maker = getattr(fastapi.routing, name, None)
         if maker is not None:
@@ -74,8 +76,8 @@ def is_told() -> bool:
     told = all(_is_asked(route) for route in (APIRoute, APIWebSocketRoute))
     if not told:
         logger.warning(
-            "this version of FastAPI does not tell @with_cancelation for which request it calls a function: functions "
-            "without a parameter for the request get one, `%s`, which decorators above ours see",
+            "@with_cancelation cannot find the request of a function without a parameter for it in this version of "
+            "FastAPI: such functions get an additional parameter, `%s`, which decorators above @with_cancelation see",
             KEYWORD,
         )
     return told
@@ -120,7 +122,10 @@ def _all(dependant: Any) -> Iterator[Any]:
 
 
 def _targets_to_tell(dependant: Any) -> Iterator[Target]:
-    """Those that what FastAPI calls leads to, but for one that it is: that is given the request as a keyword."""
+    """Yield the targets below the function that FastAPI calls.
+
+    If that function is itself a target, it is given the request as a keyword and is not among them.
+    """
     for target in _targets_in(dependant.call):
         target.is_on_route = True
         called = getattr(dependant.call, "__func__", dependant.call)
@@ -131,11 +136,11 @@ def _targets_to_tell(dependant: Any) -> Iterator[Target]:
 
 
 def _targets_in(call: Any) -> Iterator[Target]:
-    """Those of all functions that ``call`` wraps, by whatever means."""
+    """Yield the targets of all functions that ``call`` wraps, by whatever means."""
     to_look_at, seen = [call], {id(call)}
     while to_look_at and len(seen) < _MOST_CALLABLES:
         for inner in _held_by(to_look_at.pop()):
-            # Not isinstance(), which asks the object: some proxies for what there is only during a request raise then.
+            # Not isinstance(), which asks the object: a proxy for an object of the current request may raise then.
             if issubclass(type(inner), Target):
                 if not inner.has_own:
                     yield inner
@@ -145,9 +150,9 @@ def _targets_in(call: Any) -> Iterator[Target]:
 
 
 def _held_by(function: Any) -> list[Any]:
-    """What may be the function that a decorator has wrapped; not all of them leave a ``__wrapped__``."""
+    """Return the objects among which the function is that a decorator has wrapped; not every one sets ``__wrapped__``."""
     held: list[Any] = []
-    # The same proxies.
+    # For the proxies that raise.
     with suppress(Exception):
         held.append(getattr(function, "__wrapped__", None))
         held.append(getattr(function, TARGET_ATTRIBUTE, None))
@@ -167,9 +172,9 @@ def _held_by(function: Any) -> list[Any]:
 
 
 def _passes_on(function: Any) -> bool:
-    """Whether it takes whatever it is given, or says that it takes what another one takes.
+    """Return whether ``function`` accepts any arguments, or declares the signature of another function: a wrapper.
 
-    What an endpoint of its own calls it calls itself: that was not called for the request.
+    Any other function is an endpoint. The functions that it calls were not called for the request by FastAPI.
     """
     code = getattr(function, "__code__", None)
     takes_all = code is None or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
@@ -178,7 +183,7 @@ def _passes_on(function: Any) -> bool:
 
 def _kept(function: Any) -> Iterator[Any]:
     for cell in function.__closure__ or ():
-        # Some are not assigned yet.
+        # A cell may not be assigned yet.
         with suppress(ValueError):
             yield cell.cell_contents
     yield from function.__defaults__ or ()

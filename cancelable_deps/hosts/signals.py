@@ -1,8 +1,8 @@
-"""Hear of a signal beside whoever handles it.
+"""Notice a signal, and leave it to the handler that was there before.
 
-A Python handler stands for one signal in one process, and the servers have theirs there: uvicorn by ``signal.signal``,
-hypercorn, granian and gunicorn by the loop's ``add_signal_handler``. So ours calls the one before it. That is enough for
-a loop's as well: the loop is told through its wakeup descriptor, which every Python handler leaves as it is.
+A process has one Python handler for each signal, and the servers install theirs: uvicorn by ``signal.signal``, hypercorn,
+granian and gunicorn by the loop's ``add_signal_handler``. So our handler calls the previous one. That also serves a loop's
+handler: the loop reads the signal from its wakeup descriptor, which works whatever the Python handler is.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ SHUTDOWN_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM",
 
 @contextmanager
 def heard(tell: Callable[[signal.Signals], object], loop: EventLoop) -> Iterator[None]:
-    """Call ``tell(signal)``, in the main thread between any two instructions, before the handler that was there.
+    """Call ``tell(signal)`` before the previous handler, in the main thread, between any two instructions.
 
-    A signal that is ignored, or whose default action nobody has changed, is left alone: no server would shut down
-    gracefully on it. In a thread that cannot take signals nothing happens.
+    A signal that is ignored or has its default action is left alone: no server would shut down gracefully on it. Do
+    nothing in a thread that cannot handle signals.
     """
     links = [_Link(number, tell, loop) for number in SHUTDOWN_SIGNALS] if _can_take_signals() else []
     try:
@@ -45,10 +45,10 @@ def _can_take_signals() -> bool:
 
 
 class _Link:
-    """Ours, which calls the one before it.
+    """A signal handler of ours, which calls the one before it: a link in a chain.
 
-    Links may end in any order, and one that is over is taken out of the chain by whichever of them looks at it next:
-    it is not to be what the last one puts back, nor to keep its event loop alive.
+    Links may end in any order. A link that is over is taken out of the chain by the next link that looks at it, so that
+    it is not reinstalled as somebody's previous handler, and does not keep its event loop alive.
     """
 
     _previous: Any = None
@@ -71,23 +71,24 @@ class _Link:
             signal.signal(self._number, self)
 
     def remove(self) -> None:
-        # Whoever has put another handler on top of ours still calls us: then only the one before is called.
+        # A handler that was installed on top of ours may still call us: then only the previous one is called.
         self._tell = self._loop = None
         _tidy(self._number)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         previous = _without_those_over(self._previous)
         if self.is_over:
-            # Somebody may have put us back whom we could not see from here.
+            # A handler outside of our chain may have reinstalled us.
             _tidy(self._number)
-        # A forked child inherits the handler, but the loop to tell is its parent's.
+        # A forked child inherits the handler, but the loop belongs to its parent.
         elif os.getpid() == self._process:
             assert self._tell is not None
             assert self._loop is not None
             self._tell(self._number)
             if _is_trios(previous) and not self._was_deferred:
                 # It raises KeyboardInterrupt into the task that happens to run, which may be that of a connection or a
-                # handler. From the loop it goes to trio's main task. Once: a second one is for what never yields.
+                # handler. Called from the loop, it raises in trio's main task. Only the first time: the second Ctrl-C
+                # must reach a task that never yields.
                 self._was_deferred = True
                 self._loop.call_from_thread(self._call, previous)
                 return
@@ -104,7 +105,7 @@ def _without_those_over(handler: Any) -> Any:
 
 
 def _tidy(number: signal.Signals) -> None:
-    """Take out the links that are over, down to the first handler of somebody else: what that calls it does not say."""
+    """Take out the links that are over, down to the first handler that is not ours, whose previous one is unknown."""
     there: Any = signal.getsignal(number)
     link = _without_those_over(there)
     if link is not there:

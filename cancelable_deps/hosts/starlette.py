@@ -1,7 +1,7 @@
-"""What we know of Starlette that it does not promise.
+"""Private parts of Starlette.
 
-The names are asked for where nothing public tells; each says why. `tests/test_request.py`, `tests/test_socket.py` and
-`tests/test_servers_streaming.py` fail when they change.
+A private name is used where no public API serves; each says why. `tests/test_request.py`, `tests/test_socket.py` and
+`tests/test_servers_streaming.py` fail when one changes.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope
 
 RECEIVE: Final = "_receive"
-"""The attribute of a ``Request`` or ``WebSocket`` with the ``receive()`` that it calls.
+"""The attribute of a ``Request`` or ``WebSocket`` with the ``receive()`` that it calls. Set it by ``setattr``.
 
-The only place where what has been read ahead can be given back to ``request.body()`` or ``websocket.receive()``: the
-framework hands the same object to all dependencies and the handler. To be set by ``setattr``.
+Messages that have been read ahead can be given back to ``request.body()`` or ``websocket.receive()`` only here: the
+framework passes the same object to all dependencies and to the handler.
 """
 
-# A request pays for each call; this one is in C.
+# An attrgetter and no function, because it runs in C, and every request pays for each call.
 receive_of: Final[Callable[[HTTPConnection], Receive]] = attrgetter(RECEIVE)
 
 TOO_LATE: Final = "Caught handled exception, but response already started."
-"""The text of the error that Starlette makes of one that it would answer, had the response not started."""
+"""The text of the error that Starlette raises for one that it can no longer answer, because the response has started."""
 
 _NO_ASGI: Final[dict[str, Any]] = {"version": "3.0"}
 
 
 def route_of(scope: Scope) -> str:
-    """Return the route as it was written, for the log; where there is none the path, quoted: it may hold line breaks."""
+    """Return the route's path template, for the log; without a route the path, quoted because of line breaks."""
     return getattr(scope.get("route"), "path", None) or quote(scope.get("path", ""))
 
 
 def streams_listen(scope: Scope) -> bool:
-    """Return whether Starlette's ``StreamingResponse`` listens for the disconnect, which it does before ASGI 2.4."""
+    """Return whether Starlette's ``StreamingResponse`` listens for the disconnect, as it does below ASGI 2.4."""
     return _is_before_2_4(scope.get("asgi", _NO_ASGI).get("spec_version", "2.0"))
 
 
@@ -49,16 +49,15 @@ def _is_before_2_4(version: str) -> bool:
 
 
 def let_streams_listen(scope: Scope) -> None:
-    """See to it that Starlette's streams listen for the disconnect.
+    """Make Starlette's streams listen for the disconnect.
 
-    What comes after a stream, its background above all, runs when the stream has heard that its client left, and not
-    when it learns so by an error of ``send()``.
+    A stream that receives the disconnect still runs its background task; one that gets an error from ``send()`` does not.
     """
     _announce(scope, "2.3")
 
 
 def spare_streams_listening(scope: Scope) -> None:
-    """Let Starlette's streams not listen from here on, beside us."""
+    """Make Starlette's streams not listen for the disconnect from here on, because we listen."""
     _announce(scope, "2.4")
 
 
@@ -67,14 +66,14 @@ def _announce(scope: Scope, version: str) -> None:
 
 
 def is_base_http_middleware(receive: Any) -> bool:
-    """Return whether ``receive`` is the one that a ``BaseHTTPMiddleware`` gives to what is inside of it."""
+    """Return whether ``receive`` is the one that a ``BaseHTTPMiddleware`` passes to the application inside it."""
     return getattr(receive, "__module__", None) == "starlette.middleware.base"
 
 
 def servers_own(receive: Any) -> Any:
-    """Return the ``receive()`` outside of every ``BaseHTTPMiddleware``.
+    """Return the ``receive()`` outside every ``BaseHTTPMiddleware``.
 
-    Each has a function that knows the one further out, as a variable of its closure.
+    The ``receive()`` of each holds the next one further out in a variable of its closure.
     """
     while is_base_http_middleware(receive):
         names = dict(zip(receive.__code__.co_freevars, receive.__closure__ or (), strict=False))

@@ -1,5 +1,5 @@
-"""Floor 2: one request or WebSocket, whichever door it has come in by.
+"""Floor 2: one request or WebSocket, whichever door covers it.
 
-Its state, its reader, its blocks, its response and its end. It may use the kernel and the hosts. It must not know how an
-application is given a door: no decorators, no dependencies, no signatures.
+Its state, its reader, its blocks, its response and its end. This floor may use the kernel and the hosts. It must not know
+how a door is added to an application: no decorators, no dependencies, no signatures.
 """

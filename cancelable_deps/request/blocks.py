@@ -267,8 +267,8 @@ class DoorBlock(RequestBlock):
 
     def outcome(self, exc: BaseException | None, remaining: BaseException | None) -> BaseException:
         outcome = super().outcome(exc, remaining)
-        # Not that of a response of ours, which knows no other way to be cut than to raise, nor of a background task.
-        is_stranded = outcome.args == (TOO_LATE,) and not self.state.is_cut and not self.state.is_closed
+        # Not that of a response of ours, which can only be aborted by raising, nor of a background task.
+        is_stranded = outcome.args == (TOO_LATE,) and not self.state.is_aborted and not self.state.is_closed
         if is_stranded and isinstance(outcome.__cause__, CancelationError):
             outcome = outcome.__cause__
         if isinstance(outcome, CancelationError):

@@ -103,7 +103,7 @@ class FirstDoorBlock(DoorBlock):
 
     def enter(self, loop: EventLoop | None = None) -> None:
         loop = self.loop_of_request
-        shutdown = loop.drain
+        shutdown = loop.shutdown
         if shutdown is not None and shutdown.refuses:
             self.token.cancel_because(shutdown.cause())
         # The token, once it is made, has us among its listeners.
@@ -264,7 +264,7 @@ class WholeDoorBlock(FirstDoorBlock):
     def is_undisturbed(self) -> bool:
         """Whether nothing has stopped the request, nor a stream of its."""
         made = self._made
-        return made is None or (made.cause is None and made.cut_by is None and not made.stream_was_cancelled)
+        return made is None or (made.cause is None and made.aborted_by is None and not made.stream_was_cancelled)
 
     @property
     def response(self) -> ResponseWatch:

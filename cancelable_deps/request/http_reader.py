@@ -1,4 +1,4 @@
-"""The reader: the only code that awaits a request's ``receive()``."""
+"""The reader of HTTP requests: the only code that awaits a request's ``receive()``."""
 
 from __future__ import annotations
 
@@ -23,19 +23,22 @@ if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope
 
 READ_AHEAD_BYTES = 64 * 1024
-# What a message counts however short its body, or a client that sends single bytes would have us hold thousands.
+# The least that a message counts. A client that sends single bytes would otherwise make us hold thousands of messages.
 _MESSAGE_BYTES = 256
 
 
 class Owner(Protocol):
-    def client_left(self) -> None: ...
+    """The request state, as far as a reader uses it."""
+
+    def client_left(self) -> None:
+        """Note that the client has left, and stop the work."""
 
     def is_work(self, task: object) -> bool:
         """Return whether a cancellation of the request reaches ``task`` first."""
         ...
 
     def is_parsing_body(self, task: object) -> bool:
-        """Return whether the framework reads the body in ``task``, and would blame the client for its end."""
+        """Return whether the framework reads the body in ``task``; it would answer an early end as the client's error."""
         ...
 
     @property
@@ -45,21 +48,23 @@ class Owner(Protocol):
 
     @property
     def is_deferring(self) -> bool:
-        """Whether nobody is to be told of the client's leaving until `deferral_over`."""
+        """Whether the disconnect is withheld until `deferral_over` returns."""
         ...
 
-    async def deferral_over(self) -> None: ...
+    async def deferral_over(self) -> None:
+        """Wait until the disconnect is not deferred any more."""
 
 
 class Reader(ReadAhead):
-    """Reads ahead of the application to see the client leave, and replays what it read.
+    """A reader that reads ahead of the application to notice the disconnect, and replays the messages it has read.
 
-    Until it is armed, and after it is stopped, it passes on what the server's ``receive()`` says. While it is armed a
-    task of its own awaits that, at most `READ_AHEAD_BYTES` ahead of the application; then it waits for the application,
-    so an upload is slowed down as it would be without us. Nobody else may await the server's ``receive()``.
+    Until it is armed, and after it is stopped, it passes on the messages of the server's ``receive()``. While it is armed
+    a task of its own awaits ``receive()``, at most `READ_AHEAD_BYTES` ahead of the application. Then it waits for the
+    application, so an upload is slowed down as it would be without us. Nothing else may await the server's ``receive()``.
 
-    Whatever in the application waits for a message is told of the disconnect before the work is cancelled: it has an
-    orderly end of its own. But for a framework that parses the body, which would answer that it is malformed.
+    A task of the application that waits for a message gets the disconnect before the work is cancelled, because it may
+    have an orderly end of its own. The exception is a framework that parses the body: it would answer that the body is
+    malformed.
     """
 
     _body_over = False
@@ -76,7 +81,7 @@ class Reader(ReadAhead):
         self._messages: list[Message] | None = None
 
     async def receive(self) -> Message:
-        """The application's ``receive()``."""
+        """Return the next message: this is the application's ``receive()``."""
         self._asked = True
         while True:
             if self._messages:
@@ -88,23 +93,23 @@ class Reader(ReadAhead):
             if self._worker is not None or self._pulling:
                 await self._wait()
             elif self._is_fragile() or (self._body_over and self.owner is not None):
-                # A listener does not await the server's own: we may have to tell it as well.
+                # A listener does not await the server's receive() itself, because we may have to wake it as well.
                 await self._pull_by_task()
             else:
                 return await self._pull()
 
     @property
     def has_listeners(self) -> bool:
-        """Whether a task of the application waits to be told of the disconnect."""
+        """Whether a task of the application waits for a message and may be given the disconnect."""
         return any(self._is_listener(task) for task in self._waiting)
 
     @property
     def has_watchers(self) -> bool:
-        """Whether a task of the application waits for nothing but the disconnect, and not for the body of its own work."""
+        """Whether a task of the application waits for the disconnect alone, and not for the body that its work needs."""
         return any(self._body_over or self.owner is None or not self.owner.is_work(task) for task in self._waiting)
 
     def tell_listeners(self) -> None:
-        """Answer all who wait, and who ask from here on: the client has left, or is as good as gone."""
+        """Give the disconnect to all tasks that wait for a message, and to every later call."""
         if self.end is None:
             self.end = {"type": "http.disconnect"}
         self._notify()
@@ -128,7 +133,7 @@ class Reader(ReadAhead):
             await self._change()
 
     def _may_ask(self) -> bool:
-        # The first receive() makes a server send `100 Continue`, and that is the application's to decide.
+        # The first receive() makes a server send `100 Continue`, which the application should decide.
         return self._asked or not any(
             name == b"expect" and value.lower() == b"100-continue" for name, value in self._scope["headers"]
         )
@@ -139,7 +144,7 @@ class Reader(ReadAhead):
     def _keep(self, message: Message) -> None:
         if message["type"] == "http.disconnect":
             self._take_end(message)
-            # Before anybody who awaits a message is woken: they are to be cancelled at that very await.
+            # Before a task that awaits a message is woken: it is to be cancelled at that very await.
             self._tell_owner()
             return
         self._note(message)
@@ -168,8 +173,8 @@ class Reader(ReadAhead):
                 await self.owner.deferral_over()
         is_cancelled = not self._told and self.owner is not None and self.owner.is_stopping
         if is_cancelled and not self._is_listener(current_loop().current_task()):
-            # FastAPI would make a 400 of it; the cancellation that is on its way is the better answer.
-            # Once: `Request.is_disconnected()` asks from a cancelled scope, and would never be told.
+            # FastAPI would answer a disconnect here with 400; the cancellation that is on its way gives the better answer.
+            # Only once, because `Request.is_disconnected()` asks from a cancelled scope and would never get the disconnect.
             self._told = True
             await anyio.lowlevel.checkpoint()
         return dict(end)
@@ -200,7 +205,7 @@ class Reader(ReadAhead):
         return message
 
     def _is_fragile(self) -> bool:
-        """Whether a pending ``receive()`` must not be cancelled."""
+        """Return whether a pending ``receive()`` must not be cancelled."""
         return loses_what_is_cancelled(self.raw) and (
             self._body_over or anyio.current_effective_deadline() == -math.inf
         )

@@ -1,4 +1,4 @@
-"""The limits that a door gives to its requests."""
+"""The limits that a door sets for its requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Limits:
-    """What a door was configured with, checked when the app is built."""
+    """The timeout, policies and cleanup grace of a door, checked when the app is built."""
 
     def __init__(
         self,
@@ -27,9 +27,11 @@ class Limits:
         self.policy = named(default_policy, policies or {}) if isinstance(default_policy, str) else default_policy
         if self.policy is not None:
             if not isinstance(self.policy, TimeoutPolicy):
-                raise TypeError(f"default_policy takes a name of `policies` or a TimeoutPolicy, not {default_policy!r}")
+                raise TypeError(
+                    f"default_policy must be a name in `policies` or a TimeoutPolicy, not {default_policy!r}"
+                )
             if self.timeout is not None:
-                raise TypeError("give default_timeout or default_policy, not both: a policy has a timeout")
+                raise TypeError("pass default_timeout or default_policy, not both: a policy has a timeout of its own")
             self.timeout = self.policy.enforced_timeout
         self.cleanup_grace = None if cleanup_grace is None else seconds(cleanup_grace, "cleanup_grace")
 
@@ -37,5 +39,5 @@ class Limits:
 def _checked(policies: Mapping[str, TimeoutPolicy]) -> Mapping[str, TimeoutPolicy]:
     for name, policy in dict(policies).items():
         if not isinstance(policy, TimeoutPolicy):
-            raise TypeError(f"policies maps names to TimeoutPolicy objects, and {name!r} is {policy!r}")
+            raise TypeError(f"policies must map names to TimeoutPolicy objects, but {name!r} is {policy!r}")
     return policies

@@ -1,4 +1,4 @@
-"""Timeout policies: limits with a name, a status and a body, for the middleware and for single routes."""
+"""Timeout policies: timeouts with a name, a status and a body, for the middleware and for single routes."""
 
 from __future__ import annotations
 
@@ -26,15 +26,18 @@ POLICY_ATTRIBUTE = "cancelable_deps_policy"
 
 @final
 class TimeoutPolicy:
-    """How long a request may take, and what is answered when it takes longer. Several routes may share one.
+    """A time limit for requests, and the response to those that exceed it. Several routes may share one policy.
 
-    :param timeout: seconds, or a ``timedelta``.
-    :param status_code: of the response when the time is up.
-    :param response: writes that response: a function of the request and the error, which may be ``async``. It is asked
-        where a door answers: the middleware, the decorator, the route class. An error that leaves a handle's block in
-        the handler is answered by the application's own exception handlers, with this status.
-    :param advisory: cancel nothing; log and count the requests that took longer, to see what enforcing it would do.
-    :raises ValueError: for a timeout that is negative or NaN, or a status outside 400 to 599.
+    When the limit has passed, the request is cancelled as by any other timeout.
+
+    :param timeout: the limit in seconds, or a ``timedelta``.
+    :param status_code: the status of the response to a request that exceeds the limit.
+    :param response: a function of the request and the error that returns the response; it may be ``async``. The
+        middleware, the decorator and the route class call it. An error that leaves the block of a handle inside the
+        handler is answered by the application's own exception handlers, with ``status_code``.
+    :param advisory: cancel nothing; log and count the requests that exceed the limit, to see what enforcing it would do.
+    :raises TypeError: if ``timeout`` is not a number, or ``response`` is not a function of two arguments.
+    :raises ValueError: if ``timeout`` is negative or NaN, or ``status_code`` is outside 400 to 599.
     """
 
     def __init__(
@@ -52,17 +55,24 @@ class TimeoutPolicy:
         self.response = response
         self.advisory = advisory
         self.exceeded = 0
-        """How many requests of this process took longer; counted in advisory mode."""
+        """The number of requests of this process that exceeded the limit; counted in advisory mode only."""
 
     def __repr__(self) -> str:
         return f"<TimeoutPolicy {self.timeout:g} s{', advisory' if self.advisory else ''}>"
 
     @property
     def enforced_timeout(self) -> float | None:
+        """The limit in seconds; ``None`` in advisory mode, which enforces none."""
         return None if self.advisory else self.timeout
 
     def judge(self, scope: Scope, elapsed: float) -> None:
-        """In advisory mode count and log a request, which has ended, if it took longer than the timeout."""
+        """Count and log a request that has ended, if it took longer than the timeout; do so in advisory mode only.
+
+        The library calls this.
+
+        :param scope: the ASGI scope of the request, for the log line.
+        :param elapsed: the seconds that the request took.
+        """
         if not self.advisory or elapsed <= self.timeout:
             return
         self.exceeded += 1
@@ -80,14 +90,14 @@ class TimeoutPolicy:
 
 
 def found(policy: str | TimeoutPolicy, known: Mapping[str, TimeoutPolicy] | None) -> TimeoutPolicy:
-    """Return ``policy``, or the one of that name among the ``known``."""
+    """Return ``policy``, or the policy of that name in ``known``."""
     return named(policy, known or {}) if isinstance(policy, str) else policy
 
 
 def named(name: str, policies: Mapping[str, TimeoutPolicy], where: str = "") -> TimeoutPolicy:
-    """Return the policy of that name, or raise an error that says which are known."""
+    """Return the policy of that name; raise a ``LookupError`` that lists the known names if there is none."""
     policy = policies.get(name)
     if policy is None:
-        known = ", ".join(map(repr, policies)) or "none: give RequestCancelationMiddleware its `policies={...}`"
+        known = ", ".join(map(repr, policies)) or "none: pass `policies={...}` to RequestCancelationMiddleware"
         raise LookupError(f"there is no timeout policy {name!r}{where}; known are {known}")
     return policy

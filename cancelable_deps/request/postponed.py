@@ -1,4 +1,4 @@
-"""Stops that are due, and wait for something else first."""
+"""Stops that are due, and are postponed until something else has happened."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ if TYPE_CHECKING:
 
 
 class Stoppable(Protocol):
+    """A block whose stop can be postponed."""
+
     def stop_now(self, cause: Cause) -> None:
-        """Do what was postponed, if the block is still open."""
+        """Stop the block, if it is still open."""
 
 
 class Postponed:
-    """Keeps the blocks that are to be stopped, innermost first, until `end` or for so many seconds."""
+    """The blocks that are to be stopped, innermost first, when `end` is called or ``seconds`` have passed."""
 
     def __init__(self, loop: EventLoop, seconds: float) -> None:
         self._blocks: dict[Stoppable, Cause] = {}
@@ -26,23 +28,24 @@ class Postponed:
         self.is_over = False
 
     def add(self, block: Stoppable, cause: Cause) -> None:
+        """Postpone the stop of ``block``."""
         self._blocks[block] = cause
 
     def hand_on(self, other: Postponed) -> None:
-        """Leave it to ``other``."""
+        """Hand the blocks on to ``other``, and stop none of them here."""
         for block, cause in self._blocks.items():
             other.add(block, cause)
         self.forget()
 
     def end(self) -> None:
-        """Stop now what is still to be stopped."""
+        """Stop now all blocks that are left."""
         blocks = self._blocks
         self.forget()
         for block, cause in blocks.items():
             block.stop_now(cause)
 
     def forget(self) -> None:
-        """Stop nothing any more."""
+        """Drop all blocks without stopping them."""
         self.is_over = True
         self._blocks = {}
         if self._timer is not None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class ResponseProgress(Client):
     """The part of a request that has to do with its response."""
 
-    is_cut = False
+    is_aborted = False
     """Nothing more of the response may be sent: it ends without its last chunk."""
 
     response_has_started = False
@@ -42,10 +42,10 @@ class ResponseProgress(Client):
     is_finished = False
     """The handler's result is there: nothing of ours stops what sends it."""
 
-    cut_by: CancelationError | None = None
-    """With which error a stream was stopped further in; its response is to be cut."""
+    aborted_by: CancelationError | None = None
+    """The error that stopped a stream further in; its response is to be aborted."""
 
-    cannot_be_cut = False
+    cannot_be_aborted = False
     """That error is to be raised into the server, which closes the connection then."""
 
     ends_by_itself = False

@@ -1,4 +1,4 @@
-"""Reading ahead of the application, in a task of ours, as far as that may go."""
+"""Reading ahead of the application, in a task of ours and up to a limit: what both readers share."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class ReadAhead:
-    """Awaits the server's ``receive()`` from `arm` to `stop`, while there is room for what it says.
+    """A reader that awaits the server's ``receive()`` from `arm` to `stop`, while there is room for its messages.
 
-    The application may await it as well when no task of ours does (`_pulling`), and nobody else.
+    The application awaits it directly (`_pulling`) only while no task of ours does. Nothing else may await it.
     """
 
     _worker: Worker | None = None
@@ -31,27 +31,27 @@ class ReadAhead:
     _was_started = False
     _changed: anyio.Event | None = None
     end: Message | Exception | None = None
-    """The last word: the server's disconnect, or what its ``receive()`` raised."""
+    """The end of the messages: the server's disconnect, or the exception that its ``receive()`` raised."""
 
     def __init__(self, raw: Receive, context: Context) -> None:
         self.raw = raw
         self._context = context
 
     def arm(self, loop: EventLoop) -> None:
-        """Start to listen for the client's leaving, as soon as that may be."""
+        """Start to listen for the disconnect, as soon as the server may be asked."""
         self._wanted = loop
         if self._worker is None and self.end is None and not self._pulling and self._may_ask():
             self._start(loop)
 
     def stop(self) -> None:
-        """Stop listening; what has been read stays for the application."""
+        """Stop listening; the messages that have been read are kept for the application."""
         self._wanted = None
         self._stopped = True
         if self._worker is not None:
             self._worker.cancel()
 
     async def join(self) -> None:
-        """After `stop`: wait until no task of ours is left."""
+        """Wait, after `stop`, until our task has ended."""
         if self._worker is not None:
             await self._worker.join()
 
@@ -65,19 +65,19 @@ class ReadAhead:
         return self._wanted is not None
 
     def _may_ask(self) -> bool:
-        """Whether the server may be asked before the application does."""
+        """Return whether ``receive()`` may be awaited before the application asks for a message."""
         raise NotImplementedError
 
     def _is_full(self) -> bool:
         raise NotImplementedError
 
     def _keep(self, message: Message) -> None:
-        """Take a message, for the application or for ourselves."""
+        """Keep a message for the application, or note that it is the disconnect."""
         raise NotImplementedError
 
     def _start(self, loop: EventLoop) -> None:
         self._stopped = False
-        # The first has it to itself. A later one may be started from inside the one before, which still runs in it.
+        # The first task has the context to itself. A later one may be started by the task before, which still runs in it.
         context = self._context.copy() if self._was_started else self._context
         self._was_started = True
         self._worker = loop.spawn(self._read, context)
@@ -85,7 +85,7 @@ class ReadAhead:
     async def _read(self) -> None:
         this_task = ThisTask()
         try:
-            # Stopped before it has begun, it asks nothing: granian loses what a cancelled receive() was to get.
+            # A task that is stopped before it begins must not ask: granian loses the message of a cancelled receive().
             while self.end is None and not self._stopped:
                 while self._is_full():
                     await self._change()
@@ -95,12 +95,12 @@ class ReadAhead:
                 if isinstance(exc, EXITS):
                     self.end = as_failure(exc, RECEIVING)
                 raise
-            # A middleware may refuse a body that grows too long: that is for the application to see, in its turn.
+            # A middleware may raise if a body grows too long: the application gets that error after the messages before it.
             self.end = as_failure(exc, RECEIVING)
         finally:
             self._worker = None
             if self._stopped and self._wanted is not None and self.end is None:
-                # Somebody asked again while we were being stopped.
+                # `arm` was called while this task was being stopped.
                 self._start(self._wanted)
             self._notify()
 
@@ -113,6 +113,6 @@ class ReadAhead:
         if self._changed is None:
             self._changed = anyio.Event()
         await self._changed.wait()
-        # On asyncio, anyio cancels nobody who is about to wake up anyway. A reader and a caller that wake each other in
-        # every step of the loop are so whenever it looks, and could not be stopped.
+        # On asyncio, anyio does not cancel a task that is about to wake up anyway. A reader and a caller that wake each
+        # other in every step of the loop are always about to, and could not be stopped.
         await anyio.lowlevel.checkpoint_if_cancelled()

@@ -1,4 +1,4 @@
-"""The response of a request: how it is watched on its way out, and how an error of ours is answered."""
+"""The response of a request: watching it while it is sent, and answering an error of ours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 from ..kernel.errors import CancelationError
 from ..kernel.foreign import SENDING, ThisTask, as_failure, told, with_own_failures
 from ..kernel.unwrap import raise_as_it_is
-from .cut import cut
+from .abort import abort_response
 
 if TYPE_CHECKING:
     from starlette.responses import Response
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .sse import Headers
     from .state import RequestState
 
-# In which what listens for a disconnect, behind other middleware too, wakes up and ends the task that sends.
+# Passes of the event loop in which a task that listens for the disconnect, behind other middleware too, wakes up and ends
+# the task that sends.
 _PASSES = 5
 
 # Responses that have no body, whatever their headers say (RFC 9110).
@@ -30,10 +31,10 @@ _WITHOUT_BODY = frozenset({204, 205, 304})
 
 
 class ResponseWatch:
-    """Watches the response in one place, to know whether it has started and when it is complete.
+    """A ``send()`` that notes whether the response has started and when it is complete.
 
-    A response that has told its length is a finished result: from its start on nothing of ours stops it. Any other is
-    the start of work, and can be stopped when that start is out.
+    A response with a ``content-length`` is a finished result: from its start on we do not stop it. Any other response is
+    the start of work, and can be stopped once its start has been sent.
     """
 
     __slots__ = ("_is_outermost", "_send", "_state", "_trailers", "is_complete", "last", "started", "stream_headers")
@@ -44,11 +45,12 @@ class ResponseWatch:
         self.last = b""
         self._send = send
         self._state = state
-        # What is between a place further in and the outermost may hold the response back.
+        # A middleware between an inner watch and the outermost one may hold the response back.
         self._is_outermost = is_outermost
 
     async def send(self, message: Message) -> None:
-        # In one piece: a response pays for each coroutine between the application and its server, twice.
+        """Send a message of the application, and note what it says of the response."""
+        # Not split into coroutines: a response pays twice for each coroutine between the application and its server.
         kind = message["type"]
         state = self._state
         is_start_of_work = False
@@ -62,7 +64,7 @@ class ResponseWatch:
             if message.get("more_body", False) or self._trailers:
                 self.last = message.get("body") or self.last
                 state.body_has_begun = True
-            elif state.is_cut:
+            elif state.is_aborted:
                 return
             else:
                 self._complete()
@@ -77,7 +79,7 @@ class ResponseWatch:
                 state.start_is_out()
 
     def _starts_work(self, message: Message) -> bool:
-        """Note the start of a response; return whether its work is still to come."""
+        """Note the start of a response; return whether work for its body is still to come."""
         state = self._state
         self.started = True
         self._trailers = message.get("trailers", False)
@@ -95,7 +97,7 @@ class ResponseWatch:
         return True
 
     def _complete(self) -> None:
-        # Before the server has the last bytes: if the client leaves while they are on their way, the work is done.
+        # Before the last bytes are sent: if the client leaves while they are on their way, the work is done.
         self.is_complete = True
         state = self._state
         if self._is_outermost:
@@ -103,13 +105,13 @@ class ResponseWatch:
         elif not state.is_finished:
             state.finish()
 
-    async def cut(self, error: CancelationError) -> None:
-        """End the response without its last chunk, or as an event stream by a last event."""
-        await cut(self.stream_headers, self.last, error, self._send, self._state)
+    async def abort(self, error: CancelationError) -> None:
+        """Abort the response: end it without its last chunk, or, as an event stream, with a last event."""
+        await abort_response(self.stream_headers, self.last, error, self._send, self._state)
 
 
 def _is_last(kind: str, message: Message) -> bool:
-    """Return whether a message that is no chunk of a body ends the response."""
+    """Return whether a message other than a body chunk ends the response."""
     if kind == "http.response.trailers":
         return not message.get("more_trailers", False)
     if kind == "http.response.zerocopysend":
@@ -118,18 +120,18 @@ def _is_last(kind: str, message: Message) -> bool:
 
 
 def has_no_more_work(start: Message) -> bool:
-    """Return whether a response that begins like this is there already, and has only to be sent."""
-    for name, _ in start.get("headers", ()):  # `any()` takes three times as long for what comes first
+    """Return whether the body of a response with this start exists already, and has only to be sent."""
+    for name, _ in start.get("headers", ()):  # `any()` takes three times as long for a header that comes first
         if name == b"content-length":
             return True
     return start["status"] in _WITHOUT_BODY
 
 
 def left_by(exc: BaseException, state: RequestState) -> bool:
-    """Take what a ``send()`` has raised for what it means; return whether that is to go no further for now.
+    """Note a disconnect that a ``send()`` has raised; return whether disconnects are deferred, so the error is dropped.
 
-    Since ASGI 2.4 servers say by an ``OSError`` that the client has left. It goes no further while that is deferred.
-    A ``CancelledError`` of somebody else is raised as a failure of sending.
+    Since ASGI 2.4 servers raise an ``OSError`` if the client has left. A ``CancelledError`` that does not belong to this
+    task is raised as a failure of sending.
     """
     if isinstance(exc, CancelledError):
         try:
@@ -141,7 +143,7 @@ def left_by(exc: BaseException, state: RequestState) -> bool:
 
 
 async def send_or_leave(send: Send, message: Message, state: RequestState) -> None:
-    """Send a message of a response of ours; if the client has left, a stop that is due for it strikes here."""
+    """Send a message of a response of ours; if the client has left, raise the cancellation that is due, or the error."""
     try:
         await send(message)
     except (OSError, CancelledError) as exc:
@@ -151,7 +153,7 @@ async def send_or_leave(send: Send, message: Message, state: RequestState) -> No
 
 
 async def failed_to_send(exc: BaseException, state: RequestState) -> None:
-    """Act on what the server's ``send()`` has raised, while it is handled; it goes further if it is to."""
+    """Note a disconnect that the server's ``send()`` has raised; raise the error again unless it is to be dropped."""
     is_deferred = left_by(exc, state)
     if state.ends_by_itself:
         await _let_listeners_end()
@@ -160,13 +162,13 @@ async def failed_to_send(exc: BaseException, state: RequestState) -> None:
 
 
 async def _let_listeners_end() -> None:
-    """Let what listens end as it does where servers drop what they cannot send: it has been told."""
+    """Let the tasks that listen for the disconnect end, as they do on servers that drop what they cannot send."""
     for _ in range(_PASSES):
         await anyio.lowlevel.checkpoint()
 
 
 async def answer(error: CancelationError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Send the response of ``error``, as its policy writes it if it has one."""
+    """Send the response to ``error``: that of its policy's writer, or JSON with the error's ``detail``."""
     response = await written(error, Request(scope, receive))
     if response is None:
         response = JSONResponse({"detail": error.detail}, status_code=error.status_code, headers=error.headers)
@@ -174,7 +176,7 @@ async def answer(error: CancelationError, scope: Scope, receive: Receive, send: 
 
 
 async def written(error: BaseException | None, request: Request) -> Response | None:
-    """Return the response that the writer of the policy makes of ``error``, if it has a policy with a writer."""
+    """Return the response that the policy's writer makes of ``error``; ``None`` without a policy or a writer."""
     policy = error.policy if isinstance(error, CancelationError) else None
     if policy is None or policy.response is None:
         return None

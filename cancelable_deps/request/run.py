@@ -56,7 +56,7 @@ async def run_request(
 ) -> CancelationError | None:
     """Run ``app``, and return the error with which the request is still to be answered, if there is one.
 
-    An error that the application raises for itself is raised. One of ours that comes when the response has started cuts
+    An error that the application raises for itself is raised. One of ours that comes when the response has started aborts
     the response.
     """
     if SCOPE_KEY in scope:
@@ -90,7 +90,7 @@ async def _run_in_another_door(
     outcome = await run_through(block, state.loop, app, scope, receive, watch.send)
     if block.policy is not None:
         block.policy.judge(scope, block.elapsed)
-    if outcome is None and state.cause is None and state.cut_by is None:
+    if outcome is None and state.cause is None and state.aborted_by is None:
         return None
     try:
         return await _settle(outcome, watch, state)
@@ -123,11 +123,11 @@ async def _settle(outcome: BaseException | None, watch: ResponseWatch, state: Re
             return None
         if not watch.started:
             return error
-        if state.cannot_be_cut:
+        if state.cannot_be_aborted:
             raise_as_it_is(error)
-        was_cut = state.is_cut and state.cut_by is None
-        if not (watch.is_complete or was_cut or error.reason is CancelationReason.DISCONNECT):
-            await watch.cut(error)
+        was_aborted = state.is_aborted and state.aborted_by is None
+        if not (watch.is_complete or was_aborted or error.reason is CancelationReason.DISCONNECT):
+            await watch.abort(error)
         return None
     finally:
         del outcome, error  # Their tracebacks know this frame: cycles, as long as this frame knows them.
@@ -147,8 +147,8 @@ def error_of(outcome: BaseException | None, state: RequestState) -> CancelationE
     """Return our error, if that is why the application has ended."""
     if isinstance(outcome, CancelationError):
         return outcome
-    if outcome is None and state.cut_by is not None:
-        return state.cut_by
+    if outcome is None and state.aborted_by is not None:
+        return state.aborted_by
     cause = state.cause
     if cause is None or state.is_finished:
         return None

@@ -1,4 +1,4 @@
-"""The format of Server-Sent Events, and of the one that ends a stream which is cut."""
+"""The format of Server-Sent Events, and the event that ends an aborted stream."""
 
 from __future__ import annotations
 
@@ -17,29 +17,32 @@ _ENDS_OF_EVENTS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
 
 def is_event_stream(headers: Headers) -> bool:
-    """Return whether a response with these headers is an event stream that an event of ours may be added to."""
+    """Return whether a response with these headers is an event stream to which an event can be added."""
     fields = {name.lower(): value for name, value in headers}
     media_type = fields.get(b"content-type", b"").partition(b";")[0].strip().lower()
-    # A compressed one ends inside of what compresses it.
+    # Nothing can be added to a compressed stream from outside of its compressor.
     return media_type == SSE.encode() and b"content-encoding" not in fields
 
 
 def last_event(error: CancelationError, last: bytes | memoryview) -> bytes:
-    """Return the event that ends a stream which is cut; ``last`` is what was sent of it at last, if anything."""
+    """Return the event that ends an aborted stream.
+
+    :param last: the last piece of the body that was sent, if any.
+    """
     data = format_sse(json.dumps(reason_and_message(error)), event="cancelled")
     if last and not bytes(last[-4:]).endswith(_ENDS_OF_EVENTS):
-        # What is passed on from elsewhere comes in chunks of any size: ours is not to become a part of half an event.
+        # A stream that is passed on from elsewhere comes in chunks of any size: ours must not be added to half an event.
         data = b"\n\n" + data
     return data
 
 
 def reason_and_message(error: CancelationError) -> dict[str, str]:
-    """Return what the last event of a cut event stream tells its client."""
+    """Return the data of the event that ends an aborted stream."""
     return {"reason": str(error.reason), "message": str(error.detail)}
 
 
 def format_sse(data: str, event: str | None = None) -> bytes:
-    """Return one Server-Sent Event. FastAPI has this too, since 0.135, and we support older ones."""
+    """Return one Server-Sent Event. FastAPI has this function since 0.135, and we support older versions."""
     lines = [] if event is None else [f"event: {event}"]
     lines += [f"data: {line}" for line in data.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
     return ("\n".join(lines) + "\n\n").encode()

@@ -171,7 +171,7 @@ class RequestState(ResponseProgress, Mortal):
         scope[SCOPE_KEY] = self
         if PROBE_KEY in scope:
             scope[PROBE_KEY](self)
-        shutdown: Shutdown | None = loop.drain
+        shutdown: Shutdown | None = loop.shutdown
         if shutdown is not None and shutdown.refuses and first is None:
             self.token.cancel_because(shutdown.cause())
 

@@ -39,16 +39,17 @@ _GONE = 1006
 
 
 class SocketState(RequestState):
-    """What all doors on one WebSocket share.
+    """The state that all doors on one WebSocket share.
 
-    It is over when the application has closed or refused it: what the server reports then is no disconnect.
+    The WebSocket is over when the application has closed or refused it. What the server reports after that is no
+    disconnect by the client.
     """
 
     _reader: SocketReader  # type: ignore[assignment]  # pyright: ignore[reportIncompatibleVariableOverride]
     is_accepted = False
     is_over = False
     close_code = _GONE
-    """What the client's close frame said, as far as the server tells."""
+    """The code of the client's close frame, as far as the server reports it."""
 
     _quiet = False
     _send_failed = False
@@ -67,33 +68,34 @@ class SocketState(RequestState):
         return self._reader
 
     def take_over(self, reader: SocketReader) -> None:
-        """Read by the reader of an earlier state, which is closed: it knows what has been read."""
+        """Use the reader of an earlier state, which is closed, because it holds the messages that have been read."""
         self._reader = reader  # pyright: ignore[reportIncompatibleVariableOverride]
         reader.owner = self
         if isinstance(reader.end, dict):
             self.socket_left(reader.end, by_receiving=False)
 
     def socket_left(self, message: Message, *, by_receiving: bool) -> None:
-        """The reader tells us."""
+        """Note that the client has left, as the reader reports it, and stop the work."""
         if self.is_over:
             return
         self.close_code = message.get("code") or _GONE
-        # A handler that was waiting for a message has its answer, and ends as it likes.
+        # A handler that was waiting for a message gets the disconnect, and decides itself how to end.
         self._quiet = by_receiving
         self.client_left()
         self._quiet = False
         block = current.get()
         if by_receiving and block is not None and self.cause is not None:
-            # The message tells the task, which may take as long for what it does then as for a cleanup.
+            # The message notifies the task. From here it has as long as for a cleanup.
             block.is_told(self.cause, None)
 
     @property
     def has_listeners(self) -> bool:
-        """Always false: a handler that waits for a message is told by that message, before it is stopped."""
+        """``False``: a handler that waits for a message gets the disconnect as that message, before it is stopped."""
         return False
 
     @property
     def has_watchers(self) -> bool:
+        """``False``, for the same reason."""
         return False
 
     def _disconnect(self) -> None:
@@ -102,16 +104,16 @@ class SocketState(RequestState):
         self.log(self.cause.reason, self.cause)
 
     def note_disconnect(self) -> None:
-        """Log nothing: that was done when the disconnect was heard, or is left to what handles it."""
+        """Log nothing: the disconnect was logged when it came, or the handler that received it decides."""
 
     def log(self, reason: CancelationReason, cause: object) -> None:
         if not self._quiet:
             super().log(reason, cause)
 
     def translate(self, outcome: BaseException | None) -> BaseException | None:
-        """What leaves a block of ours, as something that Starlette answers with the right close."""
+        """Return the exception that leaves a block of ours, as one that Starlette answers with the right close code."""
         if isinstance(outcome, WebSocketDisconnect) and self._is_ours(outcome):
-            # A failed send tells it before the reader can.
+            # A failed send shows the disconnect before the reader does.
             self.socket_left({"type": "websocket.disconnect", "code": outcome.code}, by_receiving=False)
             self.log(CancelationReason.DISCONNECT, CancelationReason.DISCONNECT)
             error = DisconnectCancelation()
@@ -120,26 +122,26 @@ class SocketState(RequestState):
         return self.error(outcome) if isinstance(outcome, CancelationError) else outcome
 
     def _is_ours(self, outcome: WebSocketDisconnect) -> bool:
-        # A handler that talks to other WebSockets may have the disconnect of one of those.
+        # A handler that talks to other WebSockets may raise the disconnect of one of them.
         left = self.has_left or self._send_failed
         return left and not self.is_over and not isinstance(outcome, CancelationError)
 
     def error(self, error: CancelationError) -> Any:
-        """`error` as its twin for WebSockets."""
+        """Return ``error`` as an exception that is also a ``WebSocketException``."""
         twin: Any = error if isinstance(error, WebSocketException) else _twin_of(error, self.close_code)
         if self.is_accepted:
-            # There is no HTTP status any more, and a handler that the application has for one would answer in vain.
+            # An HTTP status is impossible now: an exception handler that the application has for one would do nothing.
             twin.status_code = twin.code
         self._error = ref(twin)
         return twin
 
     async def answer(self, error: CancelationError, send: Send) -> None:
-        """Close for the reason of ``error``, unless it is closed already."""
+        """Close the WebSocket with the close code of ``error``, unless it is closed already."""
         twin = self.error(error)
         await self.send(send, {"type": "websocket.close", "code": twin.code, "reason": twin.reason})
 
     async def send(self, send: Send, message: Message) -> None:
-        """Pass on what the application, or Starlette for it, sends."""
+        """Send a message of the application, or of Starlette on its behalf."""
         try:
             await self._send(send, message)
         except CancelledError as exc:
@@ -160,7 +162,7 @@ class SocketState(RequestState):
             self._send_failed = True
             raise
         if kind == "websocket.send":
-            # Some servers never wait, and a handler that only sends would stop for nothing, nor let anybody else run.
+            # Some servers never wait in send(). A handler that only sends could then not be stopped, and would block the loop.
             await anyio.lowlevel.checkpoint()
 
     async def _close(self, send: Send, message: Message) -> None:
@@ -174,12 +176,12 @@ class SocketState(RequestState):
             await self._close_for_the_application(send, message)
         elif not self.is_over:
             self.is_over = True
-            # A client that reads nothing must not keep us.
+            # A client that does not read must not block us.
             with anyio.move_on_after(_CLOSE_SECONDS), suppress(OSError, WebSocketDisconnect):
                 await self._close_for_our_reason(send, message)
 
     async def _close_for_the_application(self, send: Send, message: Message) -> None:
-        # Before: the server reports a disconnect at once, which means nothing.
+        # Set before sending, because the server reports a disconnect at once, which is not the client's.
         self.is_over = True
         try:
             await send(message)
@@ -205,7 +207,7 @@ class SocketState(RequestState):
 
 
 class SocketBlock(RequestBlock):
-    """A block whose errors Starlette answers with a close."""
+    """A block whose errors Starlette answers by closing the WebSocket."""
 
     state: SocketState
     if TYPE_CHECKING:
@@ -235,9 +237,9 @@ class SocketDoorBlock(SocketBlock, DoorBlock):
 
 
 class _OnSocket(WebSocketException):
-    """What makes a `CancelationError` a ``WebSocketException`` too, which Starlette answers with its ``code``.
+    """The base class that makes a `CancelationError` a ``WebSocketException``, which Starlette answers with its ``code``.
 
-    An HTTP response would be its answer else, which no server sends on an open WebSocket.
+    Otherwise Starlette would answer with an HTTP response, which no server accepts on an open WebSocket.
     """
 
 
@@ -245,7 +247,7 @@ class _OnSocket(WebSocketException):
 def _twin_class(cls: Any) -> Any:
     bases: list[type] = [_OnSocket, cls]
     if issubclass(cls, DisconnectCancelation):
-        # Who waits for one has been told by `except WebSocketDisconnect` so far.
+        # Existing handlers catch the disconnect by `except WebSocketDisconnect`.
         bases.append(WebSocketDisconnect)
     return type(cls.__name__, tuple(bases), {"__module__": cls.__module__})
 
@@ -254,7 +256,7 @@ def _twin_of(error: CancelationError, close_code: int) -> CancelationError:
     kind: Any = type(error)
     cls = _twin_class(kind)
     twin = cls.__new__(cls)
-    # `reason` stays the CancelationReason that it is, in place of the text that Starlette expects: a string as well.
+    # `reason` stays a CancelationReason. Starlette expects a text there, and it is a string as well.
     vars(twin).update(vars(error), code=error.reason.close_code or close_code)
     twin.args, twin.__cause__ = error.args, error.__cause__
     result: CancelationError = twin
@@ -262,12 +264,12 @@ def _twin_of(error: CancelationError, close_code: int) -> CancelationError:
 
 
 def close_text(text: str) -> str:
-    """As much of ``text`` as a close frame has room for."""
+    """Return as much of ``text`` as fits into a close frame."""
     return text.encode()[:CLOSE_TEXT_BYTES].decode(errors="ignore")
 
 
 class Outlet:
-    """Stands for a WebSocket's own ``send``, which it does not keep alive."""
+    """A ``send()`` that wraps a WebSocket's own, and does not keep the WebSocket alive."""
 
     def __init__(self, websocket: WebSocket, state: SocketState) -> None:
         self._send = WeakMethod(websocket.send)

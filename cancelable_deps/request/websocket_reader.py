@@ -1,4 +1,4 @@
-"""The only code that awaits a WebSocket's ``receive()``."""
+"""The reader of WebSockets: the only code that awaits a WebSocket's ``receive()``."""
 
 from __future__ import annotations
 
@@ -21,19 +21,24 @@ READ_AHEAD_MESSAGES = 64
 
 
 class Owner(Protocol):
+    """The state of the WebSocket, as far as a reader uses it."""
+
     def socket_left(self, message: Message, *, by_receiving: bool) -> None:
-        """The client has left; `by_receiving` if the calling task is about to get the message that says so."""
+        """Note that the client has left.
+
+        :param by_receiving: whether the calling task is about to get ``message``, the disconnect.
+        """
 
 
 class SocketReader(ReadAhead):
-    """Reads ahead of the application to see the client leave, and replays what it read.
+    """A reader that reads ahead of the application to notice the disconnect, and replays the messages it has read.
 
-    Until it is armed, after it is stopped and for the ``websocket.connect`` of the handshake it passes on what the
-    server's ``receive()`` says. While it is armed a task of its own awaits that, at most `READ_AHEAD_BYTES` and
-    `READ_AHEAD_MESSAGES` ahead of the application, one message more at worst; then it waits for the application.
+    Until it is armed, after it is stopped, and for the ``websocket.connect`` of the handshake, it passes on the messages
+    of the server's ``receive()``. While it is armed a task of its own awaits ``receive()``, at most `READ_AHEAD_BYTES` and
+    `READ_AHEAD_MESSAGES` ahead of the application, or one message more. Then it waits for the application.
 
-    A task that waits for a message when the client leaves is given the server's ``websocket.disconnect``, as it would
-    be without us, and only then the owner is told: `WebSocketDisconnect` is how such a handler expects to end.
+    A task that waits for a message when the client leaves gets the server's ``websocket.disconnect``, as it would without
+    us. Only then is the owner notified, because such a handler expects to end by `WebSocketDisconnect`.
     """
 
     _told = False
@@ -46,7 +51,7 @@ class SocketReader(ReadAhead):
         self._messages: list[Message] = []
 
     async def receive(self) -> Message:
-        """The application's ``receive()``."""
+        """Return the next message: this is the application's ``receive()``."""
         self._receiving += 1
         try:
             while not self._messages and self.end is None:
@@ -63,7 +68,7 @@ class SocketReader(ReadAhead):
             return self._ended()
         finally:
             self._receiving -= 1
-            # Whoever waited has another message to work on, or waits no more: now it is to be stopped.
+            # The task that waited works on an earlier message, or has been cancelled: now it may be stopped.
             self._tell(by_receiving=False)
 
     def _may_ask(self) -> bool:
@@ -120,5 +125,5 @@ class SocketReader(ReadAhead):
 
 
 def _size(message: Message) -> int:
-    # What it takes in memory: a text of four bytes a character counts four times what it is long.
+    # Its size in memory, not its length: a character of a text may take four bytes.
     return sys.getsizeof(message.get("bytes") or message.get("text"))

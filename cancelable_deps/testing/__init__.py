@@ -1,10 +1,11 @@
-"""Test your own endpoints with a client that can hang up. Needs httpx: ``pip install "cancelable-deps[testing]"``.
+"""A client that can hang up, to test your own endpoints. Needs httpx: ``pip install "cancelable-deps[testing]"``.
 
-No socket and no server: the client says to the application, in ASGI's messages, what a server would say. What only a
-real server shows (its buffers, its limits, its log, when it notices that a client is gone) needs a real server.
+There is no socket and no server: the client sends the application the ASGI messages that a server would send. The
+behaviour of a server itself (its buffers, its limits, its log, the moment at which it notices a disconnect) can only be
+tested on a real server.
 
-The client and its checks are in `client`, the messages in `calls` and `websockets`, the clock in `clock`, the count of
-tasks in `tasks`. It knows the whole package; nothing in the package knows it.
+The client and its checks are in `client`, the messages in `calls` and `websockets`, the clock in `clock`, the tasks in
+`tasks`. This floor may use the whole package; nothing else in the package may use it.
 """
 
 from .calls import Call as Call

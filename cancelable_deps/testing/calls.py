@@ -1,4 +1,4 @@
-"""One call of an application at the level of ASGI messages: what a server would say, when the test says so."""
+"""Calls of an application in ASGI messages, which the test controls in place of a server."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Disconnects = Literal["repeats", "once"]
 
 @dataclass(frozen=True)
 class Personality:
-    """How the server that the client stands for behaves."""
+    """The behaviour of the server that the client imitates."""
 
     disconnect: Disconnects
     spec_version: str
@@ -44,32 +44,37 @@ class HangUp:
     """The moment at which a client leaves by itself: `before_body`, `after_request`, `after_response` or `at_end`."""
 
     request_bytes: float = float("inf")
+    """The bytes of the request's body that the client sends before it leaves."""
+
     response_bytes: float = float("inf")
+    """The bytes of the response's body that the application sends before the client leaves."""
+
     with_last_byte: bool = False
+    """Whether the client leaves while the last byte of the response is sent."""
 
     @classmethod
     def before_body(cls) -> Self:
-        """When the headers have been sent, and nothing of the body."""
+        """Leave when the headers of the request have been sent, and nothing of its body."""
         return cls(request_bytes=0)
 
     @classmethod
     def after_request(cls, count: int) -> Self:
-        """When the application has been given ``count`` bytes of the request's body; the rest is not sent."""
+        """Leave when the application has received ``count`` bytes of the request's body; the rest is not sent."""
         return cls(request_bytes=count)
 
     @classmethod
     def after_response(cls, count: int = 1) -> Self:
-        """When the application has sent ``count`` bytes of the response's body; 0: when it has sent the headers."""
+        """Leave when the application has sent ``count`` bytes of the response's body; with 0, when it has sent headers."""
         return cls(response_bytes=count)
 
     @classmethod
     def at_end(cls) -> Self:
-        """While the application sends the last byte: it is told before the response is complete."""
+        """Leave while the application sends the last byte, so that it gets the disconnect before the response is complete."""
         return cls(with_last_byte=True)
 
 
 class Exchange:
-    """What HTTP and WebSocket calls share: the application's task, and a place to wait for what it does."""
+    """The base class of HTTP and WebSocket calls: runs the application in a task, and lets a test wait for its steps."""
 
     scope: Scope
 
@@ -82,9 +87,9 @@ class Exchange:
         self._incoming: list[Message] = []
         self._readers = 0
         self.most_readers = 0
-        """The most that have awaited the server's ``receive()`` at one time.
+        """The largest number of tasks that have awaited the server's ``receive()`` at one time.
 
-        Two take each other's messages, and on some servers one of them waits for ever.
+        It should be at most 1: two tasks take each other's messages, and on some servers one of them waits for ever.
         """
         self._is_taken = self._may_be_heard = False
         self._disconnects = 0
@@ -93,23 +98,23 @@ class Exchange:
         self._ended: float | None = None
         self._before = tasks_now()
         self.sent: list[Message] = []
-        """Every ASGI message that the application has sent, also those that no client could read any more."""
+        """Every ASGI message that the application has sent, also after the client has left."""
         self.outcome: Outcome = "running"
-        """What became of the application: it is ``"running"``, has ``"returned"``, ``"raised"``, or was ``"cancelled"``."""
+        """The state of the application: ``"running"``, ``"returned"``, ``"raised"``, or ``"cancelled"`` from outside."""
         self.exception: BaseException | None = None
-        """What the application raised, if it did."""
+        """The exception that the application has raised; ``None`` if it has not."""
         self.failure: Exception | None = None
-        """What the test's own request body raised, which broke the connection; leaving the call raises it."""
+        """The exception of the iterable that the test gave as the body; it breaks the connection. Leaving the call raises it."""
         self.left_behind: list[Left] = []
-        """Tasks that the call has started and that outlive it: the name of each and the line where it stands.
+        """The tasks that began during the call and outlive it, each with its name and the line where it stands.
 
-        While another call of this client runs nobody looks for them; those of other work in the test that began meanwhile
-        are counted.
+        Tasks that the test itself has started meanwhile are among them. Tasks are not looked for while another call of
+        this client runs.
         """
 
     @property
     def reason(self) -> CancelationReason | None:
-        """Why the call was cancelled by ``cancelable_deps``; ``None`` if it was not."""
+        """The reason for which ``cancelable_deps`` has cancelled the call; ``None`` if it has not."""
         for state in self._states:
             if state.reason is not None:
                 return state.reason
@@ -117,35 +122,44 @@ class Exchange:
 
     @property
     def elapsed(self) -> float:
-        """Seconds from the call's start to the application's end, or to now; on the event loop's clock."""
+        """The seconds from the call's start to the application's end, or to now if it runs; on the event loop's clock."""
         return (self._loop.time() if self._ended is None else self._ended) - self._started
 
     async def running(self) -> None:
-        """Wait until the application has taken the call and stands still, or has ended.
+        """Wait until the application has begun the call and all its tasks wait for something, or until it has ended.
 
-        One that yields in a loop, and never waits for anything, is given half a second.
+        A task that only yields in a loop never waits; after half a second this returns all the same.
+
+        :raises AssertionError: if the application has not begun within the client's ``ceiling``.
         """
         await self._until(lambda: self._is_taken, "taken the call")
         await all_stand_still(self._personality.ceiling)
 
     async def listened_to(self) -> None:
-        """Wait until somebody awaits the server's ``receive()``, so that a hang-up is seen at once, and stands still.
+        """Wait until the application awaits the server's ``receive()``, so that it notices a hang-up at once, or has ended.
 
-        Our doors do after some milliseconds. A ``MockClock`` of trio, on which none pass, is moved by these.
+        The doors of ``cancelable_deps`` begin to listen after some milliseconds. A ``MockClock`` of trio, which stands
+        still, is moved by these.
+
+        :raises AssertionError: if nothing listens within the client's ``ceiling``.
         """
         await self._until(lambda: bool(self._readers) or self.has_ended, "begun to listen")
         await all_stand_still(self._personality.ceiling)
 
     async def ended(self) -> None:
-        """Wait until the application has ended, background tasks included."""
+        """Wait until the application has ended, background tasks included.
+
+        :raises AssertionError: if it has not ended within the client's ``ceiling``.
+        """
         await self._until(lambda: self.has_ended, "ended")
 
     @property
     def has_ended(self) -> bool:
+        """Whether the application has ended."""
         return self.outcome != "running"
 
     async def run(self) -> None:
-        """The application's task; the client starts it."""
+        """Run the application: the client starts this as a task."""
         self.scope[PROBE_KEY] = self._states.append
         self._is_taken = True
         self._notify()
@@ -165,10 +179,11 @@ class Exchange:
             self._notify()
 
     def give_up(self) -> None:
-        """Cancel the application, as no client can."""
+        """Cancel the application from outside, which no real client can do."""
         self._scope.cancel()
 
     async def look_for_what_is_left(self) -> None:
+        """Set `left_behind`: the client calls this when no call runs."""
         self.left_behind = await tasks_left(self._before)
 
     async def _receive(self) -> Message:
@@ -206,7 +221,7 @@ class Exchange:
             raise AssertionError(f"the application has not {what} within {self._personality.ceiling:g} seconds: {self}")
 
     def describe(self) -> str:
-        """What has become of the call, in a sentence."""
+        """Return the state of the call in a sentence, as it stands in failures."""
         words = {"running": "still runs", "returned": "returned", "raised": f"raised {self.exception!r}"}
         told = f"the application {words.get(self.outcome, 'was cancelled from outside')}"
         why = "cancelable_deps did not cancel it" if self.reason is None else f"it was cancelled for {self.reason!s}"
@@ -216,7 +231,7 @@ class Exchange:
 
 
 class Call(Exchange):
-    """One HTTP request that runs beside the test; `CancelableClient.start` makes it."""
+    """An HTTP request that runs beside the test; made by `CancelableClient.start`."""
 
     def __init__(
         self,
@@ -246,13 +261,14 @@ class Call(Exchange):
         return f"<{self.request.method} {self.request.url.path}: {self.describe()}>"
 
     async def run(self) -> None:
+        """Run the application, and send no more of the body when it has ended."""
         try:
             await super().run()
         finally:
             self._feeding.cancel()
 
     async def feed(self, content: object) -> None:
-        """Send the request's body, piece by piece as the application takes it; the client starts it."""
+        """Send the request's body, piece by piece as the application takes it: the client starts this as a task."""
         with self._feeding:
             try:
                 await self._feed()
@@ -277,9 +293,9 @@ class Call(Exchange):
         self._put(b"", more=False)
 
     async def send_body(self, data: bytes, *, more: bool = True) -> None:
-        """Send a piece of the body, of a call that was started with ``content=None, body_by_hand=True``.
+        """Send a piece of the request's body, of a call that was started with ``body_by_hand=True``.
 
-        :param more: whether another one follows.
+        :param more: whether another piece follows.
         """
         self._put(data, more=more)
         await anyio.lowlevel.checkpoint()
@@ -322,8 +338,8 @@ class Call(Exchange):
         last = kind == "http.response.body" and not message.get("more_body", False)
         gone_before = self._gone
         if last and self._plan.with_last_byte:
-            # Told before the server has it, as one is who listens when both happen at once. Not one checkpoint: on trio
-            # a task that is woken may run after the one that woke it.
+            # Listeners get the disconnect before the server has the byte, as when both happen at once. One checkpoint is
+            # not enough: on trio a task that is woken may run after the one that woke it.
             self._gone = True
             self._notify()
             await self._changed_until(lambda: not self._readers or bool(self._disconnects))
@@ -348,35 +364,42 @@ class Call(Exchange):
             refuse(kind, "" if self.is_complete else expected)
 
     async def hang_up(self) -> None:
-        """Leave: the connection breaks, and the application is told by ``http.disconnect`` if somebody listens."""
+        """Break the connection: a task of the application that listens gets ``http.disconnect``."""
         self.hang_up_nowait()
         await anyio.lowlevel.checkpoint()
 
     def hang_up_nowait(self) -> None:
-        """Leave in the middle of a step of the application: for a fake that the handler calls."""
+        """Break the connection at once, also in the middle of a step of the application, as from a fake that it calls."""
         self._gone = True
         self._notify()
 
     def stop_reading(self, after: int = 0) -> None:
-        """Take ``after`` more bytes of the response's body, and then nothing: ``send()`` blocks, as with a full socket."""
+        """Read ``after`` more bytes of the response's body, and then nothing: ``send()`` blocks, as with a full socket."""
         self._room = after
 
     def resume_reading(self) -> None:
+        """Read on after `stop_reading`, without limit."""
         self._room = float("inf")
         self._notify()
 
     async def response_started(self) -> None:
-        """Wait until the application has sent status and headers."""
+        """Wait until the application has sent status and headers.
+
+        :raises AssertionError: if it ends without a response, or has not started one within the client's ``ceiling``.
+        """
         await self._until(lambda: self.status is not None or self.has_ended, "started its response")
         if self.status is None:
             raise AssertionError(f"there is no response: {self}")
 
     def chunks(self) -> AsyncIterator[bytes]:
-        """The response's body as it arrives, until its end or a hang-up; it may be left before."""
+        """Return an asynchronous iterator over the response's body as it arrives; it ends at its end or at a hang-up.
+
+        A chunk must arrive within the client's ``ceiling``. The iterator may be left before its end.
+        """
         return _Chunks(self)
 
     async def _chunk(self, index: int) -> bytes | None:
-        """What the client has read as number ``index``; empty for the headers, ``None`` after the end."""
+        """Return the message body with that index: empty for the headers, ``None`` after the end."""
         await self._until(lambda: len(self._received) > index or self._is_read_out, "sent more")
         return self._received[index] if len(self._received) > index else None
 
@@ -390,9 +413,11 @@ class Call(Exchange):
         return self.is_complete or self._gone or self.has_ended
 
     async def response(self) -> httpx.Response:
-        """Wait for the whole response. It raises what the application raised before it had started one.
+        """Wait for the complete response, and return it; after a hang-up, as far as the application has sent it.
 
-        After a hang-up it is the response that nobody could read any more.
+        If the application has raised before its response started, its exception is raised.
+
+        :raises AssertionError: if it ends without a response, or takes longer than the client's ``ceiling``.
         """
         await self._until(lambda: self.is_complete or self.has_ended, "sent its response")
         if self.failure is not None:
@@ -402,7 +427,7 @@ class Call(Exchange):
         if self.status is None:
             raise AssertionError(f"there is no response: {self}")
         body = b"" if self.request.method == "HEAD" else self.body
-        # As a stream, or httpx adds a content-length that the application has not sent.
+        # As a stream, because otherwise httpx adds a content-length that the application has not sent.
         response = httpx.Response(
             self.status, headers=self.headers, stream=httpx.ByteStream(body), request=self.request
         )
@@ -412,31 +437,32 @@ class Call(Exchange):
 
     @property
     def status(self) -> int | None:
-        """The status that the application sent, also if nobody could read it any more; ``None`` if it sent none."""
+        """The status that the application has sent, also after a hang-up; ``None`` if it has sent none."""
         return next((message["status"] for message in self.sent if message["type"] == "http.response.start"), None)
 
     @property
     def headers(self) -> httpx.Headers:
-        """Those of the response; none while it has not started."""
+        """The headers of the response; empty while it has not started."""
         start = next((message for message in self.sent if message["type"] == "http.response.start"), {})
         return httpx.Headers([(bytes(name), bytes(value)) for name, value in start.get("headers", ())])
 
     @property
     def body(self) -> bytes:
-        """As much of the response's body as the application has sent."""
+        """The response's body as far as the application has sent it."""
         return b"".join(message.get("body", b"") for message in self.sent if message["type"] == "http.response.body")
 
     def json(self) -> Any:
-        """The response's body, from JSON."""
+        """Return the response's body, decoded from JSON."""
         return json.loads(self.body)
 
     def describe(self) -> str:
+        """Return the state of the call in a sentence, with the status of its response."""
         status = "no status" if self.status is None else f"status {self.status}"
         return f"{super().describe()} ({status})"
 
 
 class _Chunks:
-    """No generator: of one that is left before its end trio warns."""
+    """An iterator over chunks; no generator, because trio warns of a generator that is left before its end."""
 
     def __init__(self, call: Call) -> None:
         self._call = call
@@ -454,12 +480,12 @@ class _Chunks:
 
 
 def refuse(kind: str, expected: str) -> NoReturn:
-    """What a server's ``send()`` does, which logs it as an error."""
+    """Raise the error of a server's ``send()`` for a message that is not expected."""
     raise RuntimeError(f"the application sends {kind}, and a server expects {expected or 'nothing more'}")
 
 
 async def pieces_of(body: object) -> AsyncGenerator[bytes]:
-    """Of bytes that come slowly, or of httpx's stream."""
+    """Yield the pieces of a body: of an asynchronous or a plain iterable, or of httpx's stream."""
     if not isinstance(body, AsyncIterable):
         assert isinstance(body, Iterable)
         for piece in body:
@@ -470,6 +496,6 @@ async def pieces_of(body: object) -> AsyncGenerator[bytes]:
         async for piece in iterator:
             yield piece
     finally:
-        # Else trio warns of a generator that was not read to its end.
+        # Otherwise trio warns of a generator that was not read to its end.
         if isinstance(iterator, AsyncGenerator):
             await iterator.aclose()

@@ -1,4 +1,4 @@
-"""A client of an application that can hang up, and checks of what it has got."""
+"""A client of an application that can hang up, and checks of the outcome."""
 
 from __future__ import annotations
 
@@ -35,21 +35,30 @@ _NEVER = HangUp()
 
 
 class CancelableClient:
-    """A client of ``app`` that runs beside the test, in the same event loop: ``async with CancelableClient(app) as c:``.
+    """A client of ``app`` that can hang up: ``async with CancelableClient(app) as client:``.
 
-    Entering runs the application's lifespan up to its start, leaving to its end; what the application raises there is
-    raised here. Works on asyncio and trio, for any ASGI application. Where a server refuses a message of the application,
-    ``send()`` raises ``RuntimeError``, as it does there.
+    The application runs beside the test, in the same event loop, on asyncio or trio; it may be any ASGI application.
+    Entering the client starts the application's lifespan, and leaving ends it; exceptions of the lifespan are raised in
+    the test. ``send()`` raises ``RuntimeError`` for a message that a server would refuse.
 
-    :param lifespan: ``False`` leaves the application's lifespan alone, for tests that do without what it opens.
-    :param disconnect: ``"repeats"`` ``http.disconnect`` for whoever asks again, as uvicorn does, or says it ``"once"``
-        and then blocks, as hypercorn and daphne do.
-    :param spec_version: the version of ASGI that the server announces. From 2.4 on Starlette's streams learn from
-        ``send()`` that the client left; below they listen.
-    :param send_raises: whether ``send()`` raises ``OSError`` after the hang-up, as ASGI has it since 2.4. Servers differ.
-    :param raise_app_exceptions: raise in the test what the application raises; ``False`` leaves it to ``call.exception``.
-    :param ceiling: seconds after which something that a test waits for will not come any more, and the test fails with
-        a message; by a clock that `advance` does not move.
+    :param app: the ASGI application.
+    :param base_url: the URL that paths are relative to.
+    :param headers: headers of every request.
+    :param cookies: cookies of every request.
+    :param lifespan: ``False`` to not run the application's lifespan.
+    :param disconnect: how often ``receive()`` returns ``http.disconnect`` after a hang-up: it ``"repeats"``, as with
+        uvicorn, or comes ``"once"``, after which ``receive()`` blocks, as with hypercorn and daphne.
+    :param spec_version: the ASGI version that the server announces. Starlette's streams listen for the disconnect below
+        2.4; from 2.4 on they expect an ``OSError`` of ``send()``.
+    :param send_raises: whether ``send()`` raises ``OSError`` after the hang-up, as ASGI says since 2.4. Servers differ.
+    :param raise_app_exceptions: whether exceptions of the application are raised in the test; with ``False`` they are
+        only in ``call.exception``.
+    :param root_path: the ``root_path`` of the ASGI scope.
+    :param client: the address and port of the client in the ASGI scope.
+    :param ceiling: the seconds that the test waits for anything, before it fails with a message; on a clock that
+        `advance` does not move.
+    :raises TypeError: if ``app`` is not callable, or ``ceiling`` is not a number.
+    :raises ValueError: if ``disconnect`` is another word, or ``ceiling`` is negative or NaN.
     """
 
     def __init__(
@@ -69,7 +78,7 @@ class CancelableClient:
         ceiling: float = 10,
     ) -> None:
         if disconnect not in ("repeats", "once"):
-            raise ValueError(f'disconnect is "repeats" or "once", not {disconnect!r}')
+            raise ValueError(f'disconnect must be "repeats" or "once", not {disconnect!r}')
         if not callable(app):
             raise TypeError(f"CancelableClient takes an ASGI application, not {app!r}")
         self.app = app
@@ -88,10 +97,11 @@ class CancelableClient:
 
     @property
     def cookies(self) -> httpx.Cookies:
-        """Those that responses have set; they are sent with the following requests."""
+        """The cookies of the client and those that responses have set; they are sent with the following requests."""
         return self._http.cookies
 
     async def __aenter__(self) -> Self:
+        """Open the client, and start the application's lifespan; raise what the application raises at its start."""
         if self._tasks is not None:
             raise RuntimeError("this client is open already; another CancelableClient(app) may be opened beside it")
         tasks = _Tasks()
@@ -109,11 +119,12 @@ class CancelableClient:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        """Shut the application's lifespan down, and cancel the calls that still run."""
         failure: BaseException | None = None
         tasks, self._tasks = self._opened, None
         try:
             if self._lifespan is not None:
-                # Also after a test that has failed, or is cancelled: what the application has opened is to be closed.
+                # Also after a test that has failed or is cancelled, so that the application closes what it has opened.
                 with anyio.CancelScope(shield=True):
                     await self._lifespan.stop()
         except Exception as error:
@@ -124,11 +135,13 @@ class CancelableClient:
             raise failure
 
     async def request(self, method: str, path: str, **options: Any) -> httpx.Response:
-        """The response of the application. ``options`` are httpx's; a ``timeout`` does nothing.
+        """Send a request, and return the response when the application has ended, background tasks included.
 
-        A background task of the application has ended when it is there.
+        Cancelling the call cancels the application. Exceptions of the application are raised here.
 
-        :raises httpx.RemoteProtocolError: if the application ends before its response does.
+        :param options: the options of ``httpx.AsyncClient.request``, such as ``json=`` or ``headers=``; ``timeout=`` has
+            no effect.
+        :raises httpx.RemoteProtocolError: if the application ends before its response is complete.
         """
         content = options.pop("content", None)
         if not isinstance(content, Iterable | AsyncIterable) or isinstance(content, str | bytes | dict):
@@ -137,24 +150,31 @@ class CancelableClient:
             return await self._http.request(method, path, content=pieces, **options)
 
     async def get(self, path: str, **options: Any) -> httpx.Response:
+        """Send a GET request, as `request`."""
         return await self.request("GET", path, **options)
 
     async def head(self, path: str, **options: Any) -> httpx.Response:
+        """Send a HEAD request, as `request`."""
         return await self.request("HEAD", path, **options)
 
     async def options(self, path: str, **options: Any) -> httpx.Response:
+        """Send an OPTIONS request, as `request`."""
         return await self.request("OPTIONS", path, **options)
 
     async def post(self, path: str, **options: Any) -> httpx.Response:
+        """Send a POST request, as `request`."""
         return await self.request("POST", path, **options)
 
     async def put(self, path: str, **options: Any) -> httpx.Response:
+        """Send a PUT request, as `request`."""
         return await self.request("PUT", path, **options)
 
     async def patch(self, path: str, **options: Any) -> httpx.Response:
+        """Send a PATCH request, as `request`."""
         return await self.request("PATCH", path, **options)
 
     async def delete(self, path: str, **options: Any) -> httpx.Response:
+        """Send a DELETE request, as `request`."""
         return await self.request("DELETE", path, **options)
 
     @asynccontextmanager
@@ -170,13 +190,14 @@ class CancelableClient:
     ) -> AsyncGenerator[Call]:
         """Run a request beside the test: ``async with client.start("GET", "/report") as call:``.
 
-        Leaving the block waits for the application's end, and raises what the application raised. If the test fails
-        inside, the application is cancelled.
+        Leaving the block waits until the application has ended, and raises what the application raised. If the test
+        fails or is cancelled inside, the application is cancelled.
 
-        :param hang_up: the moment at which the client leaves by itself; or call ``await call.hang_up()``.
-        :param content: the body; an iterable is sent piece by piece, an asynchronous one as slowly as it comes. One
-            that never ends is a client that stops sending.
-        :param body_by_hand: the body is what the test gives to ``await call.send_body(...)``.
+        :param hang_up: the moment at which the client leaves by itself. Alternatively call ``await call.hang_up()``.
+        :param content: the body. An iterable is sent piece by piece, an asynchronous one at its own pace. An iterable
+            that never ends makes a client that stops sending.
+        :param body_by_hand: whether the test sends the body itself, by ``await call.send_body(...)``.
+        :param options: further options of ``httpx.AsyncClient.request``, such as ``headers=``.
         """
         request = self._http.build_request(method, path, content=content, **options)
         stream = content if isinstance(content, AsyncIterable) else request.stream
@@ -199,10 +220,13 @@ class CancelableClient:
     ) -> AsyncGenerator[SocketCall]:
         """Open a WebSocket that runs beside the test: ``async with client.websocket("/chat") as socket:``.
 
-        Leaving the block drops the client, if it is still there, and waits for the application's end.
+        Leaving the block drops the connection, if it is still open, and waits until the application has ended. It raises
+        what the application raised. If the test fails or is cancelled inside, the application is cancelled.
 
-        :param refusal_response: whether the server has the extension by which an application refuses the handshake with
-            an HTTP response of its own.
+        :param subprotocols: the subprotocols that the client offers.
+        :param refusal_response: whether the server supports the ASGI extension ``websocket.http.response``, by which an
+            application refuses the handshake with an HTTP response of its own.
+        :param options: further options of ``httpx.AsyncClient.request``, such as ``headers=``.
         """
         request = self._http.build_request("GET", path, **options)
         request.headers.update({"connection": "upgrade", "upgrade": "websocket", "sec-websocket-version": "13"})
@@ -225,13 +249,13 @@ class CancelableClient:
             self._opened.start_soon(partial(call.feed, None))
             response = await call.response()
         if not call.is_complete:
-            raise httpx.RemoteProtocolError(f"the response was cut: {call}", request=request)
+            raise httpx.RemoteProtocolError(f"the response is incomplete: {call}", request=request)
         return response
 
     @property
     def _opened(self) -> _Tasks:
         if self._tasks is None:
-            raise RuntimeError("the client works inside its block: `async with CancelableClient(app) as client:`")
+            raise RuntimeError("the client is not open: use it inside `async with CancelableClient(app) as client:`")
         if not self._tasks.is_here:
             raise RuntimeError(
                 "the client was opened in another event loop. A fixture that opens it must run in the loop of its tests "
@@ -291,7 +315,7 @@ class _Transport(httpx.AsyncBaseTransport):
 
 
 class _Tasks:
-    """A task group in a task of its own: pytest-asyncio enters and leaves a fixture in two different ones."""
+    """A task group in a task of its own, because pytest-asyncio enters and leaves a fixture in two different tasks."""
 
     def __init__(self) -> None:
         self._group = anyio.create_task_group()
@@ -315,7 +339,7 @@ class _Tasks:
         self._group.start_soon(work)
 
     async def close(self) -> None:
-        """Cancel what still runs, and raise what nobody expected."""
+        """Cancel the tasks that still run, and raise an exception that was not handled."""
         self._group.cancel_scope.cancel()
         with anyio.CancelScope(shield=True):
             await self._worker.join()
@@ -358,7 +382,7 @@ class _Lifespan:
         if not self.is_supported:
             return
         self._may_stop.set()
-        # What it has raised in the middle is told here, too.
+        # An exception that it has raised between start and shutdown is raised here, too.
         await self._wait_for("lifespan.shutdown", "shut down")
         if self._failed("shutdown"):
             raise self._error or RuntimeError(f"the application failed to shut down: {self._message}")
@@ -367,7 +391,7 @@ class _Lifespan:
         return (
             any(event["type"] == f"lifespan.{phase}.failed" for event in self._events)
             or (
-                # One that raises before it has asked for an event has no lifespan.
+                # An application that raises before it has called receive() does not support lifespans.
                 self._error is not None and (self._asked and phase == "startup" and not self.is_supported)
             )
             or (self._error is not None and phase == "shutdown")
@@ -411,7 +435,12 @@ class _Lifespan:
 
 
 def assert_cancelled(call: Exchange, reason: CancelationReason | None = None) -> None:
-    """Fail, and say what happened instead, unless ``call`` was cancelled by us, for ``reason`` if one is given."""
+    """Check that ``call`` has ended and was cancelled by ``cancelable_deps``.
+
+    :param call: a call of `CancelableClient.start` or `CancelableClient.websocket`.
+    :param reason: the reason that it must have been cancelled for; ``None`` for any.
+    :raises AssertionError: if that is not so; the message says what happened instead.
+    """
     if call.reason is None or not call.has_ended:
         raise AssertionError(f"the call was not cancelled: {call.describe()}")
     if reason is not None and call.reason != reason:
@@ -420,7 +449,10 @@ def assert_cancelled(call: Exchange, reason: CancelationReason | None = None) ->
 
 @asynccontextmanager
 async def no_tasks_left() -> AsyncGenerator[None]:
-    """Fail if what runs inside leaves a task behind in the running event loop, and say where it stands."""
+    """Check that the code inside the block leaves no task behind in the running event loop.
+
+    :raises AssertionError: if it does; the message has the name of each task and the line where it stands.
+    """
     before = tasks_now()
     yield
     left = await tasks_left(before)

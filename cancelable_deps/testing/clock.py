@@ -1,4 +1,4 @@
-"""Moving an event loop's clock, so that a test of a long timeout takes milliseconds."""
+"""A movable clock of the event loop, with which a test of a long timeout takes milliseconds."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ from ..kernel.settings import settings
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-# From one deadline to the next; then, for an application that has one every microsecond, in one go.
+# Steps from one deadline to the next. The rest is one step, because an application may have a deadline every microsecond.
 _MOST_STEPS = 100_000
-# Passes of the loop without anything to do for others; and how many may go by until then.
+# The loop is quiet after so many passes in which no other task runs; and the most passes to wait for that.
 _QUIET, _MOST_PASSES = 10, 1000
-# Timers are compared with the clock in floating point. Only at the end: a deadline that follows from another one's
-# moment would come that much later.
+# Added because timers are compared with the clock in floating point. Only at the end, or a deadline that is computed from
+# the time of another one would come that much later.
 _A_LITTLE = 1e-6
-# Real seconds for which one that is always busy is given the chance to wait for something.
+# The real seconds in which an application that is busy may begin to wait for something.
 _PATIENCE = 0.5
 
 
 async def advance(seconds: float) -> None:
-    """Let ``seconds`` pass on the event loop's clock, and everything happen that is due then, in no time.
+    """Move the event loop's clock by ``seconds``, and let everything happen that is due until then.
 
-    So a test of a 30-second timeout takes milliseconds. On asyncio the loop's own ``time()`` is replaced from here on; on
-    trio the test must run on a ``trio.testing.MockClock``.
+    A test of a 30-second timeout takes milliseconds like that. On asyncio the loop's own ``time()`` is replaced from the
+    first call on; on trio the test must run on a ``trio.testing.MockClock``.
 
-    Only what waits for the loop's clock is moved: not threads, processes, real sockets or ``time.monotonic()``. Whatever
-    else waits in the same loop has its time pass as well. After 100,000 deadlines the rest passes in one go. uvloop's
-    clock cannot be moved.
+    Only the loop's clock is moved, for everything in that loop. Threads, processes, real sockets and ``time.monotonic()``
+    are not affected. After 100,000 deadlines the rest of the time passes in one step. uvloop's clock cannot be moved.
 
-    :raises RuntimeError: for a clock that cannot be moved, :exc:`ValueError` for a time that is negative, endless or NaN.
+    :raises RuntimeError: if the clock cannot be moved.
+    :raises TypeError: if ``seconds`` is not a number.
+    :raises ValueError: if ``seconds`` is negative, infinite or NaN.
     """
     left = checked(seconds, "advance")
     if left == math.inf:
@@ -61,7 +62,10 @@ async def advance(seconds: float) -> None:
 
 
 async def _settle(clock: _TrioClock | _AsyncioClock, passes: int) -> int:
-    """Let happen what is due; how many passes that may take next time, for one that yields in a loop takes them all."""
+    """Let everything happen that is due; return the most passes for the next time.
+
+    A task that only yields in a loop takes all passes each time, so that fewer are allowed after that.
+    """
     quiet = 0
     for _ in range(passes):
         await anyio.lowlevel.checkpoint()
@@ -72,7 +76,10 @@ async def _settle(clock: _TrioClock | _AsyncioClock, passes: int) -> int:
 
 
 async def all_stand_still(at_most: float = math.inf) -> bool:
-    """Wait for that; one that yields in a loop and waits for nothing never does, and is not waited for for long."""
+    """Wait until all tasks wait for something; return whether they do.
+
+    Give up after half a second or ``at_most`` seconds, because a task that only yields in a loop never waits.
+    """
     with real_seconds(min(_PATIENCE, at_most)) as scope:
         await anyio.wait_all_tasks_blocked()
     return not scope.cancelled_caught
@@ -80,7 +87,7 @@ async def all_stand_still(at_most: float = math.inf) -> bool:
 
 @contextmanager
 def real_seconds(limit: float) -> Generator[anyio.CancelScope]:
-    """Cancel what runs inside after ``limit`` seconds of a clock that no test moves."""
+    """Cancel the code inside the block after ``limit`` seconds of a clock that no test moves."""
     loop = current_loop()
     end = time.monotonic() + limit
     timer: Any = None
@@ -95,7 +102,7 @@ def real_seconds(limit: float) -> Generator[anyio.CancelScope]:
 
     with anyio.CancelScope() as scope:
         if _stands_still():
-            # Nothing in its loop would look.
+            # No timer of its loop would fire.
             timer = threading.Timer(min(limit, threading.TIMEOUT_MAX), loop.call_from_thread, [scope.cancel])
             timer.daemon = True
             timer.start()
@@ -111,13 +118,13 @@ def real_seconds(limit: float) -> Generator[anyio.CancelScope]:
 
 
 def _stands_still() -> bool:
-    """Whether it is trio's ``MockClock``."""
+    """Return whether the clock is trio's ``MockClock``, on which no time passes by itself."""
     trio: Any = sys.modules.get("trio")
     return trio is not None and trio.lowlevel.in_trio_run() and hasattr(trio.lowlevel.current_clock(), "jump")
 
 
 async def let_doors_listen(is_needless: Callable[[], bool]) -> None:
-    """They do after some milliseconds, which do not pass by themselves on a clock that stands still."""
+    """Move a clock that stands still by the milliseconds after which doors listen, unless ``is_needless()``."""
     if not _stands_still():
         return
     await all_stand_still()
@@ -155,7 +162,7 @@ class _TrioClock:
 
 
 class _AsyncioClock:
-    """Stands for ``loop.time`` from the first time on that it is moved."""
+    """A clock that replaces ``loop.time`` when it is first moved."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         if not isinstance(loop, asyncio.BaseEventLoop):
@@ -168,7 +175,7 @@ class _AsyncioClock:
         self._ahead = 0.0
         loop._cancelable_deps_clock = self  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
         loop.time = self.time  # type: ignore[method-assign]
-        # In debug mode, as `unittest` has it, a step that moves the clock would be reported as a slow one.
+        # In debug mode, which `unittest` enables, a step that moves the clock would be logged as a slow callback.
         loop.slow_callback_duration = math.inf
         ours = current_loop()
         if isinstance(ours, AsyncioLoop):
@@ -178,11 +185,11 @@ class _AsyncioClock:
         return self._real() + self._ahead
 
     def is_acting(self) -> bool:
-        # Private, as the timers below. One that has become due by itself, as real time passes too, is here.
+        # Private, as the timers below. A timer that has become due by the passing of real time is among these, too.
         return bool(getattr(self._loop, "_ready", ()))
 
     def until_next(self) -> float:
-        # Private, and the only way to know of a timer before it is due; without it the clock moves in one go.
+        # Private, and the only way to know a timer before it is due. Without it the clock moves in one step.
         timers = [timer.when() for timer in getattr(self._loop, "_scheduled", ()) if not timer.cancelled()]
         return min(timers, default=math.inf) - self.time()
 

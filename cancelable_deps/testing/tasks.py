@@ -1,4 +1,4 @@
-"""Which tasks live in the running event loop, and where they stand."""
+"""The tasks that are alive in the running event loop, and the lines where they stand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..kernel.timeouts import TimeoutQueue
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Callbacks that are due may run, and a task that has its cancellation may end.
+# Passes of the loop in which callbacks that are due run, and tasks that are being cancelled end.
 _PASSES = 5
 # Ours, of which a loop has one for all requests: the timer that finds old ones, those of equal deadlines, which are there
 # while anybody waits for one, and the keeper of idle processes.
@@ -25,18 +25,20 @@ _SHARED = (Sweep.tick.__qualname__, TimeoutQueue.tick.__qualname__, Pool.keep.__
 
 @dataclass(frozen=True)
 class Left:
-    """A task that outlives what has started it."""
+    """A task that was left behind: it outlives the call or block in which it was started."""
 
     name: str
+    """The name of the task."""
+
     line: str
-    """Where it stands, as ``"file.py:12"``; empty if that is not in Python."""
+    """The line where the task stands, as ``"file.py:12"``; empty if it does not stand in Python code."""
 
     def __str__(self) -> str:
         return f"{self.name} at {self.line}" if self.line else self.name
 
 
 def tasks_now() -> set[Any]:
-    """All tasks of the running loop."""
+    """Return all tasks of the running event loop."""
     if not _on_trio():
         return set(asyncio.all_tasks())
     import trio  # loads late: an application on asyncio may not have it
@@ -46,7 +48,7 @@ def tasks_now() -> set[Any]:
 
 
 async def tasks_left(before: set[Any]) -> list[Left]:
-    """Those that are alive now and were not ``before``, without what a loop has of ours for all its requests."""
+    """Return the tasks that are alive now and were not ``before``, except those that serve all requests of the loop."""
     for _ in range(_PASSES):
         await anyio.lowlevel.checkpoint()
     return [Left(_name(task), _line(task)) for task in tasks_now() - before if not _is_shared(task)]

@@ -1,4 +1,4 @@
-"""One WebSocket of an application, without a socket."""
+"""WebSocket calls of an application, without a socket."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ _ABNORMAL = 1006
 
 
 class SocketClosed(Exception):
-    """What receiving from a WebSocket raises that the application has closed or refused."""
+    """The application has closed the WebSocket or refused its handshake: raised by the methods that wait for it."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(f"the application closed with {code}" + (f": {reason}" if reason else ""))
         self.code = code
+        """The close code; 1006 if there was no close frame, as after a refusal."""
         self.reason = reason
+        """The text of the close frame, or how the handshake was refused."""
 
 
 class SocketCall(Exchange):
-    """One WebSocket that runs beside the test; `CancelableClient.websocket` makes it."""
+    """A WebSocket that runs beside the test; made by `CancelableClient.websocket`."""
 
     def __init__(self, app: ASGIApp, scope: Scope, personality: Personality) -> None:
         super().__init__(app, personality)
@@ -35,18 +37,20 @@ class SocketCall(Exchange):
         self._messages: list[Message] = []
         self._gone: int | None = None
         self.subprotocol: str | None = None
-        """The one that the application has chosen."""
+        """The subprotocol that the application has chosen."""
         self.is_accepted = False
+        """Whether the application has accepted the handshake."""
         self.close_code: int | None = None
         """The code with which the application has closed; ``None`` while it has not."""
         self.close_reason = ""
+        """The text of the application's close frame."""
 
     def __repr__(self) -> str:
         return f"<WebSocket {self.scope['path']}: {self.describe()}>"
 
     @property
     def refusal(self) -> httpx.Response | None:
-        """The HTTP response by which the application has refused the handshake, if it sent one."""
+        """The HTTP response by which the application has refused the handshake; ``None`` if it sent none."""
         start = next((m for m in self.sent if m["type"] == "websocket.http.response.start"), None)
         body = [m for m in self.sent if m["type"] == "websocket.http.response.body"]
         if start is None or not body or body[-1].get("more_body", False):
@@ -55,46 +59,72 @@ class SocketCall(Exchange):
         return httpx.Response(start["status"], headers=list(start.get("headers", ())), content=content)
 
     async def accepted(self) -> None:
-        """Wait until the application has accepted. Raises `SocketClosed` if it refuses."""
+        """Wait until the application has accepted the handshake.
+
+        :raises SocketClosed: if the application refuses it.
+        """
         await self._until(lambda: self.is_accepted or self._is_over, "accepted the WebSocket")
         if not self.is_accepted:
             raise self._closed()
 
     async def send_text(self, text: str) -> None:
+        """Send a text message, when the application has accepted.
+
+        :raises SocketClosed: if the application refuses the handshake.
+        """
         await self._say({"type": "websocket.receive", "text": text})
 
     async def send_bytes(self, data: bytes) -> None:
+        """Send a binary message, when the application has accepted.
+
+        :raises SocketClosed: if the application refuses the handshake.
+        """
         await self._say({"type": "websocket.receive", "bytes": data})
 
     async def send_json(self, value: Any) -> None:
-        """As text."""
+        """Send ``value`` as a text message in JSON, when the application has accepted.
+
+        :raises SocketClosed: if the application refuses the handshake.
+        """
         await self.send_text(json.dumps(value))
 
     async def receive_text(self) -> str:
-        """Wait for the next message. Raises `SocketClosed` if the application closes instead."""
+        """Wait for the next message of the application, and return its text.
+
+        :raises SocketClosed: if the application closes the WebSocket instead.
+        :raises AssertionError: if the message is binary, or none comes within the client's ``ceiling``.
+        """
         text: str = await self._heard("text")
         return text
 
     async def receive_bytes(self) -> bytes:
-        """Wait for the next message. Raises `SocketClosed` if the application closes instead."""
+        """Wait for the next message of the application, and return its bytes.
+
+        :raises SocketClosed: if the application closes the WebSocket instead.
+        :raises AssertionError: if the message is a text, or none comes within the client's ``ceiling``.
+        """
         data: bytes = await self._heard("bytes")
         return data
 
     async def receive_json(self) -> Any:
-        """Wait for the next message, of text. Raises `SocketClosed` if the application closes instead."""
+        """Wait for the next message of the application, a text, and return it decoded from JSON.
+
+        :raises SocketClosed: if the application closes the WebSocket instead.
+        :raises AssertionError: if the message is binary, or none comes within the client's ``ceiling``.
+        """
         return json.loads(await self.receive_text())
 
     async def drop(self) -> None:
-        """Break the connection without a close frame: the application is told 1006, as servers say it."""
+        """Break the connection without a close frame: the application gets the close code 1006."""
         self.drop_nowait()
         await anyio.lowlevel.checkpoint()
 
     def drop_nowait(self) -> None:
-        """Break the connection in the middle of a step of the application: for a fake that the handler calls."""
+        """Break the connection at once, also in the middle of a step of the application, as from a fake that it calls."""
         self._leave(_ABNORMAL)
 
     async def close(self, code: int = 1000) -> None:
-        """Close from the client's side."""
+        """Close the WebSocket from the client's side, with this close code."""
         self._leave(code)
         await anyio.lowlevel.checkpoint()
 

@@ -1,4 +1,4 @@
-"""What a server does after its client has hung up, with and without cancelable_deps: `python -m examples.demo`."""
+"""A demonstration of a server's work after a hang-up, with and without cancelable_deps: `python -m examples.demo`."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 
 def main() -> None:
     options = parse_options()
-    # The word count is Python in worker threads; the event loop shall get its turn often, or the page would stutter.
+    # The word count runs Python code in worker threads. The event loop must get its turn often, or the page would stutter.
     sys.setswitchinterval(0.0005)
     listener = bind(options.host, options.port)
-    # After a signal uvicorn raises it again, for the handler from before: a plain SIGTERM would leave the files behind.
+    # When uvicorn has shut down, it raises the signal again for the previous handler. The default one of SIGTERM would
+    # leave the files behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt), listener, TemporaryDirectory(prefix="cancelable-demo-") as folder:
         serve(listener, generate(Path(folder), options))
@@ -55,7 +56,7 @@ def positive(text: str) -> int:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """The listening socket, taken before anything is generated."""
+    """Return the listening socket; it is opened before anything is generated, so that a used port fails at once."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
@@ -69,7 +70,7 @@ def generate(folder: Path, options: argparse.Namespace) -> Materials:
 
 
 def progress_of(what: str, total: int) -> Callable[[int], None]:
-    """Rewrites one line of a terminal; a log file gets the last one only."""
+    """Return a function that shows progress in one line of a terminal; a log file gets only its last state."""
 
     def progress(done: int) -> None:
         if sys.stdout.isatty() or done == total:
@@ -79,14 +80,14 @@ def progress_of(what: str, total: int) -> Callable[[int], None]:
 
 
 class Server(uvicorn.Server):
-    """Ends the live feeds and the covered requests as soon as it is told to stop, instead of waiting for them."""
+    """A server that ends the live feeds and the covered requests as soon as it shuts down, instead of waiting for them."""
 
     def __init__(self, config: uvicorn.Config, ledger: Ledger) -> None:
         super().__init__(config)
         self.ledger = ledger
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # Not at once: a signal handler may run in the middle of another callback of the loop.
+        # By way of the loop, because a signal handler may run in the middle of another callback.
         asyncio.get_running_loop().call_soon_threadsafe(self.ledger.close)
         super().handle_exit(sig, frame)
 
@@ -99,14 +100,14 @@ def serve(listener: socket.socket, materials: Materials) -> None:
         log_level="error",
         timeout_graceful_shutdown=1,
     )
-    # uvicorn configures its loggers in Config; a filter has to come after that.
+    # After Config, which configures uvicorn's loggers and would drop the filter.
     logging.getLogger("uvicorn.error").addFilter(not_a_cut_stream)
     introduce(listener, materials)
     Server(config, ledger).run(sockets=[listener])
 
 
 def not_a_cut_stream(record: logging.LogRecord) -> bool:
-    """uvicorn reports a response that ends early as an error of the application, also one that was cut on purpose."""
+    """Drop uvicorn's error about a response that ends early, because the demonstration aborts streams on purpose."""
     return "returned without completing response" not in record.getMessage()
 
 

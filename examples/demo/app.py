@@ -1,4 +1,4 @@
-"""The application of the demonstration: each piece of work behind a different door, and once without any."""
+"""The application of the demonstration: each piece of work under a different door, and once without any."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Materials:
-    """What the handlers work on."""
+    """The data that the handlers work on."""
 
     table: Table
     corpus: Corpus
@@ -177,7 +177,7 @@ async def take_upload(run: Run, request: Request) -> dict[str, Any]:
 
 
 def create_app(materials: Materials, ledger: Ledger) -> ASGIApp:
-    """The whole demonstration; `ledger` is what its page shows live."""
+    """Return the application of the demonstration; its page shows `ledger` live."""
     app = FastAPI(title="cancelable_deps, the demonstration")
     app.include_router(page_router(materials, ledger))
     for router in (covered, limited, plain):

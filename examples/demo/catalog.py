@@ -1,4 +1,4 @@
-"""The works that the page shows and the terminal lists."""
+"""The pieces of work that the page shows and the terminal lists."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Work:
 
 
 def works(rows: int, words: int, numbers: int) -> list[Work]:
-    """All works, for a table of `rows`, a corpus of `words` and so many `numbers` to try."""
+    """Return all pieces of work, for a table of `rows`, a corpus of `words` and so many `numbers` to try."""
     return [
         Work(
             name="report",

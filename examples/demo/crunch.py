@@ -1,4 +1,4 @@
-"""Work without a single `await`, for a process of its own; it imports little, as the process does."""
+"""Work without a single `await`, for a process of its own; it imports little, because each process imports it anew."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BOARD = struct.Struct("=qqq")
 
 
 def longest_collatz(below: int, board: str) -> dict[str, int]:
-    """The number up to `below` that takes the most steps down to 1; how far it has come is written on the board."""
+    """Return the number up to `below` that takes the most steps down to 1; write the progress to the board."""
     longest, most, began = 1, 0, time.process_time()
     with open(board, "r+b", buffering=0) as written:
         for number in range(1, below + 1):
@@ -33,5 +33,5 @@ def _write(board: BinaryIO, done: int, seconds: float) -> None:
 
 
 def read(board: bytes) -> tuple[int, int, int] | None:
-    """Which process works, how many numbers it has done, and its CPU time in milliseconds; nothing before it starts."""
+    """Return the id of the process, the numbers it has done and its CPU time in ms; `None` before it has started."""
     return _BOARD.unpack(board) if len(board) == _BOARD.size else None

@@ -1,4 +1,4 @@
-"""What the server did for each request: the page shows it live, the terminal prints one line per request."""
+"""A record of the work for each request: the page shows it live, the terminal prints a line for each request."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TICK = 0.1
 
 
 class Run:
-    """One request: how far its work has come, and how it ended."""
+    """One request: the progress of its work, and how it ended."""
 
     def __init__(self, run_id: str, method: str, path: str, task: asyncio.Task[Any]) -> None:
         self.id, self.method, self.path = run_id, method, path
@@ -54,13 +54,13 @@ class Run:
         self._lock = threading.Lock()
 
     def begin(self, unit: str, total: int | None, cancelable: Cancelable | None) -> None:
-        """The work starts, inside the block `cancelable`, or in none."""
+        """Note that the work starts, inside the block `cancelable`, if any."""
         self.unit, self.total = unit, total
         if cancelable is not None:
             self.follow(cancelable)
 
     def follow(self, cancelable: Cancelable) -> None:
-        """Note when `cancelable` is cancelled; the first that is followed, the outermost, answers the request."""
+        """Note when `cancelable` is cancelled; only the first one is followed, the outermost, which answers the request."""
         if self._cancelable is None:
             self._cancelable = cancelable
             cancelable.on_cancel(self._cancelled)
@@ -76,13 +76,13 @@ class Run:
             self._task.cancel()
 
     def advance(self, amount: int) -> None:
-        """Count work that was done; worker threads call it."""
+        """Add to the work that was done; worker threads call this."""
         with self._lock:
             self.done += amount
 
     @contextmanager
     def board(self, folder: Path) -> Iterator[str]:
-        """A file on which another process writes how far it has come."""
+        """Provide the path of a file to which another process writes its progress."""
         with TemporaryDirectory(dir=folder) as own:
             self._board = Path(own, "board")
             self._board.touch()
@@ -100,7 +100,7 @@ class Run:
             self.process, self.done, self.cpu_ms = found
 
     def stop(self, reason: str) -> None:
-        """Note why the run was cancelled, and how far it had come by then."""
+        """Note why the run was cancelled, and its progress by then."""
         self.look()
         self.reason, self.left = reason, {"done": self.done, "ms": self.elapsed_ms()}
 
@@ -154,13 +154,13 @@ class Ledger:
         return run
 
     def close(self) -> None:
-        """The server stops: end the live feeds and cancel what can be cancelled."""
+        """End the live feeds and cancel the requests that can be cancelled, when the server stops."""
         self.closed = True
         for run in self._runs.values():
             run.shut_down()
 
     async def changes(self) -> AsyncIterator[str]:
-        """Server-sent events: first all runs, then every tick those that changed; ends when the server stops."""
+        """Yield Server-Sent Events: first all runs, then at every tick those that have changed, until the server stops."""
         seen: dict[str, dict[str, Any]] = {}
         while not self.closed:
             now = {run.id: run.snapshot() for run in self._runs.values() if run.unit}
@@ -171,7 +171,7 @@ class Ledger:
 
 
 class LedgerMiddleware:
-    """Opens a run for each request and prints its line at the end; outermost, so it sees what a server log sees."""
+    """A middleware that opens a run for each request and prints its line at the end; outermost, to see the final status."""
 
     def __init__(self, app: ASGIApp, ledger: Ledger) -> None:
         self.app, self.ledger = app, ledger
@@ -185,12 +185,12 @@ class LedgerMiddleware:
         try:
             await self.app(scope, receive, _noting_status(run, send))
         except ClientDisconnect:
-            # What a body that breaks off does to a handler without cancellation: on a real server, a traceback.
+            # A handler without cancellation raises this if the upload breaks off. uvicorn would print a traceback.
             run.stop("ClientDisconnect")
         except asyncio.CancelledError:
             if not self.ledger.closed:
                 raise
-            # Ctrl-C while a handler without cancellation works: passed on, uvicorn would print a traceback.
+            # Ctrl-C while a handler without cancellation works. If it were raised, uvicorn would print a traceback.
             run.stop("killed")
             if run.status is None:
                 await PlainTextResponse("The server stopped", 503)(scope, receive, _noting_status(run, send))

@@ -1,8 +1,8 @@
-"""The work of the demonstration: things a server does for a while, a slice at a time.
+"""The work of the demonstration: tasks that take a server a while, done in slices.
 
-Nothing here knows of requests or of cancellation. Every slice runs in a worker thread, and every `await` between two
-slices is a place where the work can be stopped. `advance(n)` is called inside the slice, so that a slice that was under
-way when the work was stopped is counted too.
+The code here knows neither requests nor cancellation. Every slice runs in a worker thread, and the work can be stopped at
+every `await` between two slices. `advance(n)` is called inside the slice, so that a slice that runs when the work is
+stopped is counted, too.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Corpus:
 
 
 def make_table(path: Path, rows: int, progress: Advance) -> Table:
-    """Fill a table with sales; `progress` is told the rows written so far."""
+    """Fill a table with sales; call `progress` with the number of rows written so far."""
     table = Table(path, rows)
     with closing(table.connect()) as connection:
         connection.execute("PRAGMA journal_mode = OFF")
@@ -83,7 +83,7 @@ def make_table(path: Path, rows: int, progress: Advance) -> Table:
 
 
 def make_corpus(folder: Path, words: int, progress: Advance) -> Corpus:
-    """Write books of up to 100,000 words; `progress` is told the words written so far."""
+    """Write books of up to 100,000 words; call `progress` with the number of words written so far."""
     dice = random.Random(20)
     vocabulary = ["".join(dice.choices("abcdefghiklmnoprstuvw", k=dice.randint(2, 11))) for _ in range(600)]
     books: list[Path] = []
@@ -104,7 +104,7 @@ def _spans(total: int, step: int) -> list[tuple[int, int]]:
 
 
 async def largest_sales(table: Table, advance: Advance) -> dict[str, list[int]]:
-    """The three largest sales of each shop, in cents."""
+    """Return the three largest sales of each shop, in cents."""
     largest: dict[str, list[int]] = {}
     for span in _spans(table.rows, SLICE_ROWS):
         for shop, cents in await anyio.to_thread.run_sync(_read_slice, table, span, advance):
@@ -113,8 +113,8 @@ async def largest_sales(table: Table, advance: Advance) -> dict[str, list[int]]:
 
 
 def _read_slice(table: Table, span: tuple[int, int], advance: Advance) -> list[Sale]:
-    # A connection for each slice: when the server itself cancels a task at shutdown, the thread goes on with its slice,
-    # and a connection that is closed under it would take the process down.
+    # A connection for each slice, because when the server itself cancels a task at shutdown, the thread goes on with its
+    # slice, and closing a connection that the thread uses would crash the process.
     with closing(table.connect()) as connection:
         sales: list[Sale] = connection.execute(_LARGEST, span).fetchall()
     advance(span[1] - span[0])
@@ -122,7 +122,7 @@ def _read_slice(table: Table, span: tuple[int, int], advance: Advance) -> list[S
 
 
 async def count_words(corpus: Corpus, advance: Advance, open_task_group: OpenTaskGroup) -> dict[str, dict[str, int]]:
-    """The commonest words and pairs of words, read by several tasks at once."""
+    """Return the most common words and pairs of words, counted by several tasks at once."""
     counts = [Counter[str]() for _ in range(READERS)]
     async with open_task_group() as task_group:
         for reader, counter in enumerate(counts):
@@ -132,7 +132,7 @@ async def count_words(corpus: Corpus, advance: Advance, open_task_group: OpenTas
 
 async def _read_books(books: list[Path], counter: Counter[str], advance: Advance) -> None:
     for path in books:
-        # Opening a local file takes microseconds; the reading is what happens in the thread.
+        # Opened in the event loop, because that takes microseconds. The file is read in the thread.
         with path.open("rb") as book:
             while await anyio.to_thread.run_sync(_count_piece, book, counter, advance):
                 pass
@@ -158,7 +158,7 @@ def _commonest(counts: list[Counter[str]]) -> dict[str, dict[str, int]]:
 
 
 async def take_in(stream: AsyncIterator[bytes], advance: Advance) -> dict[str, str | int]:
-    """Hash and pack an upload while it arrives."""
+    """Hash and compress an upload while it arrives."""
     digest, packer, packed = hashlib.sha256(), zlib.compressobj(9), 0
 
     def take(chunk: bytes) -> int:
@@ -173,7 +173,7 @@ async def take_in(stream: AsyncIterator[bytes], advance: Advance) -> dict[str, s
 
 
 async def sales_feed(table: Table, advance: Advance, events: int, pace: float) -> AsyncIterator[dict[str, int]]:
-    """The largest sale of one slice of the table after another, `pace` seconds apart."""
+    """Yield the largest sale of one slice of the table after another, `pace` seconds apart."""
     for span in _spans(table.rows, SLICE_ROWS)[:events]:
         sales = await anyio.to_thread.run_sync(_read_slice, table, span, advance)
         yield {"sales": span[1], "largest": max(cents for _, cents in sales)}

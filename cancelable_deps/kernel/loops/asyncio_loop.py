@@ -60,7 +60,7 @@ class AsyncioLoop:
     """An event loop of asyncio."""
 
     is_trio = is_thread = False
-    drain: Any = None
+    shutdown: Any = None
     in_flight: Any = None
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:

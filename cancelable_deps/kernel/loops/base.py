@@ -58,7 +58,7 @@ class EventLoop(Protocol):
     in_flight: Any
     """The requests of the loop, if it has some: asked for each request, so no entry in `extras`."""
 
-    drain: Any
+    shutdown: Any
     """The object that ends the loop's requests at shutdown, or ``None``. Not in `extras`, as each request reads it."""
 
     def is_running_here(self) -> bool:

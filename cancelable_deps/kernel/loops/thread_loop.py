@@ -54,7 +54,7 @@ class ThreadLoop:
     is_trio = False
     is_thread = True
     task_without_scope: Callable[[], object] | None = None
-    drain: Any = None
+    shutdown: Any = None
     in_flight: Any = None
 
     def __init__(self, home: EventLoop | None) -> None:

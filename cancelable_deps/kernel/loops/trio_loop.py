@@ -71,7 +71,7 @@ class TrioLoop:
 
     is_trio = True
     is_thread = False
-    drain: Any = None
+    shutdown: Any = None
     in_flight: Any = None
 
     def __init__(self, token: trio.lowlevel.TrioToken) -> None:

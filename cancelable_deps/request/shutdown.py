@@ -1,4 +1,4 @@
-"""The end of all requests of one event loop."""
+"""The shutdown of one event loop: the end of all its requests."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .in_flight import in_flight_of
 if TYPE_CHECKING:
     from ..kernel.loops.base import EventLoop, Timer
 
-# What a request may take beyond all graces to end, and its response to leave the process.
+# Seconds that a request may take beyond all graces to end, and its response to leave the process.
 _MARGIN = 1.0
 _SETTLING = 0.1
 
 
 class Graces(NamedTuple):
-    """What the lifespan of one application allows its requests when the server shuts down."""
+    """The limits that the lifespan of one application gives its requests when the server shuts down."""
 
     grace: float
     background_grace: float
@@ -32,16 +32,16 @@ class Graces(NamedTuple):
     refuse_new: bool
 
 
-class Drain:
-    """Knows the requests in flight that are older than some milliseconds, and ends them when the token is cancelled.
+class Shutdown:
+    """The requests in flight that are older than some milliseconds, which it ends when its token is cancelled.
 
-    The applications that share an event loop share one; of their limits the longest count.
+    The applications that share an event loop share one `Shutdown`. The longest of their limits apply.
     """
 
     refuses = False
     _began = math.inf
-    _is_cut = False
-    _is_background_cut = False
+    _stopped_requests = False
+    _stopped_background = False
     _timer: Timer | None = None
 
     def __init__(self, loop: EventLoop) -> None:
@@ -53,26 +53,27 @@ class Drain:
         self.token.listen(self)
 
     @classmethod
-    def joined(cls, graces: Graces) -> Drain:
-        """The running loop's, with the limits of one more application."""
-        drain = running_drain()
-        if drain.token.is_cancelled and not drain.is_joined:
-            # Somebody has used the token without a lifespan.
-            drain.forget()
-            drain = drain._loop.drain = cls(drain._loop)
-        drain._graces.append(graces)
-        return drain
+    def joined(cls, graces: Graces) -> Shutdown:
+        """Return the running loop's `Shutdown`, with the limits of one more application."""
+        shutdown = running_shutdown()
+        if shutdown.token.is_cancelled and not shutdown.is_joined:
+            # Its token was cancelled while no lifespan ran.
+            shutdown.forget()
+            shutdown = shutdown._loop.shutdown = cls(shutdown._loop)
+        shutdown._graces.append(graces)
+        return shutdown
 
     def leave(self, graces: Graces) -> None:
+        """Remove the limits of an application whose lifespan has ended."""
         self._graces.remove(graces)
         if not self._graces:
             self._stop_timer()
             self.forget()
-            if self._loop.drain is self:
-                self._loop.drain = None
+            if self._loop.shutdown is self:
+                self._loop.shutdown = None
 
     def forget(self) -> None:
-        """Know of no more requests."""
+        """Observe the requests of the loop no more."""
         self.in_flight.observers = tuple(other for other in self.in_flight.observers if other is not self)
 
     @property
@@ -82,17 +83,18 @@ class Drain:
 
     @property
     def is_joined(self) -> bool:
+        """Whether the lifespan of an application runs."""
         return bool(self._graces)
 
     def begin_from_thread(self, message: str) -> None:
-        """From any thread, or a signal handler."""
+        """Begin the shutdown, from any thread or from a signal handler."""
         self._loop.call_from_thread(self.token.cancel_nowait, CancelationReason.SIGNAL, message)
 
     def request_is_old(self, request: Any) -> None:
-        """Stop a request that has run for a while, if it is too late for it."""
-        if self._is_background_cut:
+        """Stop a request that has run for a while, if its grace is over."""
+        if self._stopped_background:
             request.stop_all(self.cause())
-        elif self._is_cut and not request.is_closed:
+        elif self._stopped_requests and not request.is_closed:
             request.stop(self.cause())
 
     def cause(self) -> Cause:
@@ -101,18 +103,18 @@ class Drain:
         return Cause(CancelationReason.SIGNAL, None, headers={"retry-after": str(retry_after)})
 
     def token_cancelled(self, token: CancelationToken, cause: Cause) -> None:
-        """Our token tells us that the shutdown begins."""
+        """Begin the shutdown: this is called by the token."""
         if self._loop.is_running_here():
             self._begin()
         else:
             self._loop.call_from_thread(self._begin)
 
     async def finish(self) -> None:
-        """A lifespan ends: wait for the requests that the server has left behind, as long as their limits allow."""
+        """Wait, when a lifespan ends, for the requests that the server has left running, as long as their limits allow."""
         if not self.token.is_cancelled and (len(self._graces) > 1 or not self.requests):
             return
         self.token.cancel_nowait(CancelationReason.SIGNAL)
-        self._begin()  # Unless it is on its way from a thread.
+        self._begin()  # The token may have been cancelled in a thread, whose call has not arrived yet.
         await self._know_the_youngest()
         if self.requests:
             left = self._began + self._grace + self._background_grace + settings.cleanup_grace + _MARGIN
@@ -121,10 +123,10 @@ class Drain:
                 await anyio.sleep(_SETTLING)
 
     async def _know_the_youngest(self) -> None:
-        """Wait until a request that came just before is known to us."""
+        """Wait until the requests that arrived just before have been added."""
         await anyio.sleep(max(0.0, self._began + 2 * settings.listen_after - self._loop.time()))
         with anyio.move_on_after(_MARGIN):
-            # Timers are late where much is to do.
+            # On a busy loop timers are late.
             while self.in_flight.is_looked_after:  # noqa: ASYNC110
                 await anyio.sleep(settings.listen_after)
 
@@ -142,17 +144,17 @@ class Drain:
         self._began = self._loop.time()
         self.refuses = any(graces.refuse_new for graces in self._graces)
         logger.info("shutdown begins (%s): requests have %g s to finish", self.token.cause, self._grace)
-        self._wait(self._grace, self._cut)
+        self._wait(self._grace, self._stop_requests)
 
-    def _cut(self) -> None:
-        self._is_cut = self.refuses = True
+    def _stop_requests(self) -> None:
+        self._stopped_requests = self.refuses = True
         with telling_everybody():
             for request in [request for request in self.requests if not request.is_closed]:
                 request.stop(self.cause())
-        self._wait(self._background_grace, self._cut_background)
+        self._wait(self._background_grace, self._stop_background)
 
-    def _cut_background(self) -> None:
-        self._is_background_cut = True
+    def _stop_background(self) -> None:
+        self._stopped_background = True
         with telling_everybody():
             for request in list(self.requests):
                 request.stop_all(self.cause())
@@ -167,13 +169,13 @@ class Drain:
             self._timer.cancel()
 
 
-def running_drain() -> Drain:
-    """The running loop's own; in a worker thread, that of the loop which has started it."""
+def running_shutdown() -> Shutdown:
+    """Return the running loop's `Shutdown`; in a worker thread, that of the loop which has started the thread."""
     try:
         loop = current_loop()
     except RuntimeError:
-        return anyio.from_thread.run_sync(running_drain)
-    drain: Drain | None = loop.drain
-    if drain is None:
-        drain = loop.drain = Drain(loop)
-    return drain
+        return anyio.from_thread.run_sync(running_shutdown)
+    shutdown: Shutdown | None = loop.shutdown
+    if shutdown is None:
+        shutdown = loop.shutdown = Shutdown(loop)
+    return shutdown
