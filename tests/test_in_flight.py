@@ -49,7 +49,7 @@ class Request:
         self.times = 0
         self._grown = grown
         self._in_flight = in_flight
-        self.started = in_flight._loop.time()
+        self.started = in_flight.loop.time()
         in_flight.young[self] = None
         if not in_flight.is_looked_after:
             in_flight.begin()

@@ -74,7 +74,11 @@ class Options:
         if made and isinstance(connection, Request) and scope.get("endpoint") is endpoint:
             receive = receive_of(connection)
             if not isinstance(getattr(receive, "__self__", None), PREDECESSORS):
-                first = HandlerBlock(connection, receive, current_loop(), self.timeout, self.cleanup_grace)
+                first = HandlerBlock(connection, receive, current_loop())
+                if self.timeout is not None:
+                    first.timeout = self.timeout
+                if self.cleanup_grace is not None:
+                    first.grace = self.cleanup_grace
                 if self.on_cancel is not None or self.policy is not None:
                     self._equip(first, None)
                 return first, first

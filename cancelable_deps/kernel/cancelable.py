@@ -405,7 +405,8 @@ def cancelable_of(block: Block) -> Cancelable:
     known: Cancelable | None = None if block.face is None else block.face()
     if known is None:
         known = Cancelable.__new__(Cancelable)
-        known._show(block)
+        known._block = block
+        block.face = ref(known)
     return known
 
 

@@ -40,8 +40,9 @@ def connection_state(
     """
     # In one piece: it is asked for by every request, by some more than once.
     scope = connection.scope
-    state = known_state(scope)
-    made = state is None
+    found: RequestState | FirstDoorBlock | None = scope.get(SCOPE_KEY)
+    made = found is None
+    state = None if found is None else found.state
     if not isinstance(connection, Request):
         state = _socket_state(connection)
         if made:

@@ -7,15 +7,17 @@ asks for one.
 
 from __future__ import annotations
 
+import math
 from asyncio import CancelledError
 from contextvars import copy_context
 from typing import TYPE_CHECKING
 from weakref import ref
 
 from ..hosts.starlette import RECEIVE
+from ..kernel.block import current
 from ..kernel.settings import settings
 from .blocks import DoorBlock, RequestBlock
-from .in_flight import in_flight_of
+from .in_flight import InFlight, in_flight_of
 from .lifetime import Lifetime
 from .response import ResponseWatch, failed_to_send, has_no_more_work
 from .state import PROBE_KEY, SCOPE_KEY, RequestState
@@ -36,28 +38,34 @@ if TYPE_CHECKING:
 class FirstDoorBlock(DoorBlock):
     """The block of the first door on a request, which owns the request's end."""
 
+    __slots__ = ("_made", "asgi_scope", "context", "in_flight", "is_over", "raw")
+
     _is_whole = False  # Its token is the root token, which is made when it is asked for.
     lifetime = Lifetime.HANDLER
     reason: CancelationReason | None = None
     """Why the request was stopped, to a test client; a state knows it."""
 
-    is_over = False
+    is_over: bool
     """Whether a disconnect means nothing any more, although there is no state to say so."""
 
-    _made: RequestState | None = None
+    _made: RequestState | None
 
-    def __init__(self, scope: Scope, receive: Receive, loop: EventLoop, timeout: float | None) -> None:
+    def __init__(self, scope: Scope, receive: Receive, loop: EventLoop) -> None:
         # Each attribute costs: what can be had from the class is not set.
         self.asgi_scope = scope
         self.raw = receive
-        self.loop_of_request = loop
-        self.in_flight = loop.in_flight or in_flight_of(loop)
+        self.in_flight: InFlight = loop.in_flight or in_flight_of(loop)
         self.context = copy_context()
-        if timeout is not None:
-            self.timeout = timeout
+        self.loop = self.late_task = self.ended = self.upstream = self.face = self._left = self._made = None
+        self.started = math.nan
+        self.is_over = False
         scope[SCOPE_KEY] = self
         if PROBE_KEY in scope:
             scope[PROBE_KEY](self)
+
+    @property
+    def loop_of_request(self) -> EventLoop:
+        return self.in_flight.loop
 
     @property
     def state(self) -> RequestState:  # type: ignore[override]
@@ -102,19 +110,41 @@ class FirstDoorBlock(DoorBlock):
         return self.state.reader.receive()
 
     def enter(self, loop: EventLoop | None = None) -> None:
-        loop = self.loop_of_request
+        in_flight = self.in_flight
+        loop = in_flight.loop
         shutdown = loop.shutdown
         if shutdown is not None and shutdown.refuses:
             self.token.cancel_because(shutdown.cause())
-        # The token, once it is made, has us among its listeners.
-        super(RequestBlock, self).enter(loop)
+        timeout, find_task = self.timeout, loop.task_without_scope
+        is_alone = find_task is not None and self._token is None and current.get() is None
+        task = find_task() if is_alone and find_task is not None and timeout != 0 and settings.listen_after else None
+        if task is None:
+            # The token, once it is made, has us among its listeners.
+            super(RequestBlock, self).enter(loop)
+            return
+        # The same in fewer steps, as nearly all requests come here.
+        self.loop, self.late_task = loop, task
+        self.started = loop.time()
+        self.outside = current.set(self)
+        in_flight.young[self] = None
+        if not in_flight.is_looked_after:
+            in_flight.begin()
+        if timeout is not None:
+            self.own_deadline = self.started + timeout
+            self.wait_for_deadline(loop, timeout)
 
     def leave(self, exc: BaseException | None) -> BaseException | None:
         if exc is not None or self._made is not None or self._token is not None or self.scope or self.parent:
             return super().leave(exc)
         # Nothing has happened to the request but its handler, which is what happens to nearly all of them.
-        self.leave_undisturbed()
-        self.in_flight.young.pop(self, None)
+        in_flight = self.in_flight
+        self.late_task = None
+        self.ended = in_flight.loop.time()
+        if self.timeout_queue is not None:
+            self.leave_queue()
+        current.reset(self.outside)
+        del self.outside
+        in_flight.young.pop(self, None)
         return None
 
     def watch(self, loop: EventLoop) -> None:
@@ -213,22 +243,25 @@ async def _gone() -> Message:
 class HandlerBlock(FirstDoorBlock):
     """The block of the decorator, if that is the first door."""
 
-    def __init__(
-        self, request: Request, receive: Receive, loop: EventLoop, timeout: float | None, grace: float | None
-    ) -> None:
-        super().__init__(request.scope, receive, loop, timeout)
-        if grace is not None:
-            self.grace = grace
+    __slots__ = ("_request",)
+
+    def __init__(self, request: Request, receive: Receive, loop: EventLoop) -> None:
+        super().__init__(request.scope, receive, loop)
         self._request = request
         # What is read ahead can be given back nowhere else.
         setattr(request, RECEIVE, self.receive)
 
     def end_request(self) -> RequestState | None:
-        made = self._made
-        # A background task may have the request, whose client has a response.
-        setattr(self._request, RECEIVE, EndedRequest(self.raw).receive if made is None else made.receive)
+        request, made = self._request, self._made
+        if made is None:
+            # A background task may have the request, whose client has a response.
+            setattr(request, RECEIVE, EndedRequest(self.raw).receive)
+            self.asgi_scope.pop(SCOPE_KEY, None)
+            left = None
+        else:
+            setattr(request, RECEIVE, made.receive)
+            left = super().end_request()
         del self._request
-        left = super().end_request()
         self.forget()
         return left
 
@@ -236,16 +269,21 @@ class HandlerBlock(FirstDoorBlock):
 class WholeDoorBlock(FirstDoorBlock):
     """The block of a middleware or route class, which sees the whole response as well."""
 
+    __slots__ = ("_has_result", "_limits", "_send")
+
     lifetime = Lifetime.DOOR
     takes_groups_apart = False
     _watch: ResponseWatch | None = None
-    _has_result = False
+    _has_result: bool
     """Whether a response that has told its length has begun."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, loop: EventLoop, limits: Limits) -> None:
-        super().__init__(scope, receive, loop, limits.timeout)
+        super().__init__(scope, receive, loop)
         self._send = send
         self._limits = limits
+        self._has_result = False
+        if limits.timeout is not None:
+            self.timeout = limits.timeout
         if limits.policy is not None:
             self.policy = limits.policy
         if limits.cleanup_grace is not None:
@@ -259,6 +297,14 @@ class WholeDoorBlock(FirstDoorBlock):
             state.add_policies(limits.policies)
         if self._has_result:
             state.response_has_started = state.response_is_out = state.is_finished = True
+
+    def has_ended_undisturbed(self) -> bool:
+        """End the request if nothing has happened to it that would have to be settled; return whether that is so."""
+        if self._made is not None:
+            return False
+        self.asgi_scope.pop(SCOPE_KEY, None)
+        self.forget()
+        return True
 
     @property
     def is_undisturbed(self) -> bool:

@@ -45,17 +45,17 @@ class InFlight:
         self.requests: dict[Any, None] = {}
         self.observers: tuple[Observer, ...] = ()
         self.is_looked_after = False
-        self._loop = loop
+        self.loop = loop
         self._empty: anyio.Event | None = None
 
     def begin(self) -> None:
         """Look after the young ones from now on, as long as there are any."""
         self.is_looked_after = True
-        sweep_of(self._loop, settings.listen_after).watch(self)
+        sweep_of(self.loop, settings.listen_after).watch(self)
 
     def look(self) -> bool:
         """Let those grow old whose time has come; called by the sweep."""
-        latest = self._loop.time() - settings.listen_after
+        latest = self.loop.time() - settings.listen_after
         due: list[Young] = []
         for request in self.young:
             if request.started > latest:

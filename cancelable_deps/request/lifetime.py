@@ -64,7 +64,8 @@ class Mortal:
             return False
         self.handler_stack = stack
         stack.push(self)
-        self.last_until(Lifetime.HANDLER)
+        if self.lifetime is Lifetime.BLOCKS:
+            self.lifetime = Lifetime.HANDLER
         return True
 
     def keep_through_response(self, response: object = None) -> None:
@@ -91,7 +92,7 @@ class Mortal:
     def __enter__(self) -> None: ...
 
     def __exit__(self, *exc_info: object) -> None:
-        if not self.outlives_handler:
+        if self.lifetime is Lifetime.HANDLER or not self.outlives_handler:
             self.close()
 
     async def handler_returned(self) -> None:

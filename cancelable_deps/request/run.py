@@ -63,11 +63,14 @@ async def run_request(
         return await _run_in_another_door(app, scope, receive, send, limits)
     if not streams_listen(scope):
         let_streams_listen(scope)
-    block = WholeDoorBlock(scope, receive, send, current_loop(), limits)
+    loop = current_loop()
+    block = WholeDoorBlock(scope, receive, send, loop, limits)
+    outcome = await run_through(block, loop, app, scope, block.receive, block.send)
+    if block.policy is not None:
+        block.policy.judge(scope, block.elapsed)
+    if outcome is None and block.has_ended_undisturbed():
+        return None
     try:
-        outcome = await run_through(block, block.loop_of_request, app, scope, block.receive, block.send)
-        if block.policy is not None:
-            block.policy.judge(scope, block.elapsed)
         left = block.end_request()
         if left is not None:
             await left.join()

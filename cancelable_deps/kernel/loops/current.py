@@ -45,22 +45,23 @@ def current_loop() -> EventLoop:
         if seen_trio is None or seen_trio.token is not token:
             seen_trio = _seen.trio = _of_trio(token)
         return seen_trio
-    loop = get_running_loop()
-    seen = _seen.asyncio
-    if seen is None or seen.loop is not loop:
-        seen = _seen.asyncio = _of_asyncio(loop)
-    return seen
+    loop: Any = get_running_loop()
+    try:
+        known: AsyncioLoop = loop._cancelable_deps_loop
+    except AttributeError:
+        return _of_asyncio(loop)
+    return known
 
 
 def _of_asyncio(loop: Any) -> AsyncioLoop:
+    seen = _seen.asyncio
+    if seen is None or seen.loop is not loop:
+        seen = _seen.asyncio = AsyncioLoop(loop)
     # Stored on the loop itself, because several loops may alternate in one thread, as with the fixtures and tests of
-    # pytest-asyncio.
-    known: AsyncioLoop | None = getattr(loop, "_cancelable_deps_loop", None)
-    if known is None:
-        known = AsyncioLoop(loop)
-        with suppress(AttributeError):
-            loop._cancelable_deps_loop = known
-    return known
+    # pytest-asyncio. A loop that takes no attributes is the last that this thread has seen.
+    with suppress(AttributeError):
+        loop._cancelable_deps_loop = seen
+    return seen
 
 
 def _of_trio(token: trio.lowlevel.TrioToken) -> TrioLoop:
