@@ -135,7 +135,7 @@ class FirstDoorBlock(DoorBlock):
 
     def leave(self, exc: BaseException | None) -> BaseException | None:
         if exc is not None or self._made is not None or self._token is not None or self.scope or self.parent:
-            return super().leave(exc)
+            return super(RequestBlock, self).leave(exc)
         # Nothing has happened to the request but its handler, which is what happens to nearly all of them.
         in_flight = self.in_flight
         self.late_task = None
