@@ -11,6 +11,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import StreamingResponse
 
 from ..hosts.fastapi import HAS_GENERATORS
+from ..hosts.route_handlers import KEYWORD
 from ..kernel.cancelable import block_of
 from ..kernel.errors import CancelationError
 from ..kernel.loops.current import current_loop
@@ -169,11 +170,15 @@ def _guard(work: Any, find: RequestFinder, options: Options) -> Any:
     # `guarded` becomes a function of the endpoint's module, among whose globals ours are not.
     run_alone, keep, judge, raise_it = _run_alone, keep_listening, _judge, raise_as_it_is
     is_a, stream, refusal, anything = isinstance, StreamingResponse, CancelationError, BaseException
+    keyword = KEYWORD
 
     async def guarded(*args: Any, **kwargs: Any) -> Any:
-        request = find(args, kwargs)
+        # FastAPI gives the request by this keyword to nearly all; what finds it elsewhere is a call more.
+        request = kwargs.pop(keyword, None)
         if request is None:
-            return await run_alone(work, args, kwargs, options)
+            request = find(args, kwargs)
+            if request is None:
+                return await run_alone(work, args, kwargs, options)
         block, owned = options.open_door(request, find.function)
         raised: BaseException | None = None
         result: Any = None

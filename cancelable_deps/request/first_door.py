@@ -246,7 +246,7 @@ class HandlerBlock(FirstDoorBlock):
     __slots__ = ("_request",)
 
     def __init__(self, request: Request, receive: Receive, loop: EventLoop) -> None:
-        super().__init__(request.scope, receive, loop)
+        FirstDoorBlock.__init__(self, request.scope, receive, loop)
         self._request = request
         # What is read ahead can be given back nowhere else.
         setattr(request, RECEIVE, self.receive)
@@ -278,7 +278,7 @@ class WholeDoorBlock(FirstDoorBlock):
     """Whether a response that has told its length has begun."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, loop: EventLoop, limits: Limits) -> None:
-        super().__init__(scope, receive, loop)
+        FirstDoorBlock.__init__(self, scope, receive, loop)
         self._send = send
         self._limits = limits
         self._has_result = False
