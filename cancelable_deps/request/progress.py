@@ -27,7 +27,7 @@ class ResponseProgress(Client):
     """Whether the response has started, as the innermost `ResponseWatch` sees it."""
 
     response_is_out = False
-    """Whether the start of the response has been sent to the server."""
+    """Whether a response that is complete in itself has been passed on to the server."""
 
     body_has_begun = False
     response_is_starting = False
