@@ -1,26 +1,31 @@
 """Stop a FastAPI request's work when nobody needs it any more, and say why."""
 
-# The map. Each folder is a floor, and imports from those above it in this list alone; `tests/test_layout.py` sees to it.
-# Public are the names below and `testing`; any other path may change.
+# The map. A folder is a floor, and imports from the floors above it in this list alone: `tests/test_layout.py`.
+# CONTRIBUTING.md says more of each file. Public are the names below and those of `testing`; other paths may change.
 #
-# kernel/     stop a block of work: no web
-#   cancelable task_group token errors reasons   the names that users know
-#   timeouts condition shields threads processes/   what stops a block, what delays that, where it runs
-#   loops/    asyncio, trio, and threads without a loop
-#   settings options log foreign unwrap members sweep   tools
-# hosts/      what we know of others that they do not promise
-#   starlette fastapi route_handlers frames   the frameworks
-#   servers signals debugger   what is around them
-# request/    one request or WebSocket
-#   state connection   what all doors share, and how it is found
-#   read_ahead http_reader websocket_reader   the only code that awaits receive()
-#   blocks websocket postponed   what is stopped, and when
-#   policies limits   how long it may take
-#   run response sse abort shutdown   its way through a door, its response, its end
+# kernel/     stop a block of work, without the web
+#   cancelable task_group token errors reasons                    what users see
+#   block callbacks stoppable timed                               the classes under Cancelable, one job each
+#   timeouts condition shields threads processes/(pool child)     what ends a block, what delays that, where work runs
+#   loops/(base current asyncio_loop trio_loop thread_loop        the event loops,
+#     asyncio_scopes trio_scopes unwinding known                  polite cancellation in their scopes,
+#     public_scopes public_asyncio public_trio)                   and the same by public API alone
+#   settings options log foreign unwrap members sweep             tools
+# hosts/      facts about other software that it does not promise
+#   starlette fastapi route_handlers frames                       the frameworks
+#   servers signals debugger                                      their surroundings
+# request/    one request or WebSocket, whichever doors cover it
+#   first_door state client progress lifetime                     its first block, and the state that all doors share
+#   in_flight connection shutdown                                 all requests of a loop, how one is found, how all end
+#   read_ahead http_reader websocket_reader                       the only code that awaits receive()
+#   blocks websocket postponed policies limits                    what is stopped, when, and after how long
+#   run response abort sse                                        its way through a door, and its response
 # doors/      the ways into an application
-#   dependencies decorator(endpoint options dress generators) middleware(base_http wsgi) route
-#   streaming progress websocket lifespan
-# testing/    a client that can hang up
+#   decorator options endpoint dress generators                   @with_cancelation
+#   middleware base_http wsgi route                               the application, one router
+#   dependencies streaming progress websocket lifespan            handles, responses, WebSockets, the shutdown
+# testing/    a client that hangs up
+#   client calls websockets clock tasks
 
 from .doors.decorator import with_cancelation as with_cancelation
 from .doors.dependencies import CancellationEvent as CancellationEvent

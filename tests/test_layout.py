@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ LATE = "# loads late"
 KNOW_PRIVATE_NAMES_OF_OTHERS = ("kernel/loops/", "hosts/", "testing/clock.py")
 LATE_BY_NATURE = "kernel/loops/current.py"
 MOST_METHODS, MOST_LINES = 30, 50
+MAPS = {"cancelable_deps/__init__.py": r"# The map\..*?\n\n", "CONTRIBUTING.md": r"```text\ntesting/.*?```"}
 PUBLIC_ALL_THE_SAME = {"_exit"}  # Of `os`, and documented.
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -141,6 +143,14 @@ def length_of(function: Function) -> int:
     first = function.body[0]
     docstring = (first.end_lineno or 0) - first.lineno + 1 if ast.get_docstring(function) else 0
     return (function.end_lineno or 0) - function.lineno + 1 - docstring
+
+
+@pytest.mark.parametrize("page", MAPS)
+def test_the_maps_name_every_file(page: str) -> None:
+    found = re.search(MAPS[page], (PACKAGE.parent / page).read_text(), re.DOTALL)
+    assert found
+    words = set(re.findall(r"\w+", found[0]))
+    assert sorted({path.stem for path in FILES} - words - {"__init__"}) == []
 
 
 @pytest.mark.parametrize("folder", ["", *FLOORS])

@@ -1,6 +1,5 @@
-"""Floor 3: the doors, by which an application gets cancellation.
+"""Floor 3: the doors, the ways in which an application gets cancellation.
 
-Dependencies, decorator, middleware, route class, streaming response, WebSocket and lifespan: the names that users import.
-This floor may use all floors below. It must not depend on `testing`. How a request is run and stopped is the job of
-`request`.
+Decorator, dependencies, middleware, route class, streaming responses, WebSockets and lifespan: the names that users
+import. This floor may use all floors below, but not `testing`. It leaves to `request` how a request is run and stopped.
 """

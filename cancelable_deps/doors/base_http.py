@@ -1,8 +1,9 @@
-"""Places inside of a middleware at which a request is stopped, so that all that is further out sees the answer.
+"""The inner doors of the middleware: a cancelled request is answered there, so that other middleware sees the answer.
 
 A metrics, tracing or header middleware may stand inside of ours. It would see a cancellation pass by, and no response.
-So a cancelled request is answered as far in as the cancellation strikes: at the application's router, or at the inner
-side of a ``BaseHTTPMiddleware``, which runs what is inside it in a task of its own.
+So a cancelled request is answered as far in as the cancellation strikes: at the application's router, if a middleware
+stands before it that could see the answer, and at the inner side of a ``BaseHTTPMiddleware``, which runs the rest of
+the application in a task of its own.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ if TYPE_CHECKING:
     from ..request.state import RequestState
 
 
-# Every application has these around its router; nothing is lost to them if the request is answered further out.
+# Every application has these around its router. They do not look at responses, and need no answer inside of them.
 _SEE_NO_ANSWER = {ServerErrorMiddleware, ExceptionMiddleware, AsyncExitStackMiddleware}
 
 
 def put_inner_doors(app: Any) -> None:
-    """Put a `InnerDoor` at each such place of the stack below us, and see to what is mounted."""
+    """Put an `InnerDoor` at each such place of the stack of ``app``, and of the applications that are mounted in it."""
     seen: set[int] = set()
     outer: Any = None
     is_observed = False
-    # A router has an `app` as well, which is a method.
+    # A router is excluded because its `app` is a method.
     while hasattr(app, "app") and not isinstance(app, Router) and id(app) not in seen:
         seen.add(id(app))
         if isinstance(app, BaseHTTPMiddleware):
@@ -63,7 +64,7 @@ def _put_inside(outer: Any) -> None:
 
 
 def _put_into_application(app: Starlette) -> None:
-    """The same for an application whose own stack is built when it is called first."""
+    """Put inner doors into an application, whose stack may be built only when it is first called."""
     if app.middleware_stack is not None:
         put_inner_doors(app.middleware_stack)
         return
@@ -87,7 +88,7 @@ def _look_through_mounts(routes: Iterable[Any]) -> None:
 
 
 class InnerDoor:
-    """Runs ``app``, and answers the request if it is stopped in there."""
+    """An ASGI application that runs ``app``, and answers the request if it is stopped inside."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -101,18 +102,18 @@ class InnerDoor:
         if not isinstance(block, DoorBlock) or not block.move_in(state):
             await self._run_in_task(state, scope, receive, send)
             return
-        # The block of the middleware has not begun yet: nothing has been awaited on the way in.
+        # The block of the middleware has no scope yet, and is moved to this place.
         watch = ResponseWatch(send, state, is_outermost=False)
         outcome = await run_through(block, None, self.app, scope, receive, watch.send)
         try:
             if outcome is not None or state.cause is not None or state.stream_was_cancelled:
                 await _settle(outcome, watch, state, scope, receive, send)
         finally:
-            del outcome  # Its traceback knows this frame: a cycle, as long as this frame knows it.
+            del outcome  # Its traceback refers to this frame: a reference cycle otherwise.
             block.move_out(state)
 
     async def _run_in_task(self, state: RequestState, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application in a block of its own, in a task that need not be that of the middleware."""
+        """Run the application in a block of its own, in a task that may be another one than that of the middleware."""
         task = state.loop.current_task()
         state.main_tasks += (task,)
         block = DoorBlock(state, cleanup_grace=state.cleanup_grace)
@@ -122,13 +123,13 @@ class InnerDoor:
         try:
             outcome = await run_through(block, state.loop, self.app, scope, receive, watch.send)
             if outcome is not None and state.cause is None:
-                # Else the task group around us would take it for the end of a task that was cancelled.
+                # A task group around this task would take a bare ``CancelledError`` for the end of a cancelled task.
                 outcome = told(outcome, state.loop, "the application")
             if outcome is not None or state.cause is not None or state.stream_was_cancelled:
                 await _settle(outcome, watch, state, scope, receive, send)
         finally:
-            del outcome  # Its traceback knows this frame: a cycle, as long as this frame knows it.
-            # The task knows its context, which knows our block, and so us: a cycle.
+            del outcome  # Its traceback refers to this frame: a reference cycle otherwise.
+            # The task refers to its context, that to our block, and that to the state: a reference cycle otherwise.
             state.main_tasks = tuple(other for other in state.main_tasks if other is not task)
 
 
@@ -140,7 +141,7 @@ async def _settle(
     receive: Receive,
     send: Send,
 ) -> None:
-    """Answer the request, leave a response that has started to be aborted, or raise what is not ours."""
+    """Answer the request, mark a response that has started as aborted, or raise an error of the application."""
     state.note_disconnect()
     outcome = lost_stream(outcome, watch, state)
     error = error_of(outcome, state)
@@ -152,8 +153,8 @@ async def _settle(
             state.drops_response = False
             await answer(error, scope, receive, send)
         elif not watch.is_complete:
-            # A ``BaseHTTPMiddleware`` would send a last chunk, as if the response were whole.
+            # A ``BaseHTTPMiddleware`` would send a last chunk, as if the response were complete.
             state.is_aborted = True
             state.aborted_by = error
     finally:
-        del outcome, error  # Their tracebacks know this frame: cycles, as long as this frame knows them.
+        del outcome, error  # Their tracebacks refer to this frame: reference cycles otherwise.

@@ -1,4 +1,4 @@
-"""``@with_cancelation``, which covers a whole handler and keeps its signature."""
+"""The decorator ``@with_cancelation``, which covers a whole handler and keeps its signature."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def _decorate(endpoint: Any, options: Options) -> Any:
 
 
 def _guard(work: Any, find: RequestFinder, options: Options) -> Any:
-    # `guarded` becomes a function of the endpoint's module, among whose globals ours are not.
+    # `dressed` gives `guarded` the globals of the endpoint's module: it finds the names of this module only here.
     run_alone, keep, judge, raise_it = _run_alone, keep_listening, _judge, raise_as_it_is
     is_a, stream, refusal, anything = isinstance, StreamingResponse, CancelationError, BaseException
     keyword = KEYWORD
@@ -182,7 +182,7 @@ def _guard(work: Any, find: RequestFinder, options: Options) -> Any:
         block, owned = options.open_door(request, find.function)
         raised: BaseException | None = None
         result: Any = None
-        # What `run_through` does, in this frame: a coroutine more would cost the handler something at every `await`.
+        # As `run_through`, but in this frame: another coroutine would cost the handler something at every `await`.
         try:
             try:
                 block.enter()
@@ -210,7 +210,7 @@ def _guard(work: Any, find: RequestFinder, options: Options) -> Any:
             try:
                 raise_it(options.translate(raised))
             finally:
-                del raised  # Its traceback knows this frame: a cycle, as long as this frame knows it.
+                del raised  # Its traceback refers to this frame: a reference cycle otherwise.
         return result
 
     return guarded
@@ -226,7 +226,7 @@ def cover_generator(endpoint: Any) -> Any:
     """Wrap a generator endpoint as a bare ``@with_cancelation`` would; return any other unchanged."""
     if not yields(endpoint) or not HAS_GENERATORS:
         return endpoint
-    # Older versions of FastAPI make the routes of an included router anew.
+    # Older versions of FastAPI make the routes of an included router again: an endpoint may be covered already.
     return endpoint if hasattr(endpoint, _COVERED) else with_cancelation(endpoint)
 
 
@@ -254,11 +254,11 @@ def _guard_generator(request: HTTPConnection | None, generator: Any, options: Op
     made = SCOPE_KEY not in request.scope
     state = connection_state(request, lifetime=Lifetime.HANDLER)
     if state.cause is not None:
-        # While there is still a status to choose: the response starts before the first item.
+        # Now, because the response starts before the first item, and has a status from then on.
         if made:
             state.close()
         raise options.translate(state.cause.error())
-    # Even one that a handle has made would be closed when FastAPI has got its generator.
+    # A state that a handle has made, too, would otherwise be closed when FastAPI has got the generator.
     return EndpointGenerator(generator, options.make_block(state), state, ours=state.ends_with_handler)
 
 

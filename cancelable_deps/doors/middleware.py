@@ -1,4 +1,4 @@
-"""The middleware: the door around a whole application, also one of Starlette or bare ASGI."""
+"""The middleware: the door around a whole application, which may be one of FastAPI, Starlette or bare ASGI."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 _POLICIES_KEY = "cancelable_deps.policies"
-"""The key of a lifespan's scope by which one middleware tells those further in of its policies."""
+"""The key in a lifespan's scope of the policies of all middleware further out."""
 
 Exclude = str | re.Pattern[str] | Callable[["Scope"], bool]
 
@@ -80,7 +80,7 @@ class RequestCancelationMiddleware:
             try:
                 await answer(error, scope, receive, send)
             finally:
-                del error  # Its traceback knows this frame, too, as the caller of those that it has left: a cycle.
+                del error  # Its traceback refers to this frame, too: a reference cycle otherwise.
 
     def _excludes(self, scope: Scope) -> bool:
         return any(matches(scope) for matches in self._excluded)
@@ -119,14 +119,14 @@ def _route_path(scope: Scope) -> str:
 async def check_names_at_start(
     wrapped: ASGIApp, scope: Scope, receive: Receive, send: Send, policies: Mapping[str, TimeoutPolicy]
 ) -> None:
-    """Look through the routes of an application that starts for policies that nobody has defined."""
-    # There is none in the scope yet if we stand around it.
+    """Look for unknown policies in the routes of an application that starts, and let the start fail if there is one."""
+    # The scope has no application yet if this middleware stands around all of it.
     app = scope.get("app", wrapped)
     known = scope[_POLICIES_KEY] = {**scope.get(_POLICIES_KEY, {}), **policies, **_policies_of(app)}
     try:
         _check_names(getattr(app, "routes", ()), known)
     except LookupError as error:
-        # Or servers would take an application that only raises for one that has no lifespan, and go on.
+        # Raising is not enough: servers take that for an application without a lifespan, and go on.
         await receive()
         await send({"type": "lifespan.startup.failed", "message": str(error)})
         raise
@@ -143,7 +143,7 @@ def _check_names(routes: Iterable[Any], policies: Mapping[str, TimeoutPolicy]) -
 
 
 def _policies_of(app: Any) -> dict[str, TimeoutPolicy]:
-    """Return what the middleware of an application adds."""
+    """Return the policies that the middleware of an application has."""
     policies: dict[str, TimeoutPolicy] = {}
     for middleware in getattr(app, "user_middleware", ()):
         given = middleware.kwargs.get("policies")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Unset:
-    """``timeout`` was not given, where ``None`` switches the default off."""
+    """The type of a ``timeout`` that was not given, because ``None`` switches the default off."""
 
     def __repr__(self) -> str:
         return "the default"
@@ -36,7 +36,7 @@ UNSET: Final = Unset()
 
 
 class Options:
-    """What one decorator was given, checked when the app is built."""
+    """The options of one decorator, which are checked when the app is built."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Options:
     def open_door(
         self, connection: HTTPConnection, endpoint: object
     ) -> tuple[DoorBlock, HandlerBlock | RequestState | None]:
-        """Return the block for one call, and what the caller ends with it, if it does not belong to another door."""
+        """Return the block for one call, and the owner of the request, if the caller has to end that."""
         scope = connection.scope
         made = SCOPE_KEY not in scope
         if made and isinstance(connection, Request) and scope.get("endpoint") is endpoint:
@@ -84,7 +84,7 @@ class Options:
                 return first, first
         state = connection_state(connection, lifetime=Lifetime.HANDLER)
         if made and scope.get("endpoint") is not endpoint:
-            # Perhaps a dependency, or one step of a handler: what comes after it is to be listened for as well.
+            # Perhaps a dependency, or one step of a handler: listening must go on after it.
             made = not state.close_with_handler()
         return self.make_block(state), state if made else None
 
@@ -111,7 +111,7 @@ class Options:
         return block
 
     def translate(self, exc: BaseException) -> BaseException:
-        """Return ``exc``, with the status that was chosen for its reason if it is ours."""
+        """Return ``exc``; if it is an error of ours, set the status that was chosen for its reason."""
         if isinstance(exc, CancelationError):
             exc.status_code = self.status_codes.get(exc.reason, exc.status_code)
         return exc

@@ -1,4 +1,4 @@
-"""``APIRouter(route_class=CancelableRoute)``, which covers every route of one router."""
+"""The route class: ``APIRouter(route_class=CancelableRoute)`` covers every route of one router."""
 
 from __future__ import annotations
 
@@ -76,4 +76,4 @@ class CancelableRoute(APIRoute):
                     raise error
                 await answer(error, scope, receive, send)
             finally:
-                del error  # Its traceback knows this frame: a cycle, as long as this frame knows it.
+                del error  # Its traceback refers to this frame: a reference cycle otherwise.

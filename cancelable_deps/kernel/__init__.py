@@ -1,6 +1,6 @@
-"""The lowest layer: stop a block of work, and record the reason.
+"""Floor 0: stop a block of work, and record the reason.
 
-It has tokens, blocks, task groups, threads and processes; the differences between asyncio and trio are in `loops`. It
-uses anyio and the two backends. Of the web it knows only ``HTTPException``, the base class of its errors. It must not
-know requests, servers or frameworks.
+Tokens, blocks, task groups, threads and processes; `loops` has the differences between asyncio and trio. This floor may
+use anyio and the two backends. Of the web it knows only ``HTTPException``, the base class of its errors: no requests,
+no servers, no frameworks.
 """

@@ -1,4 +1,4 @@
-"""The mechanics of a block: how it is entered, and how it is left."""
+"""The mechanics of a block: entering and leaving."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ current: ContextVar[Block | None] = ContextVar("cancelable_deps.current", defaul
 
 
 class Block(Observed):
-    """One block of work, entered once in one task or thread. `Cancelable` is the face of one that users see.
+    """A block of work, which is entered once in one task or thread. `Cancelable` is its public interface.
 
-    ``enter`` and ``leave`` do not await, so that every door can call them around its own ``await``; where
-    `is_unsettled` is true after that, ``settle`` is to be awaited.
+    ``enter`` and ``leave`` do not await, so that every door can call them around its own ``await``. If `is_unsettled`
+    is true after ``leave``, the caller awaits ``settle``.
     """
 
-    # Class attributes stand for what most blocks never set: a request pays for each attribute it writes.
+    # Class attributes are the defaults that most blocks never change: each attribute that is written costs a request.
     name: str | None = None
     grace: float | None = None
     upstream: CancelationToken | None = None
-    """A token that was given to the block, and that others may share."""
+    """A token that was given to the block, and that other blocks may share."""
 
     condition: Condition | None = None
     face: ref[Any] | None = None
@@ -44,22 +44,22 @@ class Block(Observed):
 
     kind = "Cancelable"
     may_begin_late = False
-    """Whether its scope may be entered later than the block."""
+    """Whether the scope may be entered later than the block, on an event loop that can do that."""
 
     advice_on_second_entry = "Make another one for another block, or share a CancelationToken between several."
     lends_itself = False
-    """A streaming response has entered it around a generator, which may enter it once more."""
+    """Whether a streaming response has entered the block around a generator, which may enter it a second time."""
 
     is_unsettled = False
-    """Whether something of this block, which has been left, is still to be awaited."""
+    """Whether `settle` is to be awaited, after the block has been left."""
 
     takes_groups_apart = True
-    """Whether somebody else's group that has an ``HTTPException`` leaves as that."""
+    """Whether an ``ExceptionGroup`` of the application with an ``HTTPException`` leaves the block as that exception."""
 
     has_task_group = False
     _inner: Block | None = None
     late_task: object = None
-    """The task, as long as the block is open in it and has no scope."""
+    """The task in which the block is open, as long as it has no scope."""
 
     outside: Token[Block | None]
 
@@ -88,10 +88,10 @@ class Block(Observed):
         return None if self.parent is None else self.parent.owner_of_client
 
     def prepare_for_thread(self) -> None:
-        """Called before the block is entered in a thread: from there, what may stop it is not told of it at once."""
+        """Prepare to be entered in a thread, where a root token that is made later is noticed too late."""
 
     def home(self) -> EventLoop | None:
-        """Return the event loop in which what stops this block happens, if it is entered in a thread."""
+        """Return the event loop in which this block is cancelled, if it is entered in a thread."""
         return None
 
     def enter(self, loop: EventLoop | None = None) -> None:
@@ -124,7 +124,7 @@ class Block(Observed):
             self.begin(loop)
         self.watch(loop)
         if timeout is not None and self.own_deadline < math.inf:
-            # From here on, whether it has begun or not: the loop may be blocked until the time is up.
+            # From here on, with a scope or without: the loop may be blocked until the deadline.
             self.wait_for_deadline(loop, timeout)
 
     def entered_before(self) -> RuntimeError:
@@ -149,7 +149,7 @@ class Block(Observed):
         raise error
 
     def runs_in(self, task: object) -> bool:
-        """Return whether ``task`` is the one that a cancellation of this block reaches first."""
+        """Return whether a cancellation of this block reaches ``task`` first."""
         return self.task is task
 
     def begun_scope(self) -> PoliteScope | None:
@@ -158,11 +158,11 @@ class Block(Observed):
         return self.scope
 
     def begin(self, loop: EventLoop) -> None:
-        """Enter the scope of the block; belatedly, if the block is open already."""
+        """Enter the scope of the block, which may be open already."""
         task, late = self.late_task, None
         if task is not None:
             parent = self.parent
-            # A block around this one in the same task is put there first.
+            # The scope of a block around this one in the same task is entered first.
             outer = None if parent is None or parent.task is not task else parent.begun_scope()
             late = (task, outer)
         self.scope = loop.scopes.polite_scope(loop, self.cleanup_grace)
@@ -170,7 +170,7 @@ class Block(Observed):
         self.late_task = None
 
     def watch(self, loop: EventLoop) -> None:
-        """Start what can stop the block while it is open."""
+        """Start the sources that can stop the block while it is open."""
         if self.condition is not None:
             self.condition.start(self.cancel_nowait, loop)
 
@@ -182,7 +182,7 @@ class Block(Observed):
         return self.ended is None and self.token.cancel_nowait(reason, message)
 
     def leave(self, exc: BaseException | None) -> BaseException | None:
-        """Close the block, and return the exception that should leave it: ``exc`` itself, if nothing is to be changed."""
+        """Close the block, and return the exception that should leave it: ``exc``, unless that is to be replaced."""
         assert self.loop is not None
         if self._inner is not None:
             inner, self._inner = self._inner, None
@@ -231,15 +231,15 @@ class Block(Observed):
             for callback in self.callbacks:
                 self._token.unlisten(callback)
         if self.callbacks:
-            self.callbacks = ()  # They know us: cycles.
+            self.callbacks = ()  # They refer to this block: reference cycles.
         if self.upstream is not None:
             self.upstream.unlisten(self)
 
     def let_go(self) -> None:
-        """Keep nothing of what the block served, which is left for good.
+        """Drop the references to the objects that the block served, because it has been left for good.
 
-        Whatever outlives it knows it as long as it lives: a task that the work has started and the context of a timer,
-        even a cancelled one, have it for their `current_cancelable`.
+        A task that the work has started, and the context of a timer, even of a cancelled one, keep the block alive: it
+        is their `current_cancelable`.
         """
         if self.upstream is not None:
             self.upstream = None
@@ -250,7 +250,7 @@ class Block(Observed):
             self.progress_callbacks = None
 
     def end(self, scope: PoliteScope | None, exc: BaseException | None) -> BaseException | None:
-        """Leave the scope, if there was one, and return what is left of ``exc``."""
+        """Leave the scope, if there was one, and return the exception that should leave the block."""
         if scope is None:
             return None if exc is None else self.outcome(exc, exc)
         self.stop_timers()
@@ -258,14 +258,14 @@ class Block(Observed):
         return None if exc is None and not scope.is_lost else self.outcome(exc, remaining)
 
     def outcome(self, exc: BaseException | None, remaining: BaseException | None) -> BaseException:
-        """Return what leaves the block: ``exc`` came out of the work, and its scope has left ``remaining`` of it."""
+        """Return the exception that leaves the block, where the scope has left ``remaining`` of the work's ``exc``."""
         if remaining is None:
             return self.stopped(exc)
         is_ours = self.has_task_group or self.cause is not None
         remaining = taken_apart(remaining, is_ours=is_ours, is_to_be=self.takes_groups_apart)
         is_ours_to_tell = self.cause is not None and not self.is_only_marked
         if is_ours_to_tell and self.loop is not None and is_anothers(remaining, self.loop):
-            # Such as a future that a callback has cancelled, before our own cancellation has come so far.
+            # For instance, a callback of ours has cancelled a future, before our own cancellation was delivered.
             return self.stopped(remaining)
         if isinstance(remaining, ParentCancelation) and self.cause is not None:
             return self.stopped(remaining)
@@ -280,13 +280,13 @@ class Block(Observed):
         return error
 
     def note(self, cause: Cause) -> None:
-        """Called when the error of ``cause`` is about to leave the block, or is raised on entering it."""
+        """Note that the error of ``cause`` is about to leave the block, or to be raised on entering it."""
 
     def has_to_settle(self) -> bool:
         return bool(self.to_await) or self.condition is not None
 
     async def settle(self) -> None:
-        """Await what is left of the block."""
+        """Await the callbacks and the tasks that are left of the block."""
         try:
             await self.end_what_is_left()
         finally:
@@ -299,10 +299,10 @@ class Block(Observed):
             await self.await_callbacks()
 
     def move_timeout(self, by: float) -> bool:
-        """Move the deadline of this block, or of the nearest around it that has one; return whether that came in time."""
+        """Move the deadline of this block, or of the nearest around it with a timeout; return whether it is in time."""
         block: Block | None = self
         while block is not None and block.timeout is None:
-            # A handle that is not entered stands for the handler that it was given to.
+            # A handle that is not entered stands for the handler that has received it.
             block = current.get() if block.loop is None else block.parent
         if block is None or block.ended is not None or block.cause is not None:
             return False

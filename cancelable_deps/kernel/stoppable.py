@@ -1,4 +1,4 @@
-"""How a block is stopped: by its token, its deadline or the block around it, each time once and from the inside out."""
+"""The cancellation of a block: by its token, its deadline or the block around it; once, and from the inside out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Stoppable(Timed):
-    """Work that is stopped when its token is cancelled, with the blocks inside of it."""
+    """Work that is stopped with the blocks inside of it when its token is cancelled."""
 
     cleanup_grace: float
     parent: Any = None
@@ -26,12 +26,12 @@ class Stoppable(Timed):
 
     children: Members[Stoppable] = ()
     is_only_marked = False
-    """The block around this one delivers; here only the cause and the callbacks were missing."""
+    """Whether the block around this one delivers the cancellation, and this one only has the cause and callbacks."""
 
     group_scope: CancelScope | None = None
     member_scopes: dict[object, MemberScope] | None = None
     told_by_parent: Listener | None = None
-    """Tells a block in a thread that the block around the thread was cancelled."""
+    """The listener that tells a block in a thread that the block around the thread was cancelled."""
 
     _token: CancelationToken | None = None
     _has_fired = False
@@ -40,13 +40,13 @@ class Stoppable(Timed):
 
     @property
     def token(self) -> CancelationToken:
-        """The block's own token. Made for the first who asks: most blocks are left before anybody does."""
+        """The block's own token. Made when it is first asked for; most blocks are left before that."""
         token = self._token
         if token is None:
             made = CancelationToken()
             if self.ended is None:
                 made.listen(self)
-            # Whichever thread comes first: `setdefault` cannot be divided.
+            # Two threads may come at the same time: `setdefault` is atomic.
             token = vars(self).setdefault("_token", made)
         return token
 
@@ -57,11 +57,11 @@ class Stoppable(Timed):
 
     @property
     def deadline(self) -> float:
-        """When the block, or one that encloses it in the same task, times out."""
+        """The deadline on the loop's clock, or that of a block around this one, if that is earlier."""
         return self.own_deadline if self.parent is None else min(self.own_deadline, self.parent.deadline)
 
     def begun_scope(self) -> PoliteScope | None:
-        """Return the scope of an open block, which begins now if it has not yet."""
+        """Return the scope of an open block, which is entered now if it has not been."""
         raise NotImplementedError
 
     @property
@@ -73,7 +73,7 @@ class Stoppable(Timed):
         self.token.cancel_nowait(CancelationReason.TIMEOUT, message)
 
     def token_cancelled(self, token: CancelationToken, cause: Cause) -> None:
-        """Called by each token that the block listens to."""
+        """Act on a cancellation of a token that the block listens to."""
         if token is not self._token:
             self.token.cancel_because(cause)
         elif self.loop is not None and not self.loop.is_running_here():
@@ -84,22 +84,22 @@ class Stoppable(Timed):
                 self.loop.wake()
 
     def fire(self, cause: Cause) -> None:
-        """Stop the block, which was cancelled; once."""
+        """Stop the block, which has been cancelled. Later calls have no effect."""
         scope = self.begun_scope()
         if scope is None or self._has_fired:
             return
         self._has_fired = True
         if any(child.answers(cause) for child in self.open_children()):
-            # The innermost block of a task answers; the same cancellation twice would hit the cleanup of the first.
+            # The innermost block of a task raises the error; a second delivery would interrupt its cleanup.
             self._is_deferred = True
             return
         with telling_everybody():
-            # First: a member scope further in looks whether its block is cancelled when the cancellation comes by.
+            # First: a member scope further in checks whether its block is cancelled when the cancellation reaches it.
             self.mark_children(scope)
             self.deliver(scope, cause)
 
     def fire_at_last(self) -> None:
-        """Do what was deferred."""
+        """Deliver the cancellation that was deferred."""
         if self.scope is not None and self.cause is not None:
             self.deliver(self.scope, self.cause)
 
@@ -107,11 +107,11 @@ class Stoppable(Timed):
         if not self.is_only_marked:
             scope.cancel_politely(str(cause))
         if self.group_scope is not None:
-            # Or a child that is shielded just now would not be reached before the body has cleaned up.
+            # A child that stands in a shield just now would otherwise not be reached before the body has cleaned up.
             self.group_scope.cancel()
 
     def open_children(self) -> list[Stoppable]:
-        # A copy: those in a thread come and go while another one cancels.
+        # A copy, because blocks in threads are entered and left while another thread cancels.
         return list(self.children)
 
     def answers(self, cause: Cause) -> bool:
@@ -121,19 +121,19 @@ class Stoppable(Timed):
     def mark(self, message: str) -> None:
         """Record that the block around this one was cancelled, whose scope encloses the scopes of this one."""
         self.is_only_marked = True
-        # First: one that listens to our token would take the cause for its own, and deliver a second time.
+        # First: a child that listens to our token would take the cause for its own, and deliver it a second time.
         self.mark_children(self.scope)
         self.token.cancel_nowait(CancelationReason.PARENT, message)
 
     def mark_children(self, scope: PoliteScope | None) -> None:
         for child in self.open_children():
             inner = child.begun_scope()
-            # One that is finished first, in a shield, has its own limits until then.
+            # A child in a shield is finished first, and has its own limits until then.
             if scope is None or inner is None or scope.reaches(inner):
                 child.mark(f"The enclosing {self!r}")
 
     def hold(self) -> None:
-        """Let no cancellation of the block reach its task until `resume`."""
+        """Keep every cancellation of the block from its task until `resume`."""
         scope = self.begun_scope()
         if scope is not None:
             scope.hold()
@@ -147,7 +147,7 @@ class Stoppable(Timed):
         parent.children = with_one_more(parent.children, self)
 
     def leave_parents(self, answered: bool) -> None:
-        """Let the blocks around this one, which has been left, act on what it was to answer for."""
+        """Remove this block, which has been left, from its parent; let the blocks around it act on a deferred cause."""
         parent = self.parent
         if parent.children:
             parent.children = without(parent.children, self)
@@ -156,7 +156,7 @@ class Stoppable(Timed):
             parent = parent.parent
 
     def stop_what_is_left(self, answered: bool) -> None:
-        """Act on the cause, if a block that was to answer for this one has been left, and no other is to."""
+        """Act on a deferred cause, if the block that was to raise its error has been left, and no other will."""
         cause = self.cause
         if not self._is_deferred or cause is None or any(child.answers(cause) for child in self.open_children()):
             return
@@ -164,7 +164,7 @@ class Stoppable(Timed):
         if not answered:
             self.fire_at_last()
         elif self.loop is not None:
-            # Whoever catches the error and works on here may do so for as long as a cleanup.
+            # Code that catches the error and continues here has the time of a cleanup.
             self.call_late(self.loop.time() + self.cleanup_grace, self.fire_at_last)
 
     def call_late(self, when: float, callback: Any) -> None:
@@ -191,7 +191,7 @@ class Stoppable(Timed):
             self.parent.check()
 
     def is_told(self, cause: Cause, error: BaseException | None) -> None:
-        """Note that the running task has, or is about to get, the error: what it then cleans up is not to be hit as well."""
+        """Note that the running task has the error, or is about to get it: its cleanup must not be cancelled."""
         loop = self.loop
         if loop is None or not loop.is_running_here():
             return

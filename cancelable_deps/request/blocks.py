@@ -1,4 +1,4 @@
-"""The blocks that a request's root token stops."""
+"""The blocks that are stopped by the root token of a request."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 
 def _timeouts_are_off() -> bool:
-    """Somebody looks at a request in a debugger, who would find it cancelled."""
+    """Return whether a debugger is active: the request that somebody looks at must not be cancelled."""
     return is_debugged() and not settings.timeouts_under_debugger
 
 
 class RequestBlock(Block):
     """A block that the request's root token stops as well. Its limits were checked when the app was built.
 
-    It has no scope until the request is listened to, or something strikes: most requests are over by then.
+    It has no scope until the request is listened to or cancelled, because most requests are over before that.
     """
 
     advice_on_second_entry = (
@@ -46,7 +46,7 @@ class RequestBlock(Block):
     may_begin_late = True
     is_door = False
     _is_whole = False
-    """Whether what stops the block stops the request."""
+    """Whether the token of the block is the root token, so that a cancellation of the block cancels the request."""
 
     _left: ref[RequestState] | None
     """The request, once the block has been left."""
@@ -80,7 +80,7 @@ class RequestBlock(Block):
         return None
 
     def token_is_made(self, token: CancelationToken) -> None:
-        """Called by the request state when its root token is made; until then nothing has stopped the request."""
+        """Listen to the root token, which has just been made; nothing has stopped the request before."""
         if not self._is_whole:
             self.upstream = token
             token.listen(self)
@@ -94,7 +94,7 @@ class RequestBlock(Block):
         return self.task is task
 
     def listening_begins(self) -> None:
-        """Called by the request state when it begins to listen, or has: from now on something may strike."""
+        """Enter the scope, because the request is listened to, and may be cancelled at any time from now on."""
         self.begun_scope()
 
     @property
@@ -118,7 +118,7 @@ class RequestBlock(Block):
     def time_is_up(self, now: float) -> None:
         super().time_is_up(now)
         if self._left is None and self.cause is not None and not self.state.is_closed:
-            # In a loop that was blocked the sweep is late as well. While the handler cleans up its client may leave.
+            # If the loop was blocked, the sweep is late as well; and the client may leave while the handler cleans up.
             self.state.arm_now()
 
     def prepare_for_thread(self) -> None:
@@ -133,7 +133,7 @@ class RequestBlock(Block):
         self.state.watch(self)
 
     def _follow(self, state: RequestState) -> None:
-        """Entered in the body of a response, after the handler's return had closed our own request state."""
+        """Join the state of a block around this one: the handler has returned, which has closed our own."""
         if state.scope is self.state.scope and not state.is_closed:
             self.state = state
             if state.root_token is not None:
@@ -147,16 +147,16 @@ class RequestBlock(Block):
             super().fire(cause)
 
     def stop_at_once(self) -> None:
-        """Stop what is to be stopped, also where others have time to end by themselves."""
+        """Deliver the cancellation without the time that listeners of the application have to end by themselves."""
         for child in list(self.children or ()):
             if isinstance(child, RequestBlock):
-                # The innermost answers.
+                # The innermost block raises the error.
                 child.stop_at_once()
         if self.cause is not None and self.is_open:
             super().fire(self.cause)
 
     def stop_now(self, cause: Cause) -> None:
-        """Do what was postponed."""
+        """Deliver a cancellation that was postponed."""
         self.fire(cause)
 
     def has_to_settle(self) -> bool:
@@ -178,7 +178,7 @@ class RequestBlock(Block):
 
     @property
     def known_request(self) -> RequestState | None:
-        """The request; once the block is left, for as long as somebody else knows it."""
+        """The state of the request; ``None`` if the block has been left, and nothing else keeps the state alive."""
         return self.state if self._left is None else self._left()
 
     def outcome(self, exc: BaseException | None, remaining: BaseException | None) -> BaseException:
@@ -186,14 +186,14 @@ class RequestBlock(Block):
         if isinstance(outcome, ClientDisconnect):
             mistaken = outcome.__context__
             if isinstance(mistaken, OSError) and not self.state.has_left:
-                # Starlette believes, under ASGI 2.4, that any OSError out of a stream was that of the server's send().
+                # Under ASGI 2.4 Starlette takes any OSError out of a stream for one of the server's send().
                 return mistaken
-            # What Starlette raises to the reader of a body when the client left, or we have said so to end it.
+            # Starlette raises it where the body is read if the client has left, or if we have reported that to end it.
             cause = None if self.state.has_left else self.cause
             outcome = DisconnectCancelation() if cause is None else cause.error()
             outcome.__cause__ = exc
         if isinstance(outcome, CancelationError) and self.cause is not None:
-            # Also one that `check()` has raised.
+            # `check()` may have raised it, so it has not been noted.
             self.note(self.cause)
         return outcome
 
@@ -202,7 +202,7 @@ class RequestBlock(Block):
 
 
 class DoorBlock(RequestBlock):
-    """The block of a door around the whole handler: its token is the root token, so what stops it stops the request."""
+    """The block of a door around the whole handler, whose token is the root token: it stops the whole request."""
 
     _is_whole = is_door = True
     policy: TimeoutPolicy | None = None
@@ -223,7 +223,7 @@ class DoorBlock(RequestBlock):
             )
 
     def use_policy(self, policy: TimeoutPolicy) -> None:
-        """Instead of the timeout so far; it counts from the block's start."""
+        """Replace the timeout by that of ``policy``, which counts from the start of the block."""
         self.policy = policy
         self.timeout = policy.enforced_timeout
         self.own_deadline = math.inf if self.timeout is None else self.started + self.timeout
@@ -234,9 +234,9 @@ class DoorBlock(RequestBlock):
         return self.ended is not None
 
     def move_in(self, state: RequestState) -> bool:
-        """Let the block of this request begin where the caller stands, further in.
+        """Move a block that has no scope yet to the place of the caller, further in; return whether that was possible.
 
-        Return ``False`` if it is that of another one, or has begun already, or in another task.
+        It is not if the block belongs to another request, has a scope, or was entered in another task.
         """
         loop = self.loop
         if self.late_task is None or self.state is not state or loop is None or loop.task_without_scope is None:
@@ -244,15 +244,15 @@ class DoorBlock(RequestBlock):
         if loop.task_without_scope() is not self.late_task:
             if loop.current_task() is not self.late_task:
                 return False
-            # Something was put between in the same task: the block is inside of it from here on.
+            # Another scope was entered in this task after the block: from here on the block is inside of that scope.
             self.late_task = None
             self.begin(loop)
         return True
 
     def move_out(self, state: RequestState) -> None:
-        """After leaving: open a successor where the block was before it was moved in, with what is left of its time.
+        """Open a successor where the block was before `move_in`, with the rest of its time. The block has been left.
 
-        Unless the response is out. Otherwise something there holds it back, and may take long.
+        Do nothing if the response is complete. Otherwise a middleware further out holds it back, and may take long.
         """
         if state.is_closed:
             return
@@ -274,23 +274,23 @@ class DoorBlock(RequestBlock):
 
     def outcome(self, exc: BaseException | None, remaining: BaseException | None) -> BaseException:
         outcome = super().outcome(exc, remaining)
-        # Not that of a response of ours, which can only be aborted by raising, nor of a background task.
+        # Not the error of a response of ours, which can only be aborted by raising, nor that of a background task.
         is_stranded = outcome.args == (TOO_LATE,) and not self.state.is_aborted and not self.state.is_closed
         if is_stranded and isinstance(outcome.__cause__, CancelationError):
             outcome = outcome.__cause__
         if isinstance(outcome, CancelationError):
-            # Also that of a block which was opened by hand below, and knows nothing of the request.
+            # It may come from a `Cancelable` further in, which does not know the request and has not logged it.
             self.state.log(outcome.reason, outcome.message or outcome.detail)
         return outcome
 
     def drop_timeout(self) -> None:
-        """No deadline from here on."""
+        """Remove the deadline."""
         self.policy = self.timeout = None
         self.own_deadline = math.inf
         self.rearm()
 
     def finish(self) -> None:
-        """The result is there: no stop that is under way reaches the task any more, nor does the end of a grace."""
+        """Drop a cancellation that is not delivered yet, and the end of a grace, because the result is there."""
         if self.scope is not None:
             self.scope.release()
 
@@ -300,16 +300,16 @@ class DoorBlock(RequestBlock):
 
     def end(self, scope: PoliteScope | None, exc: BaseException | None) -> BaseException | None:
         if scope is not None and self.cause is not None:
-            scope.spares = None  # It knows us, and is known by tracebacks: a cycle.
+            scope.spares = None  # It refers to this block, and tracebacks refer to the scope: a reference cycle.
         return super().end(scope, exc)
 
     def _spares_what_has_returned(self, from_thread: object = None) -> bool:
-        """Hold a stop that is about to reach a handler that has returned; asked by the scope.
+        """Hold a cancellation back if the handler has returned, and return whether that was done. Called by the scope.
 
-        On trio also before ``from_thread``, the task, goes on with what a thread has returned.
+        On trio it is called also before the task ``from_thread`` continues with the result of a thread.
 
-        What it has returned may be a stream, or never be sent: so until the start of the response is out, or for as long
-        as a cleanup may take.
+        The result may be a stream, or may never be sent: so the cancellation is held until the start of the response
+        has been sent, or for the time of a cleanup.
         """
         scope = self.scope
         if scope is None:
@@ -327,7 +327,7 @@ class DoorBlock(RequestBlock):
             super().fire_at_last()
 
     def release(self) -> None:
-        """Nothing can stop the block any more: the response is complete, and what follows is background work."""
+        """Keep everything from stopping the block: the response is complete, and background work follows."""
         self.own_deadline = math.inf
         if self._token is not None:
             self._token.unlisten(self)
@@ -339,12 +339,12 @@ class DoorBlock(RequestBlock):
 
     def stop_at_once(self) -> None:
         if self.state.is_closed and self.scope is not None:
-            # It was released.
+            # The block was released.
             self.scope.resume()
         super().stop_at_once()
 
     def stop_background(self, cause: Cause) -> None:
-        """After `release`: stop what is left all the same."""
+        """Stop the work that is left after `release` all the same."""
         scope = self.begun_scope()
         if scope is not None:
             scope.resume()

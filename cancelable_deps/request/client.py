@@ -1,4 +1,4 @@
-"""The client of a request: whether it has left, who waits to be told, and how long that is deferred."""
+"""The client of a request: whether it has left, the waiters to be told, and the deferral of a disconnect."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
     from ..kernel.loops.base import EventLoop
     from ..kernel.token import Cause
 
-# So many waiters share one event of asyncio's.
+# The number of waiters that share one event of asyncio's.
 _WAITERS = 32
 
-# The root tokens of requests whose client was seen to leave: all that a block which outlives its request has of it.
+# The root tokens of requests whose client has left. A block that outlives its request still has the token, and no more.
 _clients_left: WeakSet[CancelationToken] = WeakSet()
 
 
 class PastRequest:
-    """A request that has ended and is gone, for a block that still asks for its client."""
+    """A stand-in for a request that no longer exists, for a block that still asks for the client."""
 
     def __init__(self, token: CancelationToken) -> None:
         self.has_left = token in _clients_left
 
     def defer_disconnect(self, by: int) -> None:
-        """Do nothing: there is nothing left to be deferred."""
+        """Do nothing, because the request has ended."""
 
 
 class Client:
-    """The part of a request that has to do with its client."""
+    """The part of a request that concerns its client."""
 
     scope: Scope
     raw: Receive
@@ -61,12 +61,12 @@ class Client:
     _left_after: float | None = None
 
     def as_owner(self) -> Owner:
-        """Return the request, as the reader sees it."""
+        """Return the request as the owner of its reader."""
         raise NotImplementedError
 
     @property
     def token(self) -> CancelationToken:
-        """The root token: what stops the whole request."""
+        """The root token, which stops the whole request."""
         raise NotImplementedError
 
     @property
@@ -75,22 +75,22 @@ class Client:
         raise NotImplementedError
 
     def tell_listeners(self) -> None:
-        """Tell those in the application that wait in ``receive()`` that the client has left."""
+        """Report the disconnect to the code of the application that waits in ``receive()``."""
         raise NotImplementedError
 
     @property
     def reader(self) -> Reader:
-        """Made for the first who asks: most requests are over before anybody reads or listens."""
+        """The one reader of the request. Made when it is first asked for; most requests are over before that."""
         if self._reader is None:
             self._reader = Reader(self.scope, self.raw, None if self.is_closed else self.as_owner(), self.context)
         return self._reader
 
     def receive(self) -> Awaitable[Message]:
-        """The application's ``receive()``."""
+        """Return the next message, as the ``receive()`` of the application."""
         return self.reader.receive()
 
     def client_left(self) -> None:
-        """The reader tells us."""
+        """Act on a disconnect; called by the reader."""
         if self.is_closed:
             return
         self.has_left = True
@@ -99,7 +99,7 @@ class Client:
             self._disconnect()
 
     def defer_disconnect(self, by: int) -> None:
-        """As long as there are more in than out, nobody is told that the client has left; from any thread."""
+        """Count nested deferrals; a disconnect is reported when the count returns to zero. For any thread."""
         self._deferrals += by
         if not self._deferrals:
             if self.has_left and not self.is_closed:
@@ -111,7 +111,7 @@ class Client:
         return self._deferrals > 0 and not self.is_closed
 
     async def deferral_over(self) -> None:
-        """Wait until a disconnect may be told."""
+        """Wait until a disconnect may be reported."""
         while self.is_deferring:
             if self._deferred is None:
                 self._deferred = anyio.Event()
@@ -147,7 +147,7 @@ class Client:
         if self.has_left:
             return
         waiting = self._leaving = {} if self._leaving is None else self._leaving
-        # One event for some: asyncio's own looks through all who wait for it when one of them is cancelled.
+        # Some waiters share an event, not all: asyncio's looks through all its waiters when one of them is cancelled.
         event = next(reversed(waiting), None)
         if event is None or waiting[event] >= _WAITERS:
             event = anyio.Event()
@@ -172,7 +172,7 @@ class Client:
 
     @property
     def is_reading(self) -> bool:
-        """Whether a task of ours is left to `join`, after `close`."""
+        """Whether the task of the reader still runs, so that it is to be joined."""
         return self._reader is not None and self._reader.is_reading
 
     async def join(self) -> None:
@@ -184,12 +184,12 @@ class Client:
         return self._reader is not None and self._reader.is_armed
 
     def note_disconnect(self) -> None:
-        """Log that the client left, in the context of the caller, if nothing that was stopped has been logged."""
+        """Log the disconnect, in the context of the caller, if no line about this request has been logged."""
         if self._left_after is not None and self.reason is None and self.cause is not None:
             self.log(self.cause.reason, self.cause)
 
     def log(self, reason: CancelationReason, cause: object) -> None:
-        """The one line about this request."""
+        """Log the one line about this request, unless that has been done."""
         if self.reason is not None:
             return
         self.reason = reason
@@ -201,7 +201,7 @@ class Client:
         logger.info("%s %s cancelled after %.3f s: %s", method, route, elapsed, why, extra=extra)
 
     def forget_client(self) -> None:
-        """Stop listening: from here on a disconnect means nothing."""
+        """Stop listening: a disconnect is not acted on from here on."""
         self.note_disconnect()
         self.is_closed = True
         if self._deferred is not None:

@@ -1,4 +1,4 @@
-"""The state of a connection, found or made for whoever asks first, and the blocks that belong to it."""
+"""Functions that find or make the state of a request or WebSocket, and its blocks."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 PREDECESSORS: Final = (RequestState, FirstDoorBlock, EndedRequest)
-"""By whose `receive` a request receives that has had a state before."""
+"""The classes whose `receive` a ``Request`` has if an earlier state of the request has replaced the server's."""
 
 
 def known_state(scope: Scope) -> RequestState | None:
-    """Return the state of the request or WebSocket with this scope, if it has one that is not closed."""
+    """Return the state of the request or WebSocket with this scope; ``None`` if it has none, or a closed one."""
     found: RequestState | FirstDoorBlock | None = scope.get(SCOPE_KEY)
     return None if found is None else found.state
 
@@ -33,12 +33,12 @@ def known_state(scope: Scope) -> RequestState | None:
 def connection_state(
     connection: HTTPConnection, *, lifetime: Lifetime = Lifetime.BLOCKS, with_handler: bool = False
 ) -> RequestState:
-    """Return the state of a request or WebSocket, made by the first who asks.
+    """Return the state of a request or WebSocket, which is made if there is none.
 
-    :param lifetime: until when it lasts if it is made; whoever asks for more than ``BLOCKS`` closes it.
-    :param with_handler: the caller runs before the handler or in it, and if it is made is to be closed with that.
+    :param lifetime: the lifetime of a state that is made; a caller that asks for more than ``BLOCKS`` has to close it.
+    :param with_handler: whether a state that is made is closed with the handler. The caller runs before it or in it.
     """
-    # In one piece: it is asked for by every request, by some more than once.
+    # One function and not several, because every request under a handle calls it, some more than once.
     scope = connection.scope
     found: RequestState | FirstDoorBlock | None = scope.get(SCOPE_KEY)
     made = found is None
@@ -65,13 +65,13 @@ def connection_state(
 def _state_after(
     earlier: RequestState | FirstDoorBlock | EndedRequest, scope: Scope, receive: Receive, lifetime: Lifetime
 ) -> RequestState:
-    """Return the state of a request that had one, which is out of the scope since its last block was left."""
+    """Return the state of a request whose earlier state was removed from the scope when its last block was left."""
     if not isinstance(earlier, EndedRequest) and not earlier.is_closed:
         state = scope[SCOPE_KEY] = earlier.state
         state.last_until(lifetime)
         return state
     state = RequestState(scope, receive, lifetime=lifetime)
-    # This is a background task, and its client has a response. Nor is it new, to be refused at shutdown.
+    # The caller is a background task: the client has its response. A shutdown must not refuse it as a new request.
     state.root_token = CancelationToken()
     state.close()
     return state
@@ -101,7 +101,7 @@ def _earlier_state(websocket: WebSocket, receive: Receive) -> SocketState | None
         return None
     state = reader.owner
     if not isinstance(state, SocketState):
-        # The earlier one is closed: its handler has returned.
+        # The earlier state is closed, because its handler has returned.
         state = SocketState(websocket.scope, reader.raw)
         vars(websocket).pop("send", None)
         state.take_over(reader)
@@ -110,12 +110,12 @@ def _earlier_state(websocket: WebSocket, receive: Receive) -> SocketState | None
 
 
 def new_block(state: RequestState, *, timeout: float | None = None, cleanup_grace: float | None = None) -> RequestBlock:
-    """Return a block that is stopped with the request or WebSocket of ``state``."""
+    """Return a new block that is stopped with the request or WebSocket of ``state``."""
     kind = SocketBlock if isinstance(state, SocketState) else RequestBlock
     return kind(state, timeout=timeout, cleanup_grace=cleanup_grace)
 
 
 def new_door(state: RequestState, *, timeout: float | None = None, cleanup_grace: float | None = None) -> DoorBlock:
-    """Return the block for a whole handler, which stops the request or WebSocket when it is stopped."""
+    """Return a new block for a whole handler. A cancellation of the block cancels the request or WebSocket."""
     kind = SocketDoorBlock if isinstance(state, SocketState) else DoorBlock
     return kind(state, timeout=timeout, cleanup_grace=cleanup_grace)

@@ -1,8 +1,8 @@
-"""The door that a request comes in by: one object, as long as nobody asks for more.
+"""The first door of a request: its block is the only object of this package that most requests need.
 
-Most requests are over before they are listened to. Until then the block of the first door stands for the request: it
-is what `SCOPE_KEY` leads to, and makes the `RequestState` when another door, a handle, a reader of the body or the time
-asks for one.
+Most requests are over before they are listened to. Until then the block of the first door stands for the request: the
+scope has it under `SCOPE_KEY`. It makes the `RequestState` when another door, a handle or a reader of the body needs
+one, or when the request has run for ``listen_after`` seconds.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ class FirstDoorBlock(DoorBlock):
 
     __slots__ = ("_made", "asgi_scope", "context", "in_flight", "is_over", "raw")
 
-    _is_whole = False  # Its token is the root token, which is made when it is asked for.
+    _is_whole = False  # Its token is the root token, too, but is made only when it is asked for.
     lifetime = Lifetime.HANDLER
     reason: CancelationReason | None = None
-    """Why the request was stopped, to a test client; a state knows it."""
+    """The reason for which the request was stopped, as a test client asks for it; only a state can have one."""
 
     is_over: bool
-    """Whether a disconnect means nothing any more, although there is no state to say so."""
+    """Whether the request is closed, as long as there is no state that has `is_closed`."""
 
     _made: RequestState | None
 
     def __init__(self, scope: Scope, receive: Receive, loop: EventLoop) -> None:
-        # Each attribute costs: what can be had from the class is not set.
+        # Each attribute costs every request something: defaults come from the class.
         self.asgi_scope = scope
         self.raw = receive
         self.in_flight: InFlight = loop.in_flight or in_flight_of(loop)
@@ -77,7 +77,7 @@ class FirstDoorBlock(DoorBlock):
         if token is None:
             token = super().token
             if self._made is not None:
-                # It is that of the state, whose blocks are to hear of it.
+                # The state shares the token, and its other blocks listen to it.
                 self._made.adopt(token)
         return token
 
@@ -95,17 +95,17 @@ class FirstDoorBlock(DoorBlock):
             state.young_entry = self
             state.watch(self)
         if was_over:
-            # What is still open comes after the response.
+            # The response is complete: a block that is still open belongs to background work.
             state.complete()
         return state
 
     def equip(self, state: RequestState) -> None:
-        """Give the new state what the door knows."""
+        """Copy the settings of the door to its new state."""
 
     def receive(self) -> Awaitable[Message]:
-        """The application's ``receive()``."""
+        """Return the next message, as the ``receive()`` of the application."""
         if self._made is None and self.is_over:
-            # There is nothing that we have read, nor will.
+            # We have read nothing, and shall read nothing: there is nothing to replay.
             return self.raw()
         return self.state.reader.receive()
 
@@ -119,7 +119,7 @@ class FirstDoorBlock(DoorBlock):
         is_alone = find_task is not None and self._token is None and current.get() is None
         task = find_task() if is_alone and find_task is not None and timeout != 0 and settings.listen_after else None
         if task is None:
-            # The token, once it is made, has us among its listeners.
+            # Not by `RequestBlock.enter`: the token has this block among its listeners once it is made.
             super(RequestBlock, self).enter(loop)
             return
         # The same in fewer steps, as nearly all requests come here.
@@ -136,7 +136,7 @@ class FirstDoorBlock(DoorBlock):
     def leave(self, exc: BaseException | None) -> BaseException | None:
         if exc is not None or self._made is not None or self._token is not None or self.scope or self.parent:
             return super(RequestBlock, self).leave(exc)
-        # Nothing has happened to the request but its handler, which is what happens to nearly all of them.
+        # The usual case: nothing but the handler has run.
         in_flight = self.in_flight
         self.late_task = None
         self.ended = in_flight.loop.time()
@@ -165,7 +165,7 @@ class FirstDoorBlock(DoorBlock):
             self._made.unwatch(self)
 
     def grow_old(self) -> None:
-        """Called when the request has run for a while: listen to it."""
+        """Listen to the request, which has run for ``listen_after`` seconds."""
         state = self.state
         state.young_entry = None
         state.arm()
@@ -195,7 +195,7 @@ class FirstDoorBlock(DoorBlock):
 
     @property
     def is_closed(self) -> bool:
-        """Whether a disconnect means nothing any more."""
+        """Whether a disconnect is no longer acted on."""
         return self.is_over or (self._made is not None and self._made.is_closed)
 
     @property
@@ -203,7 +203,7 @@ class FirstDoorBlock(DoorBlock):
         return self._made is not None and self._made.is_listening
 
     def end_request(self) -> RequestState | None:
-        """End the request, if nothing listens on; return its state if that is to be joined."""
+        """End the request, unless something listens on; return its state if the reader is to be joined."""
         made = self._made
         self.is_over = True
         if made is None:
@@ -213,7 +213,7 @@ class FirstDoorBlock(DoorBlock):
         return made.end_request()
 
     def forget(self) -> None:
-        """Keep nothing of the request, which has ended: a task that goes on may know this block."""
+        """Drop the references to the request, which has ended: a task that outlives it may keep this block."""
         if self._left is None and self._made is not None:
             self._left = ref(self._made)
         self._made = None
@@ -223,7 +223,7 @@ class FirstDoorBlock(DoorBlock):
 
 
 class EndedRequest:
-    """Stands for a request whose handler has returned before it was listened to."""
+    """A stand-in for a request whose handler returned before the request was listened to."""
 
     __slots__ = ("_raw",)
     is_closed = True
@@ -232,7 +232,7 @@ class EndedRequest:
         self._raw = receive
 
     def receive(self) -> Awaitable[Message]:
-        """The application's ``receive()``: the server's."""
+        """Return the next message of the server."""
         return self._raw()
 
 
@@ -248,13 +248,13 @@ class HandlerBlock(FirstDoorBlock):
     def __init__(self, request: Request, receive: Receive, loop: EventLoop) -> None:
         FirstDoorBlock.__init__(self, request.scope, receive, loop)
         self._request = request
-        # What is read ahead can be given back nowhere else.
+        # Messages that the reader has read ahead can be replayed only here.
         setattr(request, RECEIVE, self.receive)
 
     def end_request(self) -> RequestState | None:
         request, made = self._request, self._made
         if made is None:
-            # A background task may have the request, whose client has a response.
+            # A background task may use the request, and then has to find out that the request is closed.
             setattr(request, RECEIVE, EndedRequest(self.raw).receive)
             self.asgi_scope.pop(SCOPE_KEY, None)
             left = None
@@ -275,7 +275,7 @@ class WholeDoorBlock(FirstDoorBlock):
     takes_groups_apart = False
     _watch: ResponseWatch | None = None
     _has_result: bool
-    """Whether a response that has told its length has begun."""
+    """Whether a response whose length is known has started."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, loop: EventLoop, limits: Limits) -> None:
         FirstDoorBlock.__init__(self, scope, receive, loop)
@@ -308,13 +308,13 @@ class WholeDoorBlock(FirstDoorBlock):
 
     @property
     def is_undisturbed(self) -> bool:
-        """Whether nothing has stopped the request, nor a stream of its."""
+        """Whether neither the request nor the stream of its response has been stopped."""
         made = self._made
         return made is None or (made.cause is None and made.aborted_by is None and not made.stream_was_cancelled)
 
     @property
     def response(self) -> ResponseWatch:
-        """The watch of the response; made for the first who asks."""
+        """The watch of the response; made when it is first asked for."""
         watch = self._watch
         if watch is None:
             watch = self._watch = ResponseWatch(self._send, self.state, is_outermost=True)
@@ -346,7 +346,7 @@ class WholeDoorBlock(FirstDoorBlock):
         return made if made.is_reading else None
 
     def _complete(self) -> None:
-        """Note that all of the response is on its way to the server: what follows is background work, and is spared."""
+        """Note that the last part of the response is being sent: background work follows, and is not cancelled."""
         self.is_over = True
         self.asgi_scope.pop(SCOPE_KEY, None)
         self.release()

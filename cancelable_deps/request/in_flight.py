@@ -1,4 +1,4 @@
-"""The requests of one event loop: those that have just come, and those that have run for a while."""
+"""The requests in flight of one event loop, divided into young and old ones by ``listen_after``."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ if TYPE_CHECKING:
 
 
 class Young(Protocol):
-    """A request that has just come, or the block of the door that it came in by."""
+    """A request that has run for less than ``listen_after`` seconds, or the block of its first door."""
 
     started: float
 
     def grow_old(self) -> None:
-        """Called once, in the event loop, when ``listen_after`` seconds are over."""
+        """Start listening. Called once, in the event loop, when the request has run for ``listen_after`` seconds."""
 
 
 class Observer(Protocol):
-    """Something that is to know of every request that has run for a while."""
+    """An object that is told of every old request, such as the shutdown."""
 
     def request_is_old(self, request: Any) -> None:
-        """Called for each, when it joins `InFlight.requests`."""
+        """Note that ``request`` has joined `InFlight.requests`."""
 
 
 class InFlight:
-    """Who is here. Most requests are over before they have run for ``listen_after`` seconds, and cost two changes of a
-    dictionary.
+    """The requests in flight of one event loop.
 
-    :ivar young: those that have not, in the order in which they came. They enter by ``in_flight.young[self] = None``,
-        and `begin` if nobody looks after them; they leave by themselves.
-    :ivar requests: the states of those that have, until they have ended, with their background work.
-    :ivar observers: the shutdown, and whoever else is to know of each.
+    Most are over before they are ``listen_after`` seconds old, and cost two changes of a dictionary.
+
+    :ivar young: the requests that are younger, in the order of their arrival. A request adds itself by
+        ``in_flight.young[self] = None``, calls `begin` unless `is_looked_after`, and removes itself.
+    :ivar requests: the states of the older ones, until they and their background work have ended.
+    :ivar observers: the objects that are told of each request that joins `requests`, such as the shutdown.
     """
 
     def __init__(self, loop: EventLoop) -> None:
@@ -49,12 +50,12 @@ class InFlight:
         self._empty: anyio.Event | None = None
 
     def begin(self) -> None:
-        """Look after the young ones from now on, as long as there are any."""
+        """Start the sweep, which calls `look` as long as there are young requests."""
         self.is_looked_after = True
         sweep_of(self.loop, settings.listen_after).watch(self)
 
     def look(self) -> bool:
-        """Let those grow old whose time has come; called by the sweep."""
+        """Let the requests grow old that have run for ``listen_after`` seconds. Called by the sweep."""
         latest = self.loop.time() - settings.listen_after
         due: list[Young] = []
         for request in self.young:
@@ -62,7 +63,7 @@ class InFlight:
                 break
             due.append(request)
         for request in due:
-            # One that grows old may end another that is due.
+            # One request that grows old may end another.
             if request in self.young:
                 del self.young[request]
                 _grow_old(request)
@@ -70,21 +71,21 @@ class InFlight:
         return self.is_looked_after
 
     def add(self, request: Any) -> None:
-        """Know a request that has run for a while."""
+        """Add an old request, and tell the observers."""
         self.requests[request] = None
         for observer in self.observers:
             observer.request_is_old(request)
 
     def remove(self, request: Any) -> None:
-        """Forget a request that has ended."""
+        """Remove a request that has ended."""
         self.requests.pop(request, None)
         if self._empty is not None and not self.requests:
             self._empty.set()
 
     async def wait_empty(self) -> None:
-        """Wait until no request is left that has run for a while."""
+        """Wait until no old request is left."""
         while self.requests:
-            # Each application of the loop may wait here.
+            # Several applications of one loop may wait here.
             if self._empty is None or self._empty.is_set():
                 self._empty = anyio.Event()
             await self._empty.wait()
@@ -94,12 +95,12 @@ def _grow_old(request: Young) -> None:
     try:
         request.grow_old()
     except Exception:
-        # Or those after it could never be stopped.
+        # The requests after this one must grow old all the same: they could never be stopped otherwise.
         logger.exception("a request cannot be cancelled when its client leaves: listening for that failed")
 
 
 def in_flight_of(loop: EventLoop) -> InFlight:
-    """Return the requests of ``loop``."""
+    """Return the requests in flight of ``loop``."""
     in_flight: InFlight | None = loop.in_flight
     if in_flight is None:
         in_flight = loop.in_flight = InFlight(loop)

@@ -1,4 +1,4 @@
-"""How long a request is listened to: who ends it."""
+"""The lifetime of a request: how long it is listened to, and the owner that ends it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 class Lifetime(IntEnum):
-    """When the state of a request is closed, if not before by the end of the response. It only rises."""
+    """The moment at which the state of a request is closed, if the response has not ended before. It only rises."""
 
     BLOCKS = 0
-    """With the last block: nothing tells us of the end of the handler."""
+    """With the last block, because nothing reports the end of the handler."""
 
     HANDLER = 1
-    """When the handler has returned, as FastAPI's exit stack or the decorator tell."""
+    """When the handler has returned, which FastAPI's exit stack or the decorator reports."""
 
     RESPONSE = 2
     """When a response of ours, or the response of a generator, has ended."""
@@ -31,13 +31,13 @@ class Lifetime(IntEnum):
 
 
 class Mortal:
-    """The part of a request that knows its `Lifetime`. Its owner closes it."""
+    """The part of a request that has a `Lifetime`. Its owner closes it."""
 
     scope: Scope
     is_closed: bool
     lifetime = Lifetime.BLOCKS
     handler_stack: AsyncExitStack | None = None
-    """FastAPI's exit stack around the handler, if that closes us."""
+    """FastAPI's exit stack around the handler, if that closes the request."""
 
     _response: ref[object] | None = None
     """The response that ends the request, if the handler may throw it away."""
@@ -50,15 +50,15 @@ class Mortal:
 
     @property
     def is_reading(self) -> bool:
-        """Whether a task of ours is left to be joined."""
+        """Whether the task of the reader still runs, so that it is to be joined."""
         raise NotImplementedError
 
     def last_until(self, lifetime: Lifetime) -> None:
-        """Last at least so long."""
+        """Raise the lifetime to ``lifetime``, unless it is longer already."""
         self.lifetime = max(self.lifetime, lifetime)
 
     def close_with_handler(self) -> bool:
-        """Close when the handler has returned, if FastAPI tells us; otherwise listening ends with the last block."""
+        """Close the request when the handler has returned, and return whether FastAPI will report that."""
         stack: AsyncExitStack | None = self.scope.get(HANDLER_STACK_KEY)
         if stack is None or self.is_closed:
             return False
@@ -69,26 +69,26 @@ class Mortal:
         return True
 
     def keep_through_response(self, response: object = None) -> None:
-        """Have something listen until the response has ended, and close us then: the handler's return does not.
+        """Listen until the response has ended; its owner closes the request then, and not the handler's return.
 
-        :param response: what does, if the handler may throw it away.
+        :param response: the response, if the handler may throw it away.
         """
         if response is not None:
             self._response = ref(response)
         if self.lifetime >= Lifetime.RESPONSE:
             return
         self.lifetime = Lifetime.RESPONSE
-        # Unless an error on the way means that this response is never sent.
+        # An error may keep the response from being sent: then nothing else would close the request.
         if self.request_stack is not None:
             self.request_stack.push_async_callback(self.aclose)
 
     @property
     def request_stack(self) -> AsyncExitStack | None:
-        """FastAPI's, which is closed when the response and its background tasks are over; ``None`` without it."""
+        """FastAPI's exit stack that is closed after the response and its background tasks; ``None`` without FastAPI."""
         stack: AsyncExitStack | None = self.scope.get(REQUEST_STACK_KEY)
         return stack
 
-    # FastAPI's stack of exits takes any context manager, and this is its cheapest form.
+    # An exit stack takes any context manager, and this is the cheapest.
     def __enter__(self) -> None: ...
 
     def __exit__(self, *exc_info: object) -> None:
@@ -101,13 +101,13 @@ class Mortal:
 
     @property
     def outlives_handler(self) -> bool:
-        """Whether something listens on after the handler's return, and closes us later."""
+        """Whether the request is listened to after the handler's return, and is closed later."""
         if self.lifetime is Lifetime.RESPONSE:
             return self._response is None or self._response() is not None
         return self.lifetime is Lifetime.DOOR
 
     def end_request(self) -> Self | None:
-        """Close, if nothing listens on after the handler's return; return this, if something is left to be joined."""
+        """Close the request, unless it outlives the handler; return the request if its reader is to be joined."""
         if self.outlives_handler:
             return None
         self.close()
@@ -115,7 +115,7 @@ class Mortal:
 
     @property
     def ends_with_handler(self) -> bool:
-        """Whether the handler's return closes us, unless a response of ours that is still there listens on."""
+        """Whether the handler's return closes the request, unless a response of ours exists by then."""
         if self.is_closed:
             return False
         is_to_be_thrown_away = self.lifetime is Lifetime.RESPONSE and self._response is not None

@@ -1,4 +1,4 @@
-"""How far the response of a request has come, and what that means for a stop that is due."""
+"""The progress of a response, and its effect on a cancellation that is due."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ if TYPE_CHECKING:
 
 
 class ResponseProgress(Client):
-    """The part of a request that has to do with its response."""
+    """The part of a request that concerns its response."""
 
     is_aborted = False
-    """Nothing more of the response may be sent: it ends without its last chunk."""
+    """Whether the response is aborted: nothing more is sent, and it ends without its last chunk."""
 
     response_has_started = False
-    """Whether anything of a response has left the innermost place where we watch."""
+    """Whether the response has started, as the innermost `ResponseWatch` sees it."""
 
     response_is_out = False
-    """Whether anything of a response has been sent to the server."""
+    """Whether a response that is complete in itself has been passed on to the server."""
 
     body_has_begun = False
     response_is_starting = False
-    """The start of a response is on its way: whether it got out could not be told of one that is stopped now."""
+    """Whether the start of the response is being sent. After a cancellation now nobody could say if it was sent."""
 
     drops_response = False
-    """What the application has yet to send tells of a client that left, and is no answer to one that is there."""
+    """Whether the application's response is dropped: it is made for a client that left, and ours is still there."""
 
     stream_was_cancelled = False
-    """The task that sent a stream was cancelled, and not by us."""
+    """Whether the task that sent a stream was cancelled by other code."""
 
     is_finished = False
-    """The handler's result is there: nothing of ours stops what sends it."""
+    """Whether the handler's result is there: the sending of it is not cancelled."""
 
     aborted_by: CancelationError | None = None
-    """The error that stopped a stream further in; its response is to be aborted."""
+    """The error that stopped a stream further in, whose response is to be aborted."""
 
     cannot_be_aborted = False
-    """That error is to be raised into the server, which closes the connection then."""
+    """Whether `aborted_by` is to be raised into the server, which then closes the connection."""
 
     ends_by_itself = False
-    """Whether what listens inside the application was told, and has time."""
+    """Whether the listeners inside the application have been told of a disconnect, and have time to end."""
 
     cleanup_grace: float | None = None
     _postponed: Postponed | None = None
@@ -65,14 +65,14 @@ class ResponseProgress(Client):
         raise NotImplementedError
 
     def complete_response(self) -> None:
-        """Note that all of the response is on its way to the server."""
+        """Note that the last part of the response is being sent."""
         raise NotImplementedError
 
     def tell_listeners(self) -> None:
-        """Answer what inside the application listens for a disconnect, and give it the time to end by itself.
+        """Report a disconnect to the listeners inside the application, and give them time to end by themselves.
 
-        As long as a cleanup may take: what it does then is one, a stream's background and the callbacks of its framework
-        included. What is left after that is cancelled.
+        They have the time of a cleanup, because they do one: also a stream's background and the callbacks of its
+        framework. Work that is left after that is cancelled.
         """
         if self._postponed is None or not self.ends_by_itself:
             self.ends_by_itself = True
@@ -86,7 +86,7 @@ class ResponseProgress(Client):
         return settings.cleanup_grace if self.cleanup_grace is None else self.cleanup_grace
 
     def postpones(self, block: Stoppable, cause: Cause) -> bool:
-        """Return whether ``block`` is stopped later, or not at all, although the request is."""
+        """Return whether ``block`` is stopped later than the request, or not at all."""
         if cause is not self.cause or self.is_closed or not self.loop.is_running_here():
             return False
         if self._guard is not None:
@@ -106,15 +106,15 @@ class ResponseProgress(Client):
         return True
 
     def _is_on_its_way(self) -> bool:
-        """Return whether a finished result is being sent, and not kept by something between the handler and us."""
+        """Return whether a finished result is being sent, and not held back by a middleware inside of the door."""
         if self.response_is_out and not self.body_has_begun and self.has_watchers:
-            # It has told its length and never makes its first chunk; that can only be a stream.
+            # Its length is known, and its first chunk does not come: that can only be a stream.
             self.tell_listeners()
         return self.response_is_out
 
     @contextmanager
     def uninterrupted(self) -> Iterator[None]:
-        """Let nothing of ours reach the request's tasks inside; what is due then strikes at the end."""
+        """Keep our cancellations from the request's tasks inside; deliver the one that is due at the end."""
         guard = self._guard = Postponed(self.loop, math.inf)
         doors = self.doors
         for door in doors:
@@ -128,7 +128,7 @@ class ResponseProgress(Client):
             guard.end()
 
     def start_response(self) -> None:
-        """Note that the start of a response is on its way; `start_is_out` is to follow."""
+        """Note that the start of a response is being sent; `start_is_out` is to follow."""
         self.response_has_started = self.response_is_starting = True
         if self.cause is not None:
             for door in self.doors:
@@ -146,27 +146,27 @@ class ResponseProgress(Client):
             door.resume()
 
     def finish(self) -> None:
-        """Note that the handler's result is there, and is the response: what of ours has not struck yet never will."""
+        """Note that the handler's result is there, and drop a cancellation that is not delivered yet."""
         self.is_finished = True
         if self.cause is not None:
             for door in self.doors:
                 door.finish()
 
     def note_sender(self) -> None:
-        """Note that the calling task sends a stream. If it is one of the application's own, its cleanup has its grace."""
+        """Note that the running task sends a stream. If the application has started it, its cleanup gets its grace."""
         if not self.is_work(self.loop.current_task()):
-            # Starlette and others send a stream from a child task, and cancel that when they hear that the client has
-            # left; anyio and trio repeat a cancellation at every `await`, also in the cleanup of the stream's generator.
+            # Starlette and others send a stream from a child task, and cancel that task when the client has left. anyio
+            # and trio repeat a cancellation at every `await`, also in the cleanup of the stream's generator.
             scope = self.loop.scopes.task_scope(self.loop, self.grace, lambda origin: self.cause is not None)
             scope.put_around(self._stream_ended)
 
     def _stream_ended(self, was_cancelled: bool) -> None:
-        """Spare what comes after a stream that was told to end, and has: its background, the end of its framework."""
+        """Cancel nothing after a stream that has ended as it was told to: neither its background nor its framework."""
         self.stream_was_cancelled = was_cancelled and self.cause is None
         if self.ends_by_itself and not self.is_closed:
             self.complete_response()
 
     def forget_stops(self) -> None:
-        """Stop nothing any more that has been postponed."""
+        """Drop the cancellations that have been postponed."""
         if self._postponed is not None:
             self._postponed.forget()

@@ -1,4 +1,4 @@
-"""The way of a request or WebSocket through a door that sees all of it: middleware and route class."""
+"""The run of a request or WebSocket under a middleware or route class, which see all of its messages."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 async def run_through(
     block: DoorBlock, loop: EventLoop | None, app: ASGIApp, scope: Scope, receive: Receive, send: Send
 ) -> BaseException | None:
-    """Enter ``block``, run ``app`` in it, and leave it; return the exception that is to go further.
+    """Enter ``block``, run ``app`` in it, and leave it; return the exception that leaves the block.
 
-    :param loop: in which the block is entered; ``None`` if it is open already.
+    :param loop: the running event loop; ``None`` if the block is open already.
 
-    The decorator does the same in its own frame: a handler pays for each coroutine around it, at every ``await``.
+    The decorator does the same in its own frame: each coroutine around a handler costs something at every ``await``.
     """
     outcome: BaseException | None = None
     try:
@@ -48,16 +48,16 @@ async def run_through(
     try:
         return outcome
     finally:
-        del outcome  # Its traceback knows this frame: a cycle, as long as this frame knows it.
+        del outcome  # Its traceback refers to this frame: a reference cycle otherwise.
 
 
 async def run_request(
     app: ASGIApp, scope: Scope, receive: Receive, send: Send, limits: Limits
 ) -> CancelationError | None:
-    """Run ``app``, and return the error with which the request is still to be answered, if there is one.
+    """Run ``app``, and return the error of ours that the request is still to be answered with, if there is one.
 
-    An error that the application raises for itself is raised. One of ours that comes when the response has started aborts
-    the response.
+    An error of the application is raised. If an error of ours comes after the response has started, the response is
+    aborted.
     """
     if SCOPE_KEY in scope:
         return await _run_in_another_door(app, scope, receive, send, limits)
@@ -79,7 +79,7 @@ async def run_request(
         try:
             return await _settle(outcome, block.response, block.state)
         finally:
-            del outcome  # Its traceback knows this frame: a cycle, as long as this frame knows it.
+            del outcome  # Its traceback refers to this frame: a reference cycle otherwise.
     finally:
         block.forget()
 
@@ -98,7 +98,7 @@ async def _run_in_another_door(
     try:
         return await _settle(outcome, watch, state)
     finally:
-        del outcome  # Its traceback knows this frame: a cycle, as long as this frame knows it.
+        del outcome  # Its traceback refers to this frame: a reference cycle otherwise.
 
 
 def _make_block(state: RequestState, limits: Limits) -> DoorBlock:
@@ -116,7 +116,7 @@ def _make_block(state: RequestState, limits: Limits) -> DoorBlock:
 
 
 async def _settle(outcome: BaseException | None, watch: ResponseWatch, state: RequestState) -> CancelationError | None:
-    """Cut the response, return the error that is to answer the request, or raise what is not ours."""
+    """Abort the response, return the error to answer the request with, or raise an error of the application."""
     outcome = lost_stream(outcome, watch, state)
     error = error_of(outcome, state)
     try:
@@ -133,13 +133,13 @@ async def _settle(outcome: BaseException | None, watch: ResponseWatch, state: Re
             await watch.abort(error)
         return None
     finally:
-        del outcome, error  # Their tracebacks know this frame: cycles, as long as this frame knows them.
+        del outcome, error  # Their tracebacks refer to this frame: reference cycles otherwise.
 
 
 def lost_stream(outcome: BaseException | None, watch: ResponseWatch, state: RequestState) -> BaseException | None:
-    """Return ``outcome``, or an error if somebody else has cancelled the task that sent the response.
+    """Return ``outcome``, or an error if something that the sending task awaited was cancelled by other code.
 
-    By something that the task awaited; the task group around it keeps that for itself. It is an error as any other.
+    Such a ``CancelledError`` is an error as any other, but the task group around the task swallows it.
     """
     if outcome is None and not watch.is_complete and state.stream_was_cancelled:
         return RuntimeError("the task that sent the response was cancelled before its end")
@@ -147,7 +147,7 @@ def lost_stream(outcome: BaseException | None, watch: ResponseWatch, state: Requ
 
 
 def error_of(outcome: BaseException | None, state: RequestState) -> CancelationError | None:
-    """Return our error, if that is why the application has ended."""
+    """Return our error, if that has ended the application."""
     if isinstance(outcome, CancelationError):
         return outcome
     if outcome is None and state.aborted_by is not None:
@@ -156,7 +156,7 @@ def error_of(outcome: BaseException | None, state: RequestState) -> CancelationE
     if cause is None or state.is_finished:
         return None
     if outcome is None:
-        # What was stopped ends by itself, as a stream does that was told, or takes our cancellation for its own.
+        # The work has ended by itself, as a stream does after a disconnect, or has swallowed our cancellation.
         return cause.error()
     if tells_that_it_was_swallowed(outcome):
         state.log(cause.reason, cause)
@@ -165,7 +165,7 @@ def error_of(outcome: BaseException | None, state: RequestState) -> CancelationE
 
 
 async def run_socket(app: ASGIApp, scope: Scope, receive: Receive, send: Send, limits: Limits) -> None:
-    """Run ``app`` for one WebSocket, stop it when the client drops, and close for the reason if it leaves that to us."""
+    """Run ``app`` for one WebSocket, stop it when the client drops, and close the WebSocket if ``app`` has not."""
     state: Any = scope.get(SCOPE_KEY)
     made = state is None
     if state is None:
@@ -182,7 +182,7 @@ async def run_socket(app: ASGIApp, scope: Scope, receive: Receive, send: Send, l
     try:
         outcome = await run_through(block, state.loop, app, scope, receive, send_through)
         if outcome is None and state.cause is not None:
-            # A middleware inside took our cancellation for its own, and sent nothing.
+            # A middleware further in has swallowed our cancellation, and sent nothing.
             outcome = state.cause.error()
         try:
             if isinstance(outcome, CancelationError):
@@ -190,7 +190,7 @@ async def run_socket(app: ASGIApp, scope: Scope, receive: Receive, send: Send, l
             elif outcome is not None:
                 raise_as_it_is(outcome)
         finally:
-            del outcome  # Its traceback knows this frame: a cycle, as long as this frame knows it.
+            del outcome  # Its traceback refers to this frame: a reference cycle otherwise.
     finally:
         if made:
             await state.aclose()

@@ -1,4 +1,4 @@
-"""The one object per request that all doors on it share."""
+"""The state of a request: the one object that all its doors share."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ if TYPE_CHECKING:
     from .in_flight import Young
 
 SCOPE_KEY = "cancelable_deps"
-"""The key of the scope with the `RequestState`, or with the block of the first door, which makes one when needed."""
+"""The key in the ASGI scope of the `RequestState`, or of the block of the first door, which makes one when needed."""
 
 PROBE_KEY = "cancelable_deps.probe"
-"""Under this key a test client puts a function that is told of each request state."""
+"""The key in the ASGI scope of a function that a test client wants to be called with each request state."""
 
 
 class Watcher(Protocol):
-    """Somebody for whom a request listens for its client."""
+    """An object for which a request listens to its client, such as a block."""
 
     def listening_begins(self) -> None:
-        """Called when the request is listened to, or is already: from now on something may strike."""
+        """Note that the request is listened to, so that it may be cancelled at any time from now on."""
 
     def token_is_made(self, token: CancelationToken) -> None:
-        """Called when the root token is made, in any thread."""
+        """Note that the root token has been made. May be called in any thread."""
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether it is a block that is being cancelled."""
+        """Whether this is a block that is being cancelled."""
         ...
 
     @property
     def is_door(self) -> bool:
-        """Whether it is a `Door`."""
+        """Whether this is a `Door`."""
         ...
 
     def works_in(self, task: object) -> bool:
-        """Return whether a cancellation of the request reaches ``task`` by way of this one."""
+        """Return whether a cancellation of the request reaches ``task`` through this watcher."""
         ...
 
 
@@ -59,34 +59,34 @@ class Door(Watcher, Protocol):
     """A block around the whole handler."""
 
     def hold(self) -> None:
-        """Let nothing that stops the block reach its task until `resume`."""
+        """Keep every cancellation of the block from its task until `resume`."""
 
     def resume(self) -> None:
-        """Let what is due strike."""
+        """Deliver a cancellation that `hold` has kept back."""
 
     def finish(self) -> None:
-        """Note that the result is there: no stop that is under way reaches the task any more."""
+        """Note that the result is there: a cancellation that is not delivered yet never will be."""
 
     def release(self) -> None:
-        """Let nothing stop the block any more."""
+        """Keep everything from stopping the block from here on."""
 
     def stop_background(self, cause: Cause) -> None:
-        """Stop what is left after `release` all the same."""
+        """Stop the work that is left after `release` all the same."""
 
     def use_policy(self, policy: Any) -> None:
-        """Take the timeout of a `TimeoutPolicy` in place of the one so far."""
+        """Replace the timeout of the block by that of a `TimeoutPolicy`."""
 
     def drop_timeout(self) -> None:
-        """Have no deadline from here on."""
+        """Remove the deadline of the block."""
 
 
 class Shutdown(Protocol):
-    """The end of all requests of one event loop, which the loop knows once somebody waits for it."""
+    """The shutdown of one event loop, which the loop knows once an application has asked for it."""
 
     refuses: bool
 
     def cause(self) -> Cause:
-        """Return why requests are stopped or refused."""
+        """Return the cause for which requests are stopped or refused."""
         ...
 
 
@@ -107,7 +107,7 @@ class FirstBlock(Protocol):
 
 
 class Listening:
-    """The `Watcher` of a handle that only asks, and runs nothing."""
+    """The `Watcher` of a handle that only asks for a cancellation, and runs no work."""
 
     __slots__ = ()
     is_cancelled = is_door = False
@@ -116,19 +116,19 @@ class Listening:
         return False
 
     def listening_begins(self) -> None:
-        """There is nothing that could be struck."""
+        """Do nothing, because there is no work to cancel."""
 
     def token_is_made(self, token: CancelationToken) -> None:
-        """Nothing is to be stopped by it."""
+        """Do nothing, because there is no work to cancel."""
 
 
 class RequestState(ResponseProgress, Mortal):
-    """What all doors on one request share.
+    """The state of a request, which all its doors share.
 
     Its owner closes it, see `Lifetime`. Listening starts when the request has run for ``listen_after`` seconds and has
-    something to be stopped.
+    a watcher.
 
-    :param first: the block of the door that the request came in by, if the state is made for that.
+    :param first: the block of the first door, if that makes the state.
     """
 
     # In slots, as each write to a dictionary of attributes costs three times as much.
@@ -147,27 +147,27 @@ class RequestState(ResponseProgress, Mortal):
     )
 
     main_tasks: tuple[object, ...] = ()
-    """The tasks, besides that of a door, in which the handler runs: a ``BaseHTTPMiddleware`` starts one."""
+    """The tasks besides that of a door in which the handler runs, such as that of a ``BaseHTTPMiddleware``."""
 
     policies: Mapping[str, Any] | None = None
     """The `TimeoutPolicy` objects of all doors so far, by name."""
 
     is_armed = False
     is_old = False
-    """Whether it is among the requests in flight that have run for a while."""
+    """Whether the request has joined `InFlight.requests`."""
 
     young_entry: Young | None
-    """What waits among the young requests in flight: this, or the block of the first door."""
+    """The entry of the request in `InFlight.young`, if it has one: the state, or the block of the first door."""
 
     outermost: Door | None = None
     """The block of the middleware or route class that has made this state."""
 
     default: Door | None = None
-    """The block with the timeout that a route's own replaces."""
+    """The block with the default timeout, which a route's own timeout replaces."""
 
     _watchers: Members[Watcher]
     root_token: CancelationToken | None = None
-    """`token`, once it has been made."""
+    """The root token, if it has been made."""
 
     _first: FirstBlock | None = None
 
@@ -197,20 +197,20 @@ class RequestState(ResponseProgress, Mortal):
 
     @property
     def state(self) -> RequestState:
-        """This, as the block of a first door has one."""
+        """The state itself, so that each entry under `SCOPE_KEY` has a `state`: the block of a first door has one."""
         return self
 
     @property
     def token(self) -> CancelationToken:
-        """The root token: what stops the whole request. Made for the first who asks, as most requests are not stopped."""
+        """The root token, which stops the whole request. Made when it is first asked for; most never are."""
         token = self.root_token
         if token is None:
             token = self.adopt(CancelationToken() if self._first is None else self._first.token)
         return token
 
     def adopt(self, token: CancelationToken) -> CancelationToken:
-        """Have this root token, unless there is one; return the one that there is."""
-        # Whichever thread comes first: `setdefault` cannot be divided.
+        """Make ``token`` the root token unless there is one, and return the root token."""
+        # Two threads may come at the same time: `setdefault` is atomic.
         known: CancelationToken = vars(self).setdefault("root_token", token)
         for watcher in self._watchers:
             watcher.token_is_made(known)
@@ -244,7 +244,7 @@ class RequestState(ResponseProgress, Mortal):
                 self.arm()
 
     def arm(self) -> None:
-        """Listen from now on."""
+        """Start listening, and tell the watchers."""
         self.is_armed = True
         if not self.is_closed:
             if self.handler_stack is not None:
@@ -263,7 +263,7 @@ class RequestState(ResponseProgress, Mortal):
         return self.is_armed and not self.is_listening
 
     async def settle(self) -> None:
-        """Wait for a reader that was stopped."""
+        """Wait for a reader that has been stopped."""
         if self.has_stopped_listening:
             await self.join()
 
@@ -276,13 +276,13 @@ class RequestState(ResponseProgress, Mortal):
         if not self._watchers:
             self._leave_in_flight()
             if self.lifetime is Lifetime.BLOCKS:
-                # Nobody will tell us of the request's end. A later block finds us by `receive`, if it is ours.
+                # Nothing reports the end of this request. A later block finds this state by `receive`, if that is ours.
                 self.scope.pop(SCOPE_KEY, None)
                 if self._reader is not None:
                     self._reader.stop()
 
     def arm_now(self) -> None:
-        """Listen from now on: somebody waits for nothing else."""
+        """Start listening before ``listen_after`` has passed, because the caller needs the disconnect at once."""
         if not self.is_armed:
             self._leave_in_flight()
             self.arm()
@@ -299,56 +299,56 @@ class RequestState(ResponseProgress, Mortal):
         return any(watcher.is_cancelled for watcher in self._watchers)
 
     def close(self) -> None:
-        """As `complete`, and no background task of ours runs on."""
+        """Do the same as `complete`, and drop the references to the doors. May be called more than once."""
         if not self.is_closed:
             if self._reader is None and self.root_token is None and not self._deferrals:
-                # Nobody has read, listened or stopped anything, as with most requests.
+                # The usual case: nothing was read, listened to or stopped.
                 self.is_closed = True
                 self.scope.pop(SCOPE_KEY, None)
                 self.handler_stack = None
             else:
                 self.complete()
         self._leave_in_flight()
-        # Or every request would be garbage of the kind that only the collector finds.
+        # A door knows its state: the cycle would leave every request to the garbage collector.
         self.outermost = None
         if self._watchers:
             self._watchers = ()
 
     def stop(self, cause: Cause) -> None:
-        """Cancel the request, unless its result is there."""
+        """Cancel the request, unless its result is there already."""
         self.token.cancel_because(cause)
 
     def stop_all(self, cause: Cause) -> None:
-        """Cancel the request; if its result is there, what sends it and what runs after that."""
+        """Cancel the request; if its result is there, cancel the sending of it and the background work, too."""
         self.token.cancel_because(cause)
         if self.is_closed or self.is_finished:
             for innermost in self.doors[-1:]:
                 innermost.stop_background(cause)
 
     async def aclose(self) -> None:
-        """As `close`, and wait until nothing of ours is left."""
+        """Do the same as `close`, and wait for the reader to end."""
         self.close()
         await self.join()
 
     def set_default(self, block: Door) -> None:
-        """``block`` has the application's default timeout, which a route's own replaces."""
+        """Take ``block`` for the one with the default timeout, which a route's own timeout replaces."""
         if self.default is not None:
             self.lift_default()
         self.default = block
 
     def add_policies(self, policies: Mapping[str, Any]) -> None:
-        """Those of one more door: a mounted application has those of the one around it, too."""
+        """Add the policies of one more door: a mounted application has those of the application around it, too."""
         self.policies = policies if self.policies is None else {**self.policies, **policies}
 
     def replace(self, block: Door, by: Door) -> None:
-        """``by`` has taken the place of ``block``."""
+        """Put ``by`` in the place of ``block``."""
         if self.outermost is block:
             self.outermost = by
         if self.default is block:
             self.default = by
 
     def replace_default(self, policy: Any) -> None:
-        """The route has chosen a policy."""
+        """Apply the policy that the route has chosen."""
         if self.default is None:
             raise RuntimeError(
                 "timeout_policy() replaces the default of RequestCancelationMiddleware or CancelableRoute, and this "
@@ -357,7 +357,7 @@ class RequestState(ResponseProgress, Mortal):
         self.default.use_policy(policy)
 
     def lift_default(self) -> None:
-        """The route has a timeout of its own, or wants none."""
+        """Remove the default timeout: the route has a timeout of its own, or wants none."""
         if self.default is not None:
             self.default.drop_timeout()
             self.default = None
@@ -377,9 +377,9 @@ class RequestState(ResponseProgress, Mortal):
             self.default = None
 
     def complete_response(self) -> None:
-        """Note that all of the response is on its way to the server: what follows is background work, and is spared."""
+        """Note that the last part of the response is being sent: background work follows, and is not cancelled."""
         if self.outermost is not None:
-            # Not among the watchers as long as it has not begun.
+            # A block that has not been entered is not among the watchers.
             self.outermost.release()
         if self._watchers:
             for door in self.doors:
@@ -404,5 +404,5 @@ def _tell(watcher: Watcher) -> None:
     try:
         watcher.listening_begins()
     except Exception:
-        # Or those after it could never be stopped.
+        # The watchers after this one must be told as well: they could never be stopped otherwise.
         logger.exception("a request could not be made cancelable")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from anyio import CancelScope
 
     from .base import EventLoop, IsOurs, MemberScope, PoliteScope, TaskScope
-    from .public_scopes import _Pair
+    from .public_scopes import Pair
 
 _PASSES_WITHOUT_DELAY = 50
 _SECONDS_BETWEEN_OFFERS = 0.01
@@ -56,7 +56,7 @@ class AsyncioWatch:
 
     __slots__ = ("_before", "_future", "_handles", "_loop", "_pair", "_passes", "_struck", "_task")
 
-    def __init__(self, pair: _Pair, task: asyncio.Task[Any]) -> None:
+    def __init__(self, pair: Pair, task: asyncio.Task[Any]) -> None:
         self._pair = pair
         self._task = task
         self._loop = task.get_loop()
@@ -173,7 +173,7 @@ class AsyncioWatch:
         future = _awaited_by(self._task)
         if future is not None:
             self._listen_to(future)
-        grace = self._pair._grace
+        grace = self._pair.grace
         if grace < math.inf:
             self._handles = [self._loop.call_later(grace, self._offer, context=Context())]
 

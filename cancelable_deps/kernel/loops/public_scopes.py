@@ -49,17 +49,17 @@ if TYPE_CHECKING:
 _TRAIL = 0.05
 
 
-_around: ContextVar[tuple[_Pair, ...]] = ContextVar("cancelable_deps.pairs", default=())
+_around: ContextVar[tuple[Pair, ...]] = ContextVar("cancelable_deps.pairs", default=())
 """All pairs of scopes around the current task: its own, and those of the tasks that have started it."""
 
 
-def _open_pairs(loop: EventLoop) -> dict[object, list[_Pair]]:
+def _open_pairs(loop: EventLoop) -> dict[object, list[Pair]]:
     """Return the open pairs of each task, outermost first."""
-    pairs: dict[object, list[_Pair]] = loop.extras.setdefault(_open_pairs, {})
+    pairs: dict[object, list[Pair]] = loop.extras.setdefault(_open_pairs, {})
     return pairs
 
 
-def _remove_pair(loop: EventLoop, task: object, pair: _Pair) -> None:
+def _remove_pair(loop: EventLoop, task: object, pair: Pair) -> None:
     pairs = _open_pairs(loop)
     pairs[task].remove(pair)
     if not pairs[task]:
@@ -88,7 +88,7 @@ class Watch(Protocol):
         """Stop offering it, and offer it again if a nursery loses it."""
 
 
-class _Pair:
+class Pair:
     """An outer scope, which is cancelled, and directly inside it an inner scope, which is shielded."""
 
     _new_watch: ClassVar[Any]
@@ -97,7 +97,6 @@ class _Pair:
         "_above",
         "_cancelling",
         "_counted",
-        "_grace",
         "_inner",
         "_is_cancelled",
         "_is_covered",
@@ -111,6 +110,7 @@ class _Pair:
         "_unwinding",
         "_watch",
         "_why",
+        "grace",
         "is_delivered",
         "loop",
         "nurseries",
@@ -119,7 +119,7 @@ class _Pair:
 
     def __init__(self, loop: EventLoop, grace: float) -> None:
         self.loop = loop
-        self._grace = grace
+        self.grace = grace
         self._outer = anyio.CancelScope()
         self._inner = anyio.CancelScope()
         self._task: Any = None
@@ -222,7 +222,7 @@ class _Pair:
         for member in reversed(self._member_scopes):
             member.is_passed_by = member.is_passed_by or self._is_outside_of(member)
             member.fire()
-        if self._grace <= 0 or self.is_delivered or any(member.task is self._task for member in self._member_scopes):
+        if self.grace <= 0 or self.is_delivered or any(member.task is self._task for member in self._member_scopes):
             # The grace is over; or a member scope in the same task is in between, and will notify this pair.
             self.open()
         elif self._watch is None:
@@ -270,9 +270,9 @@ class _Pair:
         for pair in self._above:
             if pair.task is self._task and pair._is_cancelled and not pair.is_delivered:
                 pair._leave_alone()
-        if self._grace > 0:
+        if self.grace > 0:
             for pair in inside:
-                pair.cover(self.loop.time() + self._grace)
+                pair.cover(self.loop.time() + self.grace)
 
     def _leave_alone(self) -> None:
         """Shield the task, which has received the cancellation and cleans up now."""
@@ -280,10 +280,10 @@ class _Pair:
             return
         self.is_delivered = True
         self._end_unwinding()
-        if self._grace > 0:
+        if self.grace > 0:
             self._is_left_alone = True
             self.close()
-            self._set_deadline(self._inner, self.loop.time() + self._grace)
+            self._set_deadline(self._inner, self.loop.time() + self.grace)
             self.nurseries.are_passed()
         if self._watch is not None and self.nurseries.are_open:
             self._watch.guard()
@@ -302,7 +302,7 @@ class _Pair:
         self.close()
         self._set_deadline(self._inner, until)
 
-    def _pairs_inside(self) -> list[_Pair]:
+    def _pairs_inside(self) -> list[Pair]:
         """Return the inner pairs that are open in the same task, outermost first."""
         pairs = _open_pairs(self.loop).get(self._task, [])
         return pairs[pairs.index(self) + 1 :] if self in pairs else []
@@ -314,17 +314,17 @@ class _Pair:
 
     def close_if_told_by_error(self) -> None:
         """Protect the cleanup after `Cancelable.check` from a cancellation further out."""
-        if self.is_delivered and not self._is_left_alone and self._grace > 0:
+        if self.is_delivered and not self._is_left_alone and self.grace > 0:
             self.close()
 
     # A task that is stopped by an exception.
 
     def note_unwinding(self, error: BaseException) -> None:
         """Delay cancellations while ``error`` unwinds the task."""
-        if self.is_delivered or self._grace <= 0:
+        if self.is_delivered or self.grace <= 0:
             return
         if self._unwinding is None:
-            self._unwinding = Unwinding(self.loop, self._grace, self._error_was_caught, self._grace_has_ended)
+            self._unwinding = Unwinding(self.loop, self.grace, self._error_was_caught, self.grace_has_ended)
         self._unwinding.add(error)
         if self._is_cancelled:
             self._stop_watching()
@@ -379,7 +379,7 @@ class _Pair:
         return self.nurseries.have_swallowed and not self._is_covered
 
 
-class PublicScope(_Pair):
+class PublicScope(Pair):
     """A `PoliteScope` made of a pair."""
 
     __slots__ = ()
@@ -397,14 +397,14 @@ class PublicScope(_Pair):
 
     def take_for_delivered(self) -> None:
         # If possible without a shield: code that catches the exception continues, and another cancellation may stop it.
-        if self.is_delivered or self._grace <= 0:
+        if self.is_delivered or self.grace <= 0:
             return
         self.is_delivered = True
         self._end_unwinding()
         self._stop_watching()
         if self._outer.cancel_called:
             self.close()
-        self._set_deadline(self._inner, self.loop.time() + self._grace)
+        self._set_deadline(self._inner, self.loop.time() + self.grace)
 
     def hold(self) -> None:
         if not self.is_delivered:
@@ -436,7 +436,7 @@ class PublicScope(_Pair):
         pass
 
 
-class PublicMemberScope(_Pair):
+class PublicMemberScope(Pair):
     """A `MemberScope`. Pairs around it notify it of their cancellation; it sees others by stepping its task."""
 
     _step: ClassVar[Any]
@@ -504,7 +504,7 @@ class PublicMemberScope(_Pair):
     @property
     def is_open_to_us(self) -> bool:
         """Whether a cancellation that arrives in the task now is the first one by this package."""
-        return self._grace > 0 and not self.is_delivered and self._task is not None and self._is_ours(None)
+        return self.grace > 0 and not self.is_delivered and self._task is not None and self._is_ours(None)
 
 
 def _nothing_is_ours(origin: object) -> bool:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from anyio import CancelScope
 
     from .base import EventLoop, IsOurs, MemberScope, PoliteScope, TaskScope
-    from .public_scopes import _Pair
+    from .public_scopes import Pair
 
 
 class TrioWatch:
@@ -39,7 +39,7 @@ class TrioWatch:
 
     __slots__ = ("_instrument", "_is_guarding", "_is_in_checkpoint", "_is_scheduled", "_is_struck", "_pair", "task")
 
-    def __init__(self, pair: _Pair, task: Any) -> None:
+    def __init__(self, pair: Pair, task: Any) -> None:
         self._pair = pair
         self.task = task
         self._is_struck = self._is_in_checkpoint = self._is_scheduled = self._is_guarding = False
@@ -211,7 +211,7 @@ def _current_task() -> trio.lowlevel.Task | None:
         return None
 
 
-def is_anothers(pair: _Pair) -> bool:
+def is_anothers(pair: Pair) -> bool:
     """Close ``pair``, in the current task, and return whether an inner scope is cancelled as well.
 
     The inner scope swallows the cancellation, and ours follows.

@@ -1,1 +1,1 @@
-"""Functions in worker processes: `pool` manages the processes, `child` is the program that runs in one."""
+"""Functions in worker processes: `pool` manages the processes, `child` is the program that runs in each."""
