@@ -324,7 +324,7 @@ class Pair:
         if self.is_delivered or self.grace <= 0:
             return
         if self._unwinding is None:
-            self._unwinding = Unwinding(self.loop, self.grace, self._error_was_caught, self.grace_has_ended)
+            self._unwinding = Unwinding(self.loop, self.grace, self._error_was_caught, self._grace_has_ended)
         self._unwinding.add(error)
         if self._is_cancelled:
             self._stop_watching()
