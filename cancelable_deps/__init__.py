@@ -27,6 +27,9 @@
 # testing/    a client that hangs up
 #   client calls websockets clock tasks
 
+import sys
+import types
+
 from .doors.decorator import with_cancelation as with_cancelation
 from .doors.dependencies import CancellationEvent as CancellationEvent
 from .doors.dependencies import RequestCancelable as RequestCancelable
@@ -99,3 +102,42 @@ __all__ = [
     "with_cancelation",
 ]
 __version__ = "0.1.0"
+
+# The former paths of modules, which can be imported until the next minor version, and the places of their names now.
+# Why no files: they would be a floor of their own. Type checkers do not see these paths.
+_FORMER_PATHS = {
+    "cancelable": ["kernel.cancelable"],
+    "decorator": ["doors.decorator", "doors.options"],
+    "dependencies": ["doors.dependencies"],
+    "errors": ["kernel.errors"],
+    "middleware": ["doors.middleware"],
+    "policies": ["request.policies", "doors.dependencies", "doors.middleware", "kernel.options", "request.response"],
+    "progress": ["doors.progress"],
+    "reasons": ["kernel.reasons"],
+    "route": ["doors.route"],
+    "settings": ["kernel.settings", "kernel.options"],
+    "shutdown": ["doors.lifespan"],
+    "streaming": ["doors.streaming"],
+    "task_group": ["kernel.task_group"],
+    "token": ["kernel.token"],
+    "websocket": ["doors.websocket"],
+}
+
+
+def _former_module(path: str, places: list[str]) -> types.ModuleType:
+    """Return the module that has all names of a former one: that of now, or one made of several."""
+    now = [sys.modules[f"{__name__}.{place}"] for place in places]
+    if len(now) == 1:
+        return now[0]
+    made = types.ModuleType(f"{__name__}.{path}", now[0].__doc__)
+    for module in reversed(now):  # The first place has the last word.
+        vars(made).update((name, value) for name, value in vars(module).items() if not name.startswith("__"))
+    return made
+
+
+def _keep_former_paths() -> None:
+    for path, places in _FORMER_PATHS.items():
+        globals()[path] = sys.modules[f"{__name__}.{path}"] = _former_module(path, places)
+
+
+_keep_former_paths()
