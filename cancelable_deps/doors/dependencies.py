@@ -17,7 +17,7 @@ from ..kernel.reasons import CancelationReason
 from ..kernel.task_group import CancelableTaskGroup
 from ..request.connection import connection_state, new_block
 from ..request.policies import POLICY_ATTRIBUTE, TimeoutPolicy, found
-from ..request.state import Listening, RequestState
+from ..request.state import WAITERS, Listening, RequestState
 
 
 @final
@@ -183,15 +183,17 @@ async def wait_for_disconnect(request: HTTPConnection) -> None:
             "wait_for_disconnect() was called after the handler had returned: servers then report a disconnect for every "
             "client. Call it inside the handler."
         )
-    waiting = Listening()
-    state.watch(waiting)
-    state.arm_now()
+    # All who wait share what is needed for it: a handler may fan out to thousands.
+    event = state.join_waiters()
     try:
-        await state.wait_disconnected()
+        state.watch_for_waiters()
+        await event.wait()
     finally:
-        state.unwatch(waiting)
-        with anyio.CancelScope(shield=True):
-            await state.settle()
+        if state.leave_waiters(event):
+            state.unwatch(WAITERS)
+        if state.has_stopped_listening:
+            with anyio.CancelScope(shield=True):
+                await state.settle()
 
 
 def _task_group(state: RequestState) -> AbstractAsyncContextManager[TaskGroup]:

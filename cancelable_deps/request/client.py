@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from starlette.types import Message, Receive, Scope
 
-    from ..kernel.loops.base import EventLoop
+    from ..kernel.loops.base import Event, EventLoop
     from ..kernel.token import Cause
 
 # The number of waiters that share one event of asyncio's.
@@ -57,7 +57,7 @@ class Client:
     _reader: Reader | None = None
     _deferrals = 0
     _deferred: anyio.Event | None = None
-    _leaving: dict[anyio.Event, int] | None = None
+    _leaving: dict[Event, int] | None = None
     _left_after: float | None = None
 
     def as_owner(self) -> Owner:
@@ -142,22 +142,26 @@ class Client:
         else:
             self.loop.call_from_thread(callback)
 
-    async def wait_disconnected(self) -> None:
-        """Wait until the client has left."""
-        if self.has_left:
-            return
+    def join_waiters(self) -> Event:
+        """Return the event that is set when the client leaves, for one more who waits; `leave_waiters` is to follow."""
         waiting = self._leaving = {} if self._leaving is None else self._leaving
         # Some waiters share an event, not all: asyncio's looks through all its waiters when one of them is cancelled.
         event = next(reversed(waiting), None)
         if event is None or waiting[event] >= _WAITERS:
-            event = anyio.Event()
+            event = self.loop.make_event()
+            if self.has_left:
+                event.set()
         waiting[event] = waiting.get(event, 0) + 1
-        try:
-            await event.wait()
-        finally:
-            waiting[event] -= 1
-            if not waiting[event]:
-                del waiting[event]
+        return event
+
+    def leave_waiters(self, event: Event) -> bool:
+        """Take back `join_waiters`; return whether nobody waits any more."""
+        waiting = self._leaving
+        assert waiting is not None
+        waiting[event] -= 1
+        if not waiting[event]:
+            del waiting[event]
+        return not waiting
 
     def is_parsing_body(self, task: object) -> bool:
         return is_parsing_body(task)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from ..kernel.log import logger
 from ..kernel.loops.current import current_loop
@@ -120,6 +120,10 @@ class Listening:
 
     def token_is_made(self, token: CancelationToken) -> None:
         """Do nothing, because there is no work to cancel."""
+
+
+WAITERS: Final = Listening()
+"""Stands for all that wait for the client to leave."""
 
 
 class RequestState(ResponseProgress, Mortal):
@@ -280,6 +284,12 @@ class RequestState(ResponseProgress, Mortal):
                 self.scope.pop(SCOPE_KEY, None)
                 if self._reader is not None:
                     self._reader.stop()
+
+    def watch_for_waiters(self) -> None:
+        """Listen at once, for those that wait for the client to leave."""
+        if WAITERS not in self._watchers:
+            self.watch(WAITERS)
+        self.arm_now()
 
     def arm_now(self) -> None:
         """Start listening before ``listen_after`` has passed, because the caller needs the disconnect at once."""

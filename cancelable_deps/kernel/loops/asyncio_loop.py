@@ -17,7 +17,7 @@ from . import known, public_asyncio
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from .base import EventLoop, ScopeFamily, Timer, Worker
+    from .base import Event, EventLoop, ScopeFamily, Timer, Worker
 
 _hooked: ScopeFamily | None = None
 with suppress(ImportError, AttributeError):
@@ -97,6 +97,9 @@ class AsyncioLoop:
     def wake(self) -> None:
         if asyncio.current_task(self.loop) is None:
             self.loop.call_soon_threadsafe(int)
+
+    def make_event(self) -> Event:
+        return asyncio.Event()
 
     def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
         # An empty context, because the timer would keep the variables of the request that happens to start it.

@@ -38,6 +38,15 @@ class Worker(Protocol):
         """Wait until the task has ended."""
 
 
+class Event(Protocol):
+    """An event of asyncio or trio."""
+
+    def set(self) -> object: ...
+
+    async def wait(self) -> object:
+        """Wait until the event is set."""
+
+
 class EventLoop(Protocol):
     """An event loop of asyncio or trio, or the substitute for one in a worker thread."""
 
@@ -82,6 +91,10 @@ class EventLoop(Protocol):
 
     timeout_queues: dict[float, Any]
     """The queues of waiting deadlines, by their limits in seconds."""
+
+    def make_event(self) -> Event:
+        """Return an event of this loop: that of anyio costs each waiter a coroutine more."""
+        ...
 
     def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
         """Call ``callback`` at the time ``when`` of the loop's clock."""

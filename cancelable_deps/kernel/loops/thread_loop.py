@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from contextvars import Context
 
-    from .base import EventLoop, Late, ScopeFamily, Timer, Worker
+    from .base import Event, EventLoop, Late, ScopeFamily, Timer, Worker
 
 
 class ThreadScope:
@@ -78,6 +78,9 @@ class ThreadLoop:
         return False
 
     def wake(self) -> None: ...
+
+    def make_event(self) -> Event:
+        raise RuntimeError("no event loop runs in this thread")
 
     def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
         if self.home is None or not self.home.is_running_here():

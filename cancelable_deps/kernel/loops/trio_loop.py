@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from contextvars import Context
 
-    from .base import EventLoop, ScopeFamily, Timer, Worker
+    from .base import Event, EventLoop, ScopeFamily, Timer, Worker
 
 _hooked: ScopeFamily | None = None
 with suppress(ImportError, AttributeError):
@@ -98,6 +98,9 @@ class TrioLoop:
 
     def wake(self) -> None:
         pass  # trio wakes up at each signal by itself
+
+    def make_event(self) -> Event:
+        return trio.Event()
 
     def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
         async def call() -> None:
