@@ -68,10 +68,16 @@ class FirstDoorBlock(DoorBlock):
         token = self._token
         if token is None:
             token = super().token
+            if self.is_closed:
+                # As `release` does with one that there was: background work is spared.
+                token.unlisten(self)
             if self._made is not None:
                 # It is that of the state, whose blocks are to hear of it.
                 self._made.adopt(token)
         return token
+
+    def token_is_made(self, token: CancelationToken) -> None:
+        """It is our own, which has us among its listeners as long as it can stop us."""
 
     @property
     def known_request(self) -> RequestState | None:
