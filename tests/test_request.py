@@ -6,6 +6,7 @@ import gc
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextvars import copy_context
 from typing import Annotated, Any
 
 import anyio
@@ -26,6 +27,7 @@ from cancelable_deps import (
     DisconnectCancelation,
     RequestCancelable,
     RequestCancelationMiddleware,
+    cancelable_dependency,
     cancelable_with_timeout,
     configure,
     current_cancelable,
@@ -34,6 +36,9 @@ from cancelable_deps import (
 )
 from cancelable_deps.hosts.fastapi import HANDLER_STACK_KEY as _HANDLER_STACK_KEY
 from cancelable_deps.hosts.fastapi import REQUEST_STACK_KEY as _REQUEST_STACK_KEY
+from cancelable_deps.kernel.loops.base import Worker
+from cancelable_deps.kernel.loops.current import current_loop
+from cancelable_deps.kernel.settings import settings
 from cancelable_deps.request.state import SCOPE_KEY, RequestState
 from cancelable_deps.testing import Call, CancelableClient, advance
 from tests import asgi
@@ -792,3 +797,41 @@ async def test_a_bug_of_the_application_in_a_cancelled_request_stays_one() -> No
     async with checked(app, raise_app_exceptions=False) as call:
         pass
     assert (call.status, type(call.exception)) == (500, UnboundLocalError)
+
+
+async def test_what_outlives_the_decorator_is_listened_for_although_all_was_young(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # So long that the handler returns before.
+    monkeypatch.setattr(settings, "listen_after", 0.05)
+    app = FastAPI()
+    stopped: list[str] = []
+    entered = anyio.Event()
+
+    @app.get("/")
+    @with_cancelation
+    async def work(request: Request) -> Response:
+        async def beside() -> None:
+            with suppress(DisconnectCancelation):
+                async with await cancelable_dependency(request):
+                    entered.set()
+                    try:
+                        await anyio.sleep_forever()
+                    finally:
+                        stopped.append("task")
+
+        async def chunks() -> AsyncIterator[str]:
+            try:
+                yield "first"
+                await anyio.sleep_forever()
+            finally:
+                stopped.append("stream")
+
+        workers.append(current_loop().spawn(beside, copy_context()))
+        await entered.wait()
+        return CancelableStreamingResponse(chunks())
+
+    workers: list[Worker] = []
+    await hang_up(app)
+    await workers[0].join()
+    assert sorted(stopped) == ["stream", "task"]

@@ -141,8 +141,8 @@ class FirstDoorBlock(DoorBlock):
             self._made.unwatch(self)
 
     def grow_old(self) -> None:
-        """Called when the request has run for a while: listen to it."""
-        state = self.state
+        """Called when the request has run for a while: listen to it, also if this block has been left."""
+        state = self.known_request or self.state
         state.young_entry = None
         state.arm()
 
