@@ -799,6 +799,39 @@ async def test_a_bug_of_the_application_in_a_cancelled_request_stays_one() -> No
     assert (call.status, type(call.exception)) == (500, UnboundLocalError)
 
 
+async def test_a_request_that_has_ended_is_so_in_a_copy_of_its_scope() -> None:
+    app = FastAPI()
+    ended = anyio.Event()
+    said: list[str] = []
+
+    class Copying:
+        def __init__(self, app: ASGIApp) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            await self.app(dict(scope), receive, send)
+
+    app.add_middleware(Copying)
+    app.add_middleware(RequestCancelationMiddleware)
+    workers: list[Worker] = []
+
+    @app.get("/")
+    async def work(request: Request) -> None:
+        async def later() -> None:
+            await ended.wait()
+            with pytest.raises(RuntimeError, match="after the handler had returned"):
+                await wait_for_disconnect(request)
+            async with await cancelable_dependency(request):
+                said.append("entered")
+
+        workers.append(current_loop().spawn(later, copy_context()))
+
+    await asgi.get(app)
+    ended.set()
+    await workers[0].join()
+    assert said == ["entered"]
+
+
 async def test_what_outlives_the_decorator_is_listened_for_although_all_was_young(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

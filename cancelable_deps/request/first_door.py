@@ -14,6 +14,7 @@ from weakref import ref
 
 from ..hosts.starlette import RECEIVE
 from ..kernel.settings import settings
+from ..kernel.token import CancelationToken
 from .blocks import DoorBlock, RequestBlock
 from .in_flight import in_flight_of
 from .lifetime import Lifetime
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from ..kernel.loops.base import EventLoop
     from ..kernel.reasons import CancelationReason
     from ..kernel.shields import OwnerOfClient
-    from ..kernel.token import CancelationToken
     from .limits import Limits
 
 
@@ -84,6 +84,8 @@ class FirstDoorBlock(DoorBlock):
         return self._made if self._left is None else self._left()
 
     def _make_state(self) -> RequestState:
+        if self.raw is _gone:
+            return self._past_state()
         was_over = self.is_over
         state = self._made = RequestState(self.asgi_scope, self.raw, lifetime=self.lifetime, first=self)
         self.equip(state)
@@ -97,6 +99,15 @@ class FirstDoorBlock(DoorBlock):
             state.complete()
         return state
 
+    def _past_state(self) -> RequestState:
+        """Return a closed state, for whom the request outlives in a copy of its scope."""
+        state = None if self._left is None else self._left()
+        if state is None:
+            state = RequestState({"type": "http", "headers": []}, _gone)
+            state.root_token = CancelationToken()
+            state.close()
+        return state
+
     def equip(self, state: RequestState) -> None:
         """Give the new state what the door knows."""
 
@@ -104,8 +115,11 @@ class FirstDoorBlock(DoorBlock):
         """The application's ``receive()``."""
         if self._made is None and self.is_over:
             # There is nothing that we have read, nor will.
-            return self.raw()
+            return self._receive_afterwards()
         return self.state.reader.receive()
+
+    def _receive_afterwards(self) -> Awaitable[Message]:
+        return self.raw()
 
     def enter(self, loop: EventLoop | None = None) -> None:
         loop = self.loop_of_request
@@ -201,7 +215,7 @@ class FirstDoorBlock(DoorBlock):
 class EndedRequest:
     """Stands for a request whose handler has returned before it was listened to."""
 
-    __slots__ = ("_raw",)
+    __slots__ = ("__weakref__", "_raw")
     is_closed = True
 
     def __init__(self, receive: Receive) -> None:
@@ -219,6 +233,9 @@ async def _gone() -> Message:
 class HandlerBlock(FirstDoorBlock):
     """The block of the decorator, if that is the first door."""
 
+    _after: ref[EndedRequest | RequestState] | None = None
+    """By what the request receives once the handler has returned."""
+
     def __init__(
         self, request: Request, receive: Receive, loop: EventLoop, timeout: float | None, grace: float | None
     ) -> None:
@@ -232,11 +249,18 @@ class HandlerBlock(FirstDoorBlock):
     def end_request(self) -> RequestState | None:
         made = self._made
         # A background task may have the request, whose client has a response.
-        setattr(self._request, RECEIVE, EndedRequest(self.raw).receive if made is None else made.receive)
+        after = EndedRequest(self.raw) if made is None else made
+        setattr(self._request, RECEIVE, after.receive)
+        self._after = ref(after)
         del self._request
         left = super().end_request()
         self.forget()
         return left
+
+    def _receive_afterwards(self) -> Awaitable[Message]:
+        # The handler may have handed our `receive` to what sends the response.
+        after = None if self._after is None else self._after()
+        return self.raw() if after is None else after.receive()
 
 
 class WholeDoorBlock(FirstDoorBlock):
