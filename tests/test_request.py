@@ -36,9 +36,11 @@ from cancelable_deps import (
 )
 from cancelable_deps.hosts.fastapi import HANDLER_STACK_KEY as _HANDLER_STACK_KEY
 from cancelable_deps.hosts.fastapi import REQUEST_STACK_KEY as _REQUEST_STACK_KEY
+from cancelable_deps.kernel.block import Block
 from cancelable_deps.kernel.loops.base import Worker
 from cancelable_deps.kernel.loops.current import current_loop
 from cancelable_deps.kernel.settings import settings
+from cancelable_deps.request.http_reader import Reader
 from cancelable_deps.request.state import SCOPE_KEY, RequestState
 from cancelable_deps.testing import Call, CancelableClient, advance
 from tests import asgi
@@ -577,13 +579,13 @@ def alive(kind: type) -> set[int]:
 async def left_for_the_garbage_collector(app: FastAPI, kind: type = RequestState) -> int:
     """How many of ten requests. The last one may still be held by the loop; a cycle would hold all."""
     # Not by the test client, which keeps what its call knows of the request.
-    await asgi.get(app)
+    await asgi.as_by_a_server(asgi.Call(app))
     gc.collect()
     gc.disable()
     try:
         before = alive(kind)
         for _ in range(10):
-            await asgi.get(app)
+            await asgi.as_by_a_server(asgi.Call(app))
         return len(alive(kind) - before)
     finally:
         gc.enable()
@@ -626,6 +628,27 @@ async def refused() -> None:
 async def test_stopped_requests_are_no_work_for_the_garbage_collector(door: str, work: Any) -> None:
     """The traceback of an error knows the frames that it has left, and these must not know the error."""
     assert await left_for_the_garbage_collector(application(door, work)) <= 1
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("door", DOORS)
+async def test_nor_are_the_readers_of_those_that_were_listened_to(door: str) -> None:
+    """A task that ends cancelled keeps its exception, whose traceback knows the frames that it has left."""
+
+    async def work() -> None:
+        await anyio.wait_all_tasks_blocked()
+
+    assert await left_for_the_garbage_collector(application(door, work), Reader) <= 1
+
+
+@pytest.mark.parametrize("door", ["decorator", "middleware", "route"])
+async def test_nor_are_those_that_report_progress_to_who_knows_their_block(door: str) -> None:
+    async def work() -> None:
+        cancel = current_cancelable()
+        assert cancel is not None
+        cancel.on_progress(lambda message, metadata: cancel.name)
+
+    assert await left_for_the_garbage_collector(application(door, work), Block) <= 1
 
 
 async def test_nor_are_those_that_run_in_the_task_of_a_base_http_middleware() -> None:

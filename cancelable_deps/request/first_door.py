@@ -208,6 +208,8 @@ class FirstDoorBlock(DoorBlock):
             self._left = ref(self._made)
         self._made = None
         self.is_over = True
+        if self.progress_callbacks is not None:
+            self.progress_callbacks = None
         self.raw = _gone
         del self.asgi_scope, self.context
 
