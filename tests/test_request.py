@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from contextvars import copy_context
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 
 import anyio
 import anyio.lowlevel
+import anyio.to_thread
 import pytest
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
@@ -41,7 +43,8 @@ from cancelable_deps.kernel.loops.base import Worker
 from cancelable_deps.kernel.loops.current import current_loop
 from cancelable_deps.kernel.settings import settings
 from cancelable_deps.request.http_reader import Reader
-from cancelable_deps.request.state import SCOPE_KEY, RequestState
+from cancelable_deps.request.in_flight import in_flight_of
+from cancelable_deps.request.state import PROBE_KEY, SCOPE_KEY, RequestState
 from cancelable_deps.testing import Call, CancelableClient, advance
 from tests import asgi
 from tests.calls import get, hang_up, movable_clock, running
@@ -891,3 +894,28 @@ async def test_what_outlives_the_decorator_is_listened_for_although_all_was_youn
     await hang_up(app)
     await workers[0].join()
     assert sorted(stopped) == ["stream", "task"]
+
+
+async def test_a_thread_that_asks_for_the_client_makes_no_second_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    # So long that the thread comes first.
+    monkeypatch.setattr(settings, "listen_after", 0.05)
+    made: list[RequestState] = []
+    is_second_made = threading.Event()
+
+    def made_slowly(state: object) -> None:
+        if isinstance(state, RequestState):
+            made.append(state)
+            if len(made) > 1:
+                is_second_made.set()
+            # Long enough for the request to grow old.
+            is_second_made.wait(0.3)
+
+    async def work() -> bool:
+        cancel = current_cancelable()
+        return await anyio.to_thread.run_sync(getattr, cancel, "client_has_left")
+
+    call = asgi.Call(application("middleware", work))
+    call.scope[PROBE_KEY] = made_slowly
+    await asgi.as_by_a_server(call)
+    assert (call.status, call.json, len(made)) == (200, False, 1)
+    assert not in_flight_of(current_loop()).requests

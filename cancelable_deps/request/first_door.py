@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from asyncio import CancelledError
 from contextvars import copy_context
-from typing import TYPE_CHECKING
+from threading import RLock
+from typing import TYPE_CHECKING, Final
 from weakref import ref
 
 from ..hosts.starlette import RECEIVE
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from ..kernel.reasons import CancelationReason
     from ..kernel.shields import OwnerOfClient
     from .limits import Limits
+
+
+# One that can be taken twice, because a signal handler may ask while its own thread makes a state.
+_making: Final = RLock()
 
 
 class FirstDoorBlock(DoorBlock):
@@ -84,20 +89,25 @@ class FirstDoorBlock(DoorBlock):
         return self._made if self._left is None else self._left()
 
     def _make_state(self) -> RequestState:
-        if self.raw is _gone:
-            return self._past_state()
-        was_over = self.is_over
-        state = self._made = RequestState(self.asgi_scope, self.raw, lifetime=self.lifetime, first=self)
-        self.equip(state)
-        if self._token is not None:
-            state.adopt(self._token)
-        if self.is_open:
-            state.young_entry = self
-            state.watch(self)
-        if was_over:
-            # What is still open comes after the response.
-            state.complete()
-        return state
+        # A thread of the handler may ask as well, while the loop lets the request grow old.
+        with _making:
+            if self._made is not None:
+                return self._made
+            if self.raw is _gone:
+                return self._past_state()
+            was_over = self.is_over
+            state = RequestState(self.asgi_scope, self.raw, lifetime=self.lifetime, first=self)
+            self.equip(state)
+            if self.is_open:
+                state.young_entry = self
+                state.watch(self)
+            self._made = state
+            if self._token is not None:
+                state.adopt(self._token)
+            if was_over:
+                # What is still open comes after the response.
+                state.complete()
+            return state
 
     def _past_state(self) -> RequestState:
         """Return a closed state, for whom the request outlives in a copy of its scope."""
