@@ -47,6 +47,11 @@ class InFlight:
         self.is_looked_after = False
         self._loop = loop
         self._empty: anyio.Event | None = None
+        settings.observers.add(self)
+
+    def settings_changed(self) -> None:
+        """Have the next request looked after at the interval of then; the sweep so far sees to those that are here."""
+        self.is_looked_after = False
 
     def begin(self) -> None:
         """Look after the young ones from now on, as long as there are any."""
