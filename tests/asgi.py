@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.lowlevel
 
+from cancelable_deps.kernel.loops.current import current_loop
 from tests.calls import CEILING
 
 if TYPE_CHECKING:
@@ -103,13 +105,12 @@ class Call:
         self.gone = True
         self._notify()
 
-    async def run(self) -> Call:
+    async def run(self) -> None:
         """Run the application to its end, and keep what it raises."""
         try:
             await self.app(self.scope, self.receive, self.send)
         except Exception as exc:
             self.error = exc
-        return self
 
     async def listened_to(self) -> None:
         """Wait until the application, or we for it, awaits ``receive()`` and stands still."""
@@ -133,7 +134,9 @@ class Call:
 async def get(app: ASGIApp, **options: Any) -> Call:
     """A request whose client stays."""
     with anyio.fail_after(CEILING):
-        return await Call(app, **options).run()
+        call = Call(app, **options)
+        await call.run()
+    return call
 
 
 @asynccontextmanager
@@ -144,3 +147,9 @@ async def running(app: ASGIApp, **options: Any) -> AsyncGenerator[Call]:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(call.run)
             yield call
+
+
+async def as_by_a_server(call: Call) -> Call:
+    """Run the application to its end in a task as a server starts it: without a scope of anyio around."""
+    await current_loop().spawn(call.run, copy_context()).join()
+    return call

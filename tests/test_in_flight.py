@@ -208,3 +208,17 @@ async def test_its_timer_may_outlive_the_last_request_and_is_not_counted() -> No
             request.leave()
     finally:
         configure(listen_after=INTERVAL)
+
+
+def test_another_interval_holds_for_the_next_request() -> None:
+    timers, in_flight = by_hand()
+    configure(listen_after=10)
+    try:
+        Request(in_flight)
+    finally:
+        configure(listen_after=INTERVAL)
+    request = Request(in_flight)
+    assert [when for when, _ in timers.calls] == [10, INTERVAL]
+    (timers.now, look) = timers.calls[1]
+    look()
+    assert request.times == 1

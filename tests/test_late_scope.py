@@ -35,7 +35,7 @@ from cancelable_deps.kernel.block import Block
 from cancelable_deps.kernel.cancelable import block_of, cancelable_of
 from cancelable_deps.kernel.loops import asyncio_scopes as polite
 from cancelable_deps.request.blocks import RequestBlock
-from cancelable_deps.request.state import RequestState
+from cancelable_deps.request.state import RequestState, Watcher
 
 from .calls import get, hang_up
 from .leftovers import nothing_left
@@ -411,3 +411,21 @@ async def test_an_application_that_answers_in_one_step_is_never_listened_to() ->
     async with nothing_left():
         call = await get(app)
     assert (call.status, call.json(), call.most_readers) == (200, "done", 0)
+
+
+async def test_a_root_token_that_a_thread_makes_while_a_block_is_entered_stops_the_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state = RequestState({"type": "http", "headers": []}, never)
+    watch = state.watch
+
+    def watch_after_the_thread(watcher: Watcher) -> None:
+        thread = threading.Thread(target=lambda: state.token.cancel_nowait())
+        thread.start()
+        thread.join()
+        watch(watcher)
+
+    monkeypatch.setattr(state, "watch", watch_after_the_thread)
+    with anyio.fail_after(5), pytest.raises(ManualCancelation):
+        async with cancelable_of(RequestBlock(state)):
+            await anyio.sleep_forever()

@@ -7,7 +7,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 from fastapi import FastAPI, Request
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import PlainTextResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from cancelable_deps import (
@@ -231,3 +231,23 @@ async def test_fast_request_is_not_listened_to(door: str) -> None:
     call = await get(application(door, work), method="POST")
     assert call.status == 200
     assert call.most_readers == 0
+
+
+@pytest.mark.parametrize("first", ["handler", "response"])
+async def test_what_sends_the_response_may_have_the_receive_of_the_handler(first: str) -> None:
+    class Echo(Response):
+        def __init__(self, receive: Receive, read: list[Message]) -> None:
+            super().__init__()
+            self.receive, self.read = receive, read
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            while not self.read or self.read[-1].get("more_body"):
+                self.read.append(await self.receive())
+            await PlainTextResponse(b"".join(message["body"] for message in self.read))(scope, receive, send)
+
+    async def work(request: Request) -> Response:
+        receive = request.receive
+        return Echo(receive, [await receive()] if first == "handler" else [])
+
+    call = await get(application("decorator", work), method="POST", body=[b"ab", b"cd"])
+    assert (call.error, call.body) == (None, b"abcd")

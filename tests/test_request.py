@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextvars import copy_context
 from typing import Annotated, Any
 
 import anyio
 import anyio.lowlevel
+import anyio.to_thread
 import pytest
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
@@ -26,6 +29,7 @@ from cancelable_deps import (
     DisconnectCancelation,
     RequestCancelable,
     RequestCancelationMiddleware,
+    cancelable_dependency,
     cancelable_with_timeout,
     configure,
     current_cancelable,
@@ -34,7 +38,13 @@ from cancelable_deps import (
 )
 from cancelable_deps.hosts.fastapi import HANDLER_STACK_KEY as _HANDLER_STACK_KEY
 from cancelable_deps.hosts.fastapi import REQUEST_STACK_KEY as _REQUEST_STACK_KEY
-from cancelable_deps.request.state import SCOPE_KEY, RequestState
+from cancelable_deps.kernel.block import Block
+from cancelable_deps.kernel.loops.base import Worker
+from cancelable_deps.kernel.loops.current import current_loop
+from cancelable_deps.kernel.settings import settings
+from cancelable_deps.request.http_reader import Reader
+from cancelable_deps.request.in_flight import in_flight_of
+from cancelable_deps.request.state import PROBE_KEY, SCOPE_KEY, RequestState
 from cancelable_deps.testing import Call, CancelableClient, advance
 from tests import asgi
 from tests.calls import get, hang_up, movable_clock, running
@@ -572,13 +582,13 @@ def alive(kind: type) -> set[int]:
 async def left_for_the_garbage_collector(app: FastAPI, kind: type = RequestState) -> int:
     """How many of ten requests. The last one may still be held by the loop; a cycle would hold all."""
     # Not by the test client, which keeps what its call knows of the request.
-    await asgi.get(app)
+    await asgi.as_by_a_server(asgi.Call(app))
     gc.collect()
     gc.disable()
     try:
         before = alive(kind)
         for _ in range(10):
-            await asgi.get(app)
+            await asgi.as_by_a_server(asgi.Call(app))
         return len(alive(kind) - before)
     finally:
         gc.enable()
@@ -621,6 +631,27 @@ async def refused() -> None:
 async def test_stopped_requests_are_no_work_for_the_garbage_collector(door: str, work: Any) -> None:
     """The traceback of an error knows the frames that it has left, and these must not know the error."""
     assert await left_for_the_garbage_collector(application(door, work)) <= 1
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("door", DOORS)
+async def test_nor_are_the_readers_of_those_that_were_listened_to(door: str) -> None:
+    """A task that ends cancelled keeps its exception, whose traceback knows the frames that it has left."""
+
+    async def work() -> None:
+        await anyio.wait_all_tasks_blocked()
+
+    assert await left_for_the_garbage_collector(application(door, work), Reader) <= 1
+
+
+@pytest.mark.parametrize("door", ["decorator", "middleware", "route"])
+async def test_nor_are_those_that_report_progress_to_who_knows_their_block(door: str) -> None:
+    async def work() -> None:
+        cancel = current_cancelable()
+        assert cancel is not None
+        cancel.on_progress(lambda message, metadata: cancel.name)
+
+    assert await left_for_the_garbage_collector(application(door, work), Block) <= 1
 
 
 async def test_nor_are_those_that_run_in_the_task_of_a_base_http_middleware() -> None:
@@ -792,3 +823,99 @@ async def test_a_bug_of_the_application_in_a_cancelled_request_stays_one() -> No
     async with checked(app, raise_app_exceptions=False) as call:
         pass
     assert (call.status, type(call.exception)) == (500, UnboundLocalError)
+
+
+async def test_a_request_that_has_ended_is_so_in_a_copy_of_its_scope() -> None:
+    app = FastAPI()
+    ended = anyio.Event()
+    said: list[str] = []
+
+    class Copying:
+        def __init__(self, app: ASGIApp) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            await self.app(dict(scope), receive, send)
+
+    app.add_middleware(Copying)
+    app.add_middleware(RequestCancelationMiddleware)
+    workers: list[Worker] = []
+
+    @app.get("/")
+    async def work(request: Request) -> None:
+        async def later() -> None:
+            await ended.wait()
+            with pytest.raises(RuntimeError, match="after the handler had returned"):
+                await wait_for_disconnect(request)
+            async with await cancelable_dependency(request):
+                said.append("entered")
+
+        workers.append(current_loop().spawn(later, copy_context()))
+
+    await asgi.get(app)
+    ended.set()
+    await workers[0].join()
+    assert said == ["entered"]
+
+
+async def test_what_outlives_the_decorator_is_listened_for_although_all_was_young(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # So long that the handler returns before.
+    monkeypatch.setattr(settings, "listen_after", 0.05)
+    app = FastAPI()
+    stopped: list[str] = []
+    entered = anyio.Event()
+
+    @app.get("/")
+    @with_cancelation
+    async def work(request: Request) -> Response:
+        async def beside() -> None:
+            with suppress(DisconnectCancelation):
+                async with await cancelable_dependency(request):
+                    entered.set()
+                    try:
+                        await anyio.sleep_forever()
+                    finally:
+                        stopped.append("task")
+
+        async def chunks() -> AsyncIterator[str]:
+            try:
+                yield "first"
+                await anyio.sleep_forever()
+            finally:
+                stopped.append("stream")
+
+        workers.append(current_loop().spawn(beside, copy_context()))
+        await entered.wait()
+        return CancelableStreamingResponse(chunks())
+
+    workers: list[Worker] = []
+    await hang_up(app)
+    await workers[0].join()
+    assert sorted(stopped) == ["stream", "task"]
+
+
+async def test_a_thread_that_asks_for_the_client_makes_no_second_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    # So long that the thread comes first.
+    monkeypatch.setattr(settings, "listen_after", 0.05)
+    made: list[RequestState] = []
+    is_second_made = threading.Event()
+
+    def made_slowly(state: object) -> None:
+        if isinstance(state, RequestState):
+            made.append(state)
+            if len(made) > 1:
+                is_second_made.set()
+            # Long enough for the request to grow old.
+            is_second_made.wait(0.3)
+
+    async def work() -> bool:
+        cancel = current_cancelable()
+        return await anyio.to_thread.run_sync(getattr, cancel, "client_has_left")
+
+    call = asgi.Call(application("middleware", work))
+    call.scope[PROBE_KEY] = made_slowly
+    await asgi.as_by_a_server(call)
+    assert (call.status, call.json, len(made)) == (200, False, 1)
+    assert not in_flight_of(current_loop()).requests

@@ -11,9 +11,9 @@ import anyio
 import anyio.from_thread
 import anyio.lowlevel
 import pytest
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Request
 from starlette.background import BackgroundTask
-from starlette.responses import StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from cancelable_deps import (
     Cancelable,
@@ -29,6 +29,7 @@ from cancelable_deps import (
 )
 from cancelable_deps.request.sse import format_sse
 from cancelable_deps.testing import advance
+from tests import asgi
 from tests.calls import get, movable_clock, running
 from tests.leftovers import nothing_left
 
@@ -541,3 +542,26 @@ async def test_a_response_that_the_handler_throws_away_changes_nothing(
         call = await get(app)
     assert (call.status, call.json()) == (200, "something else")
     assert not [record for record in caplog.records if record.name == "cancelable_deps"]
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("is_entered", [False, True])
+async def test_a_stream_with_the_handle_of_its_handler_may_read_the_body(is_entered: bool) -> None:
+    app = FastAPI()
+
+    @app.post("/")
+    async def echo(request: Request, cancel: RequestCancelable) -> Response:
+        async def chunks() -> AsyncIterator[bytes]:
+            async for chunk in request.stream():
+                await anyio.lowlevel.checkpoint()
+                yield chunk
+
+        if is_entered:
+            async with cancel:
+                await anyio.wait_all_tasks_blocked()
+        return CancelableStreamingResponse(chunks(), cancel=cancel)
+
+    pieces = [b"%d," % index for index in range(10)]
+    call = await asgi.get(app, method="POST", body=pieces)
+    assert (call.error, call.body) == (None, b"".join(pieces))
+    assert call.most_readers == 1

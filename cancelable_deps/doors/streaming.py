@@ -95,7 +95,8 @@ class CancelableStreamingResponse(StreamingResponse):
         self._cancel = cancel
         self._stalled = False
         self._last: bytes | memoryview = b""
-        request = cancel.known_request if isinstance(cancel, RequestBlock) else None
+        block = None if cancel is None else block_of(cancel)
+        request = block.known_request if isinstance(block, RequestBlock) else None
         if request is not None:
             keep_for_stream(request, self)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from asyncio import CancelledError
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+from weakref import ref
 
 from .loops.current import current_loop
 from .unwrap import raise_as_it_is
@@ -33,8 +34,10 @@ class ThisTask:
 
     def __init__(self) -> None:
         loop = self._loop = current_loop()
-        self._task = loop.current_task()
-        self._asked = loop.times_asked(self._task)
+        task: Any = loop.current_task()
+        # A task that ends cancelled keeps the exception, whose traceback knows this object: a cycle otherwise.
+        self._task = None if task is None else ref(task)
+        self._asked = loop.times_asked(task)
 
     def is_ended_by(self, exc: BaseException) -> bool:
         """Return whether ``exc`` ends this task or the process, so that it must be passed on."""
@@ -54,7 +57,7 @@ class ThisTask:
     @property
     def _is_running(self) -> bool:
         try:
-            return current_loop().current_task() is self._task
+            return current_loop().current_task() is (None if self._task is None else self._task())
         except RuntimeError:
             return False
 

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+from weakref import WeakSet
+
 from .options import seconds
+
+
+class Observer(Protocol):
+    """An object that has acted on a setting, and is to act on its next value."""
+
+    def settings_changed(self) -> None:
+        """Called after each change, in any thread."""
 
 
 class _Settings:
     cleanup_grace = 5.0
     listen_after = 0.005
     timeouts_under_debugger = False
+
+    def __init__(self) -> None:
+        self.observers: WeakSet[Observer] = WeakSet()
 
 
 settings = _Settings()
@@ -40,3 +53,5 @@ def configure(
     checked = {name: seconds(value, name) for name, value in given.items() if value is not None}
     for name, value in checked.items():
         setattr(settings, name, value)
+    for observer in list(settings.observers):
+        observer.settings_changed()

@@ -131,6 +131,10 @@ class RequestBlock(Block):
         if self.state.is_closed and isinstance(self.parent, RequestBlock):
             self._follow(self.parent.state)
         self.state.watch(self)
+        token = self.state.root_token
+        if token is not None and self.upstream is None:
+            # A thread has made it since we asked for it on entering, and did not know of us yet.
+            self.token_is_made(token)
 
     def _follow(self, state: RequestState) -> None:
         """Join the state of a block around this one: the handler has returned, which has closed our own."""

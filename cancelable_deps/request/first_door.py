@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from asyncio import CancelledError
 from contextvars import copy_context
-from typing import TYPE_CHECKING
+from threading import RLock
+from typing import TYPE_CHECKING, Final
 from weakref import ref
 
 from ..hosts.starlette import RECEIVE
 from ..kernel.block import current
 from ..kernel.settings import settings
+from ..kernel.token import CancelationToken
 from .blocks import DoorBlock, RequestBlock
 from .in_flight import InFlight, in_flight_of
 from .lifetime import Lifetime
@@ -31,8 +33,11 @@ if TYPE_CHECKING:
     from ..kernel.loops.base import EventLoop
     from ..kernel.reasons import CancelationReason
     from ..kernel.shields import OwnerOfClient
-    from ..kernel.token import CancelationToken
     from .limits import Limits
+
+
+# One that can be taken twice, because a signal handler may ask while its own thread makes a state.
+_making: Final = RLock()
 
 
 class FirstDoorBlock(DoorBlock):
@@ -76,27 +81,49 @@ class FirstDoorBlock(DoorBlock):
         token = self._token
         if token is None:
             token = super().token
+            if self.is_closed:
+                # As `release` does with one that there was: background work is spared.
+                token.unlisten(self)
             if self._made is not None:
                 # The state shares the token, and its other blocks listen to it.
                 self._made.adopt(token)
         return token
+
+    def token_is_made(self, token: CancelationToken) -> None:
+        """It is our own, which has us among its listeners as long as it can stop us."""
 
     @property
     def known_request(self) -> RequestState | None:
         return self._made if self._left is None else self._left()
 
     def _make_state(self) -> RequestState:
-        was_over = self.is_over
-        state = self._made = RequestState(self.asgi_scope, self.raw, lifetime=self.lifetime, first=self)
-        self.equip(state)
-        if self._token is not None:
-            state.adopt(self._token)
-        if self.is_open:
-            state.young_entry = self
-            state.watch(self)
-        if was_over:
-            # The response is complete: a block that is still open belongs to background work.
-            state.complete()
+        # A thread of the handler may ask as well, while the loop lets the request grow old.
+        with _making:
+            if self._made is not None:
+                return self._made
+            if self.raw is _gone:
+                return self._past_state()
+            was_over = self.is_over
+            state = RequestState(self.asgi_scope, self.raw, lifetime=self.lifetime, first=self)
+            self.equip(state)
+            if self.is_open:
+                state.young_entry = self
+                state.watch(self)
+            self._made = state
+            if self._token is not None:
+                state.adopt(self._token)
+            if was_over:
+                # The response is complete: a block that is still open belongs to background work.
+                state.complete()
+            return state
+
+    def _past_state(self) -> RequestState:
+        """Return a closed state, for a copy of the scope that outlives the request."""
+        state = None if self._left is None else self._left()
+        if state is None:
+            state = RequestState({"type": "http", "headers": []}, _gone)
+            state.root_token = CancelationToken()
+            state.close()
         return state
 
     def equip(self, state: RequestState) -> None:
@@ -105,9 +132,11 @@ class FirstDoorBlock(DoorBlock):
     def receive(self) -> Awaitable[Message]:
         """Return the next message, as the ``receive()`` of the application."""
         if self._made is None and self.is_over:
-            # We have read nothing, and shall read nothing: there is nothing to replay.
-            return self.raw()
+            return self._receive_afterwards()
         return self.state.reader.receive()
+
+    def _receive_afterwards(self) -> Awaitable[Message]:
+        return self.raw()
 
     def enter(self, loop: EventLoop | None = None) -> None:
         in_flight = self.in_flight
@@ -165,8 +194,8 @@ class FirstDoorBlock(DoorBlock):
             self._made.unwatch(self)
 
     def grow_old(self) -> None:
-        """Listen to the request, which has run for ``listen_after`` seconds."""
-        state = self.state
+        """Listen to the request, which has run for ``listen_after`` seconds, also if this block has been left."""
+        state = self.known_request or self.state
         state.young_entry = None
         state.arm()
 
@@ -218,6 +247,8 @@ class FirstDoorBlock(DoorBlock):
             self._left = ref(self._made)
         self._made = None
         self.is_over = True
+        if self.progress_callbacks is not None:
+            self.progress_callbacks = None
         self.raw = _gone
         del self.asgi_scope, self.context
 
@@ -225,7 +256,7 @@ class FirstDoorBlock(DoorBlock):
 class EndedRequest:
     """A stand-in for a request whose handler returned before the request was listened to."""
 
-    __slots__ = ("_raw",)
+    __slots__ = ("__weakref__", "_raw")
     is_closed = True
 
     def __init__(self, receive: Receive) -> None:
@@ -243,27 +274,37 @@ async def _gone() -> Message:
 class HandlerBlock(FirstDoorBlock):
     """The block of the decorator, if that is the first door."""
 
-    __slots__ = ("_request",)
+    __slots__ = ("_after", "_request")
+
+    _after: ref[EndedRequest | RequestState] | None
+    """The object by whose ``receive`` the request receives once the handler has returned."""
 
     def __init__(self, request: Request, receive: Receive, loop: EventLoop) -> None:
         FirstDoorBlock.__init__(self, request.scope, receive, loop)
+        self._after = None
         self._request = request
         # Messages that the reader has read ahead can be replayed only here.
         setattr(request, RECEIVE, self.receive)
 
     def end_request(self) -> RequestState | None:
         request, made = self._request, self._made
+        # A background task may use the request, and then has to find out that the request is closed.
+        after = EndedRequest(self.raw) if made is None else made
+        setattr(request, RECEIVE, after.receive)
+        self._after = ref(after)
         if made is None:
-            # A background task may use the request, and then has to find out that the request is closed.
-            setattr(request, RECEIVE, EndedRequest(self.raw).receive)
             self.asgi_scope.pop(SCOPE_KEY, None)
             left = None
         else:
-            setattr(request, RECEIVE, made.receive)
             left = super().end_request()
         del self._request
         self.forget()
         return left
+
+    def _receive_afterwards(self) -> Awaitable[Message]:
+        # The handler may have handed our `receive` to what sends the response.
+        after = None if self._after is None else self._after()
+        return self.raw() if after is None else after.receive()
 
 
 class WholeDoorBlock(FirstDoorBlock):

@@ -48,6 +48,11 @@ class InFlight:
         self.is_looked_after = False
         self.loop = loop
         self._empty: anyio.Event | None = None
+        settings.observers.add(self)
+
+    def settings_changed(self) -> None:
+        """Have the next request looked after at the interval of then; the sweep so far sees to those that are here."""
+        self.is_looked_after = False
 
     def begin(self) -> None:
         """Start the sweep, which calls `look` as long as there are young requests."""
