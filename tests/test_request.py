@@ -32,6 +32,7 @@ from cancelable_deps import (
     cancelable_dependency,
     cancelable_with_timeout,
     configure,
+    create_request_task_group,
     current_cancelable,
     wait_for_disconnect,
     with_cancelation,
@@ -44,7 +45,7 @@ from cancelable_deps.kernel.loops.current import current_loop
 from cancelable_deps.kernel.settings import settings
 from cancelable_deps.request.http_reader import Reader
 from cancelable_deps.request.in_flight import in_flight_of
-from cancelable_deps.request.state import PROBE_KEY, SCOPE_KEY, RequestState
+from cancelable_deps.request.state import PROBE_KEY, SCOPE_KEY, WAITERS, RequestState
 from cancelable_deps.testing import Call, CancelableClient, advance
 from tests import asgi
 from tests.calls import get, hang_up, movable_clock, running
@@ -729,20 +730,44 @@ async def test_a_message_that_no_response_can_hold_is_mended(door: str) -> None:
     assert (call.status, call.json()) == (499, {"detail": "half ? of it, é"})
 
 
-async def test_many_who_wait_in_one_request_are_not_copied_for_each_that_comes_or_goes() -> None:
+async def test_many_who_wait_in_one_request_share_one_watcher() -> None:
+    app = FastAPI()
+    watchers: list[object] = []
+
+    @app.get("/")
+    async def fan_out(request: Request) -> None:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(40):
+                tasks.start_soon(wait_for_disconnect, request)
+            await anyio.wait_all_tasks_blocked()
+            watchers.append(request.scope[SCOPE_KEY]._watchers)
+            tasks.cancel_scope.cancel()
+        # Listening ends with the last.
+        watchers.append(SCOPE_KEY in request.scope and request.scope[SCOPE_KEY]._watchers)
+
+    async with checked(app) as call:
+        pass
+    assert (call.status, watchers) == (200, [(WAITERS,), ()])
+
+
+async def test_many_blocks_in_one_request_are_not_copied_for_each_that_comes_or_goes() -> None:
     app = FastAPI()
     same: list[bool] = []
+
+    async def wait(request: Request) -> None:
+        async with create_request_task_group(request):
+            await anyio.sleep_forever()
 
     @app.get("/")
     async def fan_out(request: Request) -> None:
         async with anyio.create_task_group() as tasks:
             for _ in range(20):
-                tasks.start_soon(wait_for_disconnect, request)
+                tasks.start_soon(wait, request)
             await anyio.wait_all_tasks_blocked()
             watchers = request.scope[SCOPE_KEY]._watchers
             async with anyio.create_task_group() as more:
                 for _ in range(20):
-                    more.start_soon(wait_for_disconnect, request)
+                    more.start_soon(wait, request)
                 await anyio.wait_all_tasks_blocked()
                 same.append(len(watchers) == 40)
                 more.cancel_scope.cancel()
