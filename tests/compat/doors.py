@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ SHORT = scaled(0.4)
 
 
 def say(key: str, *words: object) -> None:
-    print("EVENT", key, *words, flush=True)
+    # In one piece: a thread may log to the same pipe in between.
+    sys.stdout.write(" ".join(["EVENT", key, *map(str, words)]) + "\n")
+    sys.stdout.flush()
 
 
 @dataclass(frozen=True)
