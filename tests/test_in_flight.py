@@ -50,9 +50,7 @@ class Request:
         self._grown = grown
         self._in_flight = in_flight
         self.started = in_flight.loop.time()
-        in_flight.young[self] = None
-        if not in_flight.is_looked_after:
-            in_flight.begin()
+        in_flight.add_young(self)
 
     def leave(self) -> None:
         self._in_flight.young.pop(self, None)

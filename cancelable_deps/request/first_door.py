@@ -155,9 +155,7 @@ class FirstDoorBlock(DoorBlock):
         self.loop, self.late_task = loop, task
         self.started = loop.time()
         self.outside = current.set(self)
-        in_flight.young[self] = None
-        if not in_flight.is_looked_after:
-            in_flight.begin()
+        in_flight.add_young(self)
         if timeout is not None:
             self.own_deadline = self.started + timeout
             self.wait_for_deadline(loop, timeout)
@@ -166,24 +164,15 @@ class FirstDoorBlock(DoorBlock):
         if exc is not None or self._made is not None or self._token is not None or self.scope or self.parent:
             return super(RequestBlock, self).leave(exc)
         # The usual case: nothing but the handler has run.
-        in_flight = self.in_flight
-        self.late_task = None
-        self.ended = in_flight.loop.time()
-        if self.timeout_queue is not None:
-            self.leave_queue()
-        current.reset(self.outside)
-        del self.outside
-        in_flight.young.pop(self, None)
+        self.leave_undisturbed()
+        self.in_flight.young.pop(self, None)
         return None
 
     def watch(self, loop: EventLoop) -> None:
         if self._made is not None:
             self._made.watch(self)
         elif settings.listen_after:
-            in_flight = self.in_flight
-            in_flight.young[self] = None
-            if not in_flight.is_looked_after:
-                in_flight.begin()
+            self.in_flight.add_young(self)
         else:
             self.grow_old()
 
@@ -293,6 +282,7 @@ class HandlerBlock(FirstDoorBlock):
         setattr(request, RECEIVE, after.receive)
         self._after = ref(after)
         if made is None:
+            # Without the call: it has left the young requests when the block was left.
             self.asgi_scope.pop(SCOPE_KEY, None)
             left = None
         else:

@@ -35,8 +35,8 @@ class InFlight:
 
     Most are over before they are ``listen_after`` seconds old, and cost two changes of a dictionary.
 
-    :ivar young: the requests that are younger, in the order of their arrival. A request adds itself by
-        ``in_flight.young[self] = None``, calls `begin` unless `is_looked_after`, and removes itself.
+    :ivar young: the requests that are younger, in the order of their arrival. A request is added by
+        `add_young`, and removes itself.
     :ivar requests: the states of the older ones, until they and their background work have ended.
     :ivar observers: the objects that are told of each request that joins `requests`, such as the shutdown.
     """
@@ -53,6 +53,12 @@ class InFlight:
     def settings_changed(self) -> None:
         """Have the next request looked after at the interval of then; the sweep so far sees to those that are here."""
         self.is_looked_after = False
+
+    def add_young(self, request: Young) -> None:
+        """Add a request that has just arrived."""
+        self.young[request] = None
+        if not self.is_looked_after:
+            self.begin()
 
     def begin(self) -> None:
         """Start the sweep, which calls `look` as long as there are young requests."""

@@ -239,11 +239,8 @@ class RequestState(ResponseProgress, Mortal):
             watcher.listening_begins()
         elif self.young_entry is None:
             if settings.listen_after:
-                in_flight = self.in_flight
                 self.young_entry = self
-                in_flight.young[self] = None
-                if not in_flight.is_looked_after:
-                    in_flight.begin()
+                self.in_flight.add_young(self)
             else:
                 self.arm()
 
