@@ -17,6 +17,7 @@
 # request/    one request or WebSocket, whichever doors cover it
 #   first_door state client progress lifetime                     its first block, and the state that all doors share
 #   in_flight connection shutdown                                 all requests of a loop, how one is found, how all end
+#   naming                                                        the id that a client gives its request
 #   read_ahead http_reader websocket_reader                       the only code that awaits receive()
 #   blocks websocket postponed policies limits                    what is stopped, when, and after how long
 #   run response abort sse                                        its way through a door, and its response
@@ -24,6 +25,12 @@
 #   decorator options endpoint dress generators                   @with_cancelation
 #   middleware base_http wsgi route                               the application, one router
 #   dependencies streaming progress websocket lifespan            handles, responses, WebSockets, the shutdown
+# operations/ what runs, and stopping it from elsewhere
+#   operations model errors names dependencies keys               what users see
+#   running local remembered conditions listing                   what runs in this worker
+#   cancels watching turns background records accepted stoppable  what is done with it, here and in other workers
+#   worker exchange outbox entries                                one worker, and what workers tell each other
+#   backend memory memory_keys                                    the store that they share
 # testing/    a client that hangs up
 #   client calls websockets clock tasks
 

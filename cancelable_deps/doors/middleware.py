@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..hosts.fastapi import functions_called
 from ..request.limits import Limits
+from ..request.naming import CancelsByName, checked_naming, failing_without
 from ..request.policies import POLICY_ATTRIBUTE, TimeoutPolicy, named
 from ..request.response import answer
 from ..request.run import run_request, run_socket
@@ -47,7 +48,12 @@ class RequestCancelationMiddleware:
     :param policies: `TimeoutPolicy` objects by name, from which routes choose. If a route has chosen a name that is not
         among them, the application fails to start.
     :param default_policy: one of their names, or a `TimeoutPolicy`, in place of ``default_timeout``.
-    :raises TypeError: if a limit is not a number, or ``exclude`` or a policy has a wrong type.
+    :param operations: the `Operations` of the application. It fails to start if they are not open by then.
+    :param operation_id: the name of a header, such as ``"operation-id"``, by which clients name their requests: 1 to 128
+        of the characters ``A-Z a-z 0-9 . _ ~ : -``. The response has it, too. Such a request can be cancelled by that id,
+        also before it has come. Another value is answered with 422.
+    :raises TypeError: if a limit is not a number, or ``exclude`` or a policy has a wrong type, or ``operation_id`` is
+        given without ``operations``.
     :raises ValueError: if a limit is negative or NaN, or a path does not begin with ``/`` or ``*``.
     :raises LookupError: if ``default_policy`` is a name that is not in ``policies``.
     """
@@ -60,8 +66,12 @@ class RequestCancelationMiddleware:
         cleanup_grace: float | None = None,
         policies: Mapping[str, TimeoutPolicy] | None = None,
         default_policy: str | TimeoutPolicy | None = None,
+        operations: CancelsByName | None = None,
+        operation_id: str | None = None,
     ) -> None:
         self.app = app
+        self._operations = operations
+        self._naming = checked_naming(operations, operation_id)
         self._limits = Limits(default_timeout, cleanup_grace, policies, default_policy)
         self._excluded = _matchers(exclude)
         put_inner_doors(app)
@@ -69,13 +79,27 @@ class RequestCancelationMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or (self._excluded and self._excludes(scope)):
             if scope["type"] == "websocket" and not self._excludes(scope):
-                await run_socket(self.app, scope, receive, send, self._limits)
+                cause = None
+                if self._naming is not None and self._naming.is_used_by(scope):
+                    named = await self._naming.open(scope, receive, send)
+                    if named is None:
+                        return
+                    send, cause = named
+                await run_socket(self.app, scope, receive, send, self._limits, cause)
             else:
                 if scope["type"] == "lifespan":
                     await check_names_at_start(self.app, scope, receive, send, self._limits.policies or {})
+                    if self._operations is not None:
+                        send = failing_without(self._operations, send)
                 await self.app(scope, receive, send)
             return
-        error = await run_request(self.app, scope, receive, send, self._limits)
+        cause = None
+        if self._naming is not None and self._naming.is_used_by(scope):
+            named = await self._naming.open(scope, receive, send)
+            if named is None:
+                return
+            send, cause = named
+        error = await run_request(self.app, scope, receive, send, self._limits, cause)
         if error is not None:
             try:
                 await answer(error, scope, receive, send)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from ..kernel.loops.base import EventLoop
+    from ..kernel.token import Cause
     from .limits import Limits
 
 
@@ -52,19 +53,25 @@ async def run_through(
 
 
 async def run_request(
-    app: ASGIApp, scope: Scope, receive: Receive, send: Send, limits: Limits
+    app: ASGIApp, scope: Scope, receive: Receive, send: Send, limits: Limits, cause: Cause | None = None
 ) -> CancelationError | None:
     """Run ``app``, and return the error of ours that the request is still to be answered with, if there is one.
 
     An error of the application is raised. If an error of ours comes after the response has started, the response is
     aborted.
+
+    :param cause: the cause of a cancellation that has come before the request.
     """
     if SCOPE_KEY in scope:
+        if cause is not None:
+            scope[SCOPE_KEY].state.stop(cause)
         return await _run_in_another_door(app, scope, receive, send, limits)
     if not streams_listen(scope):
         let_streams_listen(scope)
     loop = current_loop()
     block = WholeDoorBlock(scope, receive, send, loop, limits)
+    if cause is not None:
+        block.token.cancel_because(cause)
     outcome = await run_through(block, loop, app, scope, block.receive, block.send)
     if block.policy is not None:
         block.policy.judge(scope, block.elapsed)
@@ -164,14 +171,21 @@ def error_of(outcome: BaseException | None, state: RequestState) -> CancelationE
     return None
 
 
-async def run_socket(app: ASGIApp, scope: Scope, receive: Receive, send: Send, limits: Limits) -> None:
-    """Run ``app`` for one WebSocket, stop it when the client drops, and close the WebSocket if ``app`` has not."""
+async def run_socket(
+    app: ASGIApp, scope: Scope, receive: Receive, send: Send, limits: Limits, cause: Cause | None = None
+) -> None:
+    """Run ``app`` for one WebSocket, stop it when the client drops, and close the WebSocket if ``app`` has not.
+
+    :param cause: the cause of a cancellation that has come before the WebSocket.
+    """
     state: Any = scope.get(SCOPE_KEY)
     made = state is None
     if state is None:
         state = SocketState(scope, receive, lifetime=Lifetime.DOOR)
         state.cleanup_grace = limits.cleanup_grace
         receive = state.reader.receive
+    if cause is not None:
+        state.stop(cause)
     if limits.policies:
         state.add_policies(limits.policies)
 

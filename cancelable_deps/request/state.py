@@ -79,6 +79,11 @@ class Door(Watcher, Protocol):
     def drop_timeout(self) -> None:
         """Remove the deadline of the block."""
 
+    @property
+    def deadline(self) -> float:
+        """When the block times out, on the clock of the loop."""
+        ...
+
 
 class Shutdown(Protocol):
     """The shutdown of one event loop, which the loop knows once an application has asked for it."""
@@ -162,6 +167,9 @@ class RequestState(ResponseProgress, Mortal):
 
     young_entry: Young | None
     """The entry of the request in `InFlight.young`, if it has one: the state, or the block of the first door."""
+
+    operation: Any = None
+    """The request as an operation that can be listed and stopped from elsewhere, once somebody has asked for that."""
 
     outermost: Door | None = None
     """The block of the middleware or route class that has made this state."""
@@ -275,7 +283,9 @@ class RequestState(ResponseProgress, Mortal):
         else:
             self._watchers = without(watchers, watcher)
         if not self._watchers:
-            self._leave_in_flight()
+            if not self.is_old or self.lifetime is Lifetime.BLOCKS:
+                # An old request whose end is reported stays known until then: another block may follow.
+                self._leave_in_flight()
             if self.lifetime is Lifetime.BLOCKS:
                 # Nothing reports the end of this request. A later block finds this state by `receive`, if that is ours.
                 self.scope.pop(SCOPE_KEY, None)
@@ -402,6 +412,8 @@ class RequestState(ResponseProgress, Mortal):
         if self.young_entry is not None:
             self.in_flight.young.pop(self.young_entry, None)
             self.young_entry = None
+            if self.operation is not None:
+                self.in_flight.tell_end(self)
         if self.is_old:
             self.is_old = False
             self.in_flight.remove(self)
