@@ -20,6 +20,7 @@
 #   naming                                                        the id that a client gives its request
 #   read_ahead http_reader websocket_reader                       the only code that awaits receive()
 #   blocks websocket postponed policies limits                    what is stopped, when, and after how long
+#   watchers defaults                                             what listens; the timeout that a route replaces
 #   run response abort sse                                        its way through a door, and its response
 # doors/      the ways into an application
 #   decorator options endpoint dress generators                   @with_cancelation

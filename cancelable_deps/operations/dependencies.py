@@ -8,7 +8,8 @@ from starlette.types import Scope
 
 from ..kernel.loops.current import current_loop
 from ..request.connection import connection_state
-from ..request.state import Listening, RequestState
+from ..request.state import RequestState
+from ..request.watchers import Listening
 from .local import STATE_KEY, only_one_in
 from .operations import Operations
 from .running import RunningRequest

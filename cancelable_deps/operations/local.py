@@ -10,6 +10,7 @@ from ..kernel.token import Cause
 from ..request.in_flight import in_flight_of
 from ..request.lifetime import Lifetime
 from ..request.naming import OPERATION_ID_KEY
+from ..request.state import SCOPE_KEY
 from .model import OperationState
 from .names import ANYONE, new_id
 from .remembered import EarlyCancels, EndedOperations
@@ -49,6 +50,7 @@ class Local:
         self.observers: list[Callable[[Running, str], object]] = []
         self._operations = operations
         self._by_id: dict[str, list[Running]] = {}
+        self._arrived: dict[str, list[Scope]] = {}
         self._blocks: dict[RunningBlock, None] = {}
         self._in_flight = in_flight_of(loop)
 
@@ -169,14 +171,30 @@ class Local:
         if cause is not None:
             running.stop(cause)
 
-    def refuse(self, id: str, cause: Cause) -> None:
-        """Note that a request has come that was cancelled before, and is not started."""
+    def arrive(self, id: str, scope: Scope) -> Cause | None:
+        """Note a request whose client has named it; return the cause if that was cancelled before, and is not to start."""
+        cause = self.early.find(ANYONE, id) if self.early else None
+        if cause is None:
+            self._arrived.setdefault(id, []).append(scope)
+            return None
         running = RefusedRequest(self, cause)
         running.use_id(id)
         self._end(running, OperationState.CANCELLED, cause.reason)
+        return cause
+
+    def depart(self, id: str, scope: Scope) -> None:
+        """Note the end of a request whose client has named it."""
+        same = [other for other in self._arrived.pop(id, ()) if other is not scope]
+        if same:
+            self._arrived[id] = same
 
     def find(self, id: str, owner: Owner) -> list[Running]:
         """Return the operations of an id that run, and belong to ``owner``."""
+        for scope in self._arrived.get(id, ()):
+            # One that is too young to be known otherwise.
+            request = scope.get(SCOPE_KEY)
+            if request is not None:
+                self.of_request(request.state)
         return [running for running in self._by_id.get(id, ()) if running.belongs_to(owner)]
 
     def find_ended(self, id: str, owner: Owner) -> Running | None:

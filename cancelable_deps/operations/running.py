@@ -228,7 +228,7 @@ class RunningRequest(Running):
         if request is None:
             return
         if grace is not None:
-            request.shorten_grace(grace)  # type: ignore[attr-defined]  # pyright: ignore
+            request.shorten_grace(grace)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
         if request.is_closed:
             self.was_stopped_late = True
             request.stop_all(cause)
@@ -309,5 +309,5 @@ class RunningBlock(Running):
 
     def stop(self, cause: Cause, grace: float | None = None) -> None:
         if grace is not None:
-            block_of(self.cancelable).shorten_grace(grace)  # type: ignore[attr-defined]  # pyright: ignore
+            block_of(self.cancelable).shorten_grace(grace)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
         self.cancelable.token.cancel_because(cause)
