@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 import cancelable_deps
+import cancelable_deps.operations
 import cancelable_deps.testing
 from cancelable_deps import CancelationReason, begin_shutdown, configure
 from cancelable_deps.testing import Call, CancelableClient, SocketClosed, advance, assert_cancelled
@@ -64,6 +65,7 @@ def test_the_reference_has_every_public_name() -> None:
     found = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
     public = [f"cancelable_deps.{name}" for name in cancelable_deps.__all__]
     public += [f"cancelable_deps.testing.{name}" for name in cancelable_deps.testing.__all__]
+    public += [f"cancelable_deps.operations.{name}" for name in cancelable_deps.operations.__all__]
     assert sorted(found) == sorted(public)
 
 
@@ -74,7 +76,7 @@ def test_snippets_import_from_the_public_modules_alone() -> None:
         for snippet in snippets_of(page).values()
         for module in re.findall(r"(?:from|import) (cancelable_deps[\w.]*)", snippet)
     }
-    assert imports <= {"cancelable_deps", "cancelable_deps.testing"}
+    assert imports <= {"cancelable_deps", "cancelable_deps.testing", "cancelable_deps.operations"}
 
 
 # index.md, decorator.md, handles.md

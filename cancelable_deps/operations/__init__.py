@@ -19,3 +19,27 @@ from .model import OperationState as OperationState
 from .model import Worker as Worker
 from .names import ANYONE as ANYONE
 from .operations import Operations as Operations
+from .running import RunningOperation as RunningOperation
+
+__all__ = [
+    "ANYONE",
+    "Cancelation",
+    "MemoryBackend",
+    "Operation",
+    "OperationBusy",
+    "OperationEvent",
+    "OperationFailed",
+    "OperationList",
+    "OperationLost",
+    "OperationState",
+    "OperationTaken",
+    "OperationUnknown",
+    "Operations",
+    "OperationsUnavailable",
+    "RequestOperation",
+    "RequestOperations",
+    "RunningOperation",
+    "Worker",
+    "at_most",
+    "latest_only",
+]
