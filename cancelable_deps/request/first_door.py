@@ -131,12 +131,7 @@ class FirstDoorBlock(DoorBlock):
 
     def receive(self) -> Awaitable[Message]:
         """Return the next message, as the ``receive()`` of the application."""
-        if self._made is None and self.is_over:
-            return self._receive_afterwards()
-        return self.state.reader.receive()
-
-    def _receive_afterwards(self) -> Awaitable[Message]:
-        return self.raw()
+        return self.raw() if self._made is None and self.is_over else self.state.reader.receive()
 
     def enter(self, loop: EventLoop | None = None) -> None:
         in_flight = self.in_flight
@@ -242,18 +237,24 @@ class FirstDoorBlock(DoorBlock):
         del self.asgi_scope, self.context
 
 
-class EndedRequest:
-    """A stand-in for a request whose handler returned before the request was listened to."""
+class Inlet:
+    """The ``receive`` of a request under the decorator: that of its owner, or of the server once the handler has returned.
 
-    __slots__ = ("__weakref__", "_raw")
-    is_closed = True
+    The request keeps this object, and not the block: a task that outlives the request may keep the block, but not what
+    the server knows of the request.
+    """
 
-    def __init__(self, receive: Receive) -> None:
-        self._raw = receive
+    __slots__ = ("owner", "raw")
+
+    def __init__(self, owner: HandlerBlock | RequestState, raw: Receive) -> None:
+        self.owner: HandlerBlock | RequestState | None = owner
+        """The block; after the handler the state, if there is one."""
+        self.raw = raw
 
     def receive(self) -> Awaitable[Message]:
-        """Return the next message of the server."""
-        return self._raw()
+        """Return the next message."""
+        owner = self.owner
+        return self.raw() if owner is None else owner.receive()
 
 
 async def _gone() -> Message:
@@ -263,38 +264,28 @@ async def _gone() -> Message:
 class HandlerBlock(FirstDoorBlock):
     """The block of the decorator, if that is the first door."""
 
-    __slots__ = ("_after", "_request")
-
-    _after: ref[EndedRequest | RequestState] | None
-    """The object by whose ``receive`` the request receives once the handler has returned."""
+    __slots__ = ("_inlet",)
 
     def __init__(self, request: Request, receive: Receive, loop: EventLoop) -> None:
         FirstDoorBlock.__init__(self, request.scope, receive, loop)
-        self._after = None
-        self._request = request
         # Messages that the reader has read ahead can be replayed only here.
-        setattr(request, RECEIVE, self.receive)
+        inlet = self._inlet = Inlet(self, receive)
+        setattr(request, RECEIVE, inlet.receive)
 
     def end_request(self) -> RequestState | None:
-        request, made = self._request, self._made
-        # A background task may use the request, and then has to find out that the request is closed.
-        after = EndedRequest(self.raw) if made is None else made
-        setattr(request, RECEIVE, after.receive)
-        self._after = ref(after)
+        made = self._made
+        # A background task may use the request, and then has to find out that the request is closed. The handler may
+        # have handed our `receive` to what sends the response, too.
+        self._inlet.owner = made
         if made is None:
             # Without the call: it has left the young requests when the block was left.
             self.asgi_scope.pop(SCOPE_KEY, None)
             left = None
         else:
             left = super().end_request()
-        del self._request
+        del self._inlet
         self.forget()
         return left
-
-    def _receive_afterwards(self) -> Awaitable[Message]:
-        # The handler may have handed our `receive` to what sends the response.
-        after = None if self._after is None else self._after()
-        return self.raw() if after is None else after.receive()
 
 
 class WholeDoorBlock(FirstDoorBlock):
