@@ -56,14 +56,14 @@ class FirstDoorBlock(DoorBlock):
     _made: RequestState | None
 
     def __init__(self, scope: Scope, receive: Receive, loop: EventLoop) -> None:
-        # Each attribute costs every request something: defaults come from the class.
         self.asgi_scope = scope
         self.raw = receive
         self.in_flight: InFlight = loop.in_flight or in_flight_of(loop)
         self.context = copy_context()
         self.loop = self.late_task = self.ended = self.upstream = self.face = self._left = self._made = None
+        self.scope = self.parent = self.timeout = self.timeout_queue = self._token = None
         self.started = math.nan
-        self.is_over = False
+        self.is_over = self.is_unsettled = False
         scope[SCOPE_KEY] = self
         if PROBE_KEY in scope:
             scope[PROBE_KEY](self)
