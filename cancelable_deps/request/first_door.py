@@ -43,7 +43,7 @@ _making: Final = RLock()
 class FirstDoorBlock(DoorBlock):
     """The block of the first door on a request, which owns the request's end."""
 
-    __slots__ = ("_made", "asgi_scope", "context", "in_flight", "is_over", "raw")
+    __slots__ = ("_made", "asgi_scope", "context", "in_flight", "is_over", "policy", "raw")
 
     _is_whole = False  # Its token is the root token, too, but is made only when it is asked for.
     lifetime = Lifetime.HANDLER
@@ -61,7 +61,7 @@ class FirstDoorBlock(DoorBlock):
         self.in_flight: InFlight = loop.in_flight or in_flight_of(loop)
         self.context = copy_context()
         self.loop = self.late_task = self.ended = self.upstream = self.face = self._left = self._made = None
-        self.scope = self.parent = self.timeout = self.timeout_queue = self._token = None
+        self.scope = self.parent = self.timeout = self.timeout_queue = self._token = self.policy = None
         self.started = math.nan
         self.is_over = self.is_unsettled = False
         scope[SCOPE_KEY] = self
@@ -139,9 +139,9 @@ class FirstDoorBlock(DoorBlock):
         shutdown = loop.shutdown
         if shutdown is not None and shutdown.refuses:
             self.token.cancel_because(shutdown.cause())
-        timeout, find_task = self.timeout, loop.task_without_scope
-        is_alone = find_task is not None and self._token is None and current.get() is None
-        task = find_task() if is_alone and find_task is not None and timeout != 0 and settings.listen_after else None
+        timeout, find_task, task = self.timeout, loop.task_without_scope, None
+        if find_task is not None and timeout != 0 and self._token is None and settings.listen_after:
+            task = find_task() if current.get() is None else None
         if task is None:
             # Not by `RequestBlock.enter`: the token has this block among its listeners once it is made.
             super(RequestBlock, self).enter(loop)
@@ -158,9 +158,15 @@ class FirstDoorBlock(DoorBlock):
     def leave(self, exc: BaseException | None) -> BaseException | None:
         if exc is not None or self._made is not None or self._token is not None or self.scope or self.parent:
             return super(RequestBlock, self).leave(exc)
-        # The usual case: nothing but the handler has run.
-        self.leave_undisturbed()
-        self.in_flight.young.pop(self, None)
+        # The usual case: nothing but the handler has run. As `leave_undisturbed`, without one more call.
+        in_flight = self.in_flight
+        self.late_task = None
+        self.ended = in_flight.loop.time()
+        if self.timeout_queue is not None:
+            self.leave_queue()
+        current.reset(self.outside)
+        del self.outside
+        in_flight.young.pop(self, None)
         return None
 
     def watch(self, loop: EventLoop) -> None:
@@ -227,11 +233,12 @@ class FirstDoorBlock(DoorBlock):
 
     def forget(self) -> None:
         """Drop the references to the request, which has ended: a task that outlives it may keep this block."""
-        if self._left is None and self._made is not None:
-            self._left = ref(self._made)
-        self._made = None
+        if self._made is not None:
+            self._left = self._left or ref(self._made)
+            self._made = None
         self.is_over = True
-        if self.progress_callbacks is not None:
+        if self.face is not None:
+            # Only through its face somebody can have set them.
             self.progress_callbacks = None
         self.raw = _gone
         del self.asgi_scope, self.context
@@ -321,9 +328,12 @@ class WholeDoorBlock(FirstDoorBlock):
             state.response_has_started = state.response_is_out = state.is_finished = True
 
     def has_ended_undisturbed(self) -> bool:
-        """End the request if nothing has happened to it that would have to be settled; return whether that is so."""
-        if self._made is not None:
+        """Leave the block and end the request, if nothing but the application has run; return whether that is so."""
+        if self._made is not None or self._token is not None or self.late_task is None or self.parent is not None:
             return False
+        FirstDoorBlock.leave(self, None)
+        if self.policy is not None:
+            self.policy.judge(self.asgi_scope, self.elapsed)
         self.asgi_scope.pop(SCOPE_KEY, None)
         self.forget()
         return True
