@@ -16,6 +16,7 @@ from weakref import ref
 
 from ..hosts.starlette import RECEIVE
 from ..kernel.block import current
+from ..kernel.members import with_one_more, without
 from ..kernel.settings import settings
 from ..kernel.token import CancelationToken
 from .blocks import DoorBlock, RequestBlock
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from ..kernel.loops.base import EventLoop
     from ..kernel.reasons import CancelationReason
     from ..kernel.shields import OwnerOfClient
+    from ..kernel.token import Cause
     from .limits import Limits
 
 
@@ -54,6 +56,8 @@ class FirstDoorBlock(DoorBlock):
     """Whether the request is closed, as long as there is no state that has `is_closed`."""
 
     _made: RequestState | None
+    joined: JoinedBlock | None = None
+    """The block of the decorator inside of this one, as long as that does without a state."""
 
     def __init__(self, scope: Scope, receive: Receive, loop: EventLoop) -> None:
         self.asgi_scope = scope
@@ -87,6 +91,9 @@ class FirstDoorBlock(DoorBlock):
             if self._made is not None:
                 # The state shares the token, and its other blocks listen to it.
                 self._made.adopt(token)
+            elif self.joined is not None:
+                # So that this block listens to the token as well.
+                self._make_state()
         return token
 
     def token_is_made(self, token: CancelationToken) -> None:
@@ -115,6 +122,8 @@ class FirstDoorBlock(DoorBlock):
             if was_over:
                 # The response is complete: a block that is still open belongs to background work.
                 state.complete()
+            if self.joined is not None:
+                self.joined.become_whole(state)
             return state
 
     def _past_state(self) -> RequestState:
@@ -168,6 +177,18 @@ class FirstDoorBlock(DoorBlock):
         del self.outside
         in_flight.young.pop(self, None)
         return None
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether the request has a state or a token."""
+        return self._made is not None or self._token is not None
+
+    def can_be_joined(self) -> bool:
+        """Return whether the caller may open a `JoinedBlock`: directly inside of this block, and nothing has happened."""
+        if self.is_disturbed or self.is_over or self.joined is not None or current.get() is not self:
+            return False
+        find_task = self.in_flight.loop.task_without_scope
+        return self.late_task is not None and find_task is not None and find_task() is self.late_task
 
     def watch(self, loop: EventLoop) -> None:
         if self._made is not None:
@@ -242,6 +263,88 @@ class FirstDoorBlock(DoorBlock):
             self.progress_callbacks = None
         self.raw = _gone
         del self.asgi_scope, self.context
+
+
+class JoinedBlock(DoorBlock):
+    """The block of the decorator inside of a first door, as long as the request has no state.
+
+    It needs nothing of its own: whatever stops it makes the state, and this block an ordinary `DoorBlock` by that.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, first: FirstDoorBlock) -> None:
+        self.loop = self.late_task = self.ended = self.upstream = self.face = self._left = None
+        self.scope = self.timeout = self.timeout_queue = self._token = None
+        self.started = math.nan
+        self.is_unsettled = False
+        self.parent = first
+
+    @property
+    def state(self) -> RequestState:  # type: ignore[override]
+        state: RequestState = self.parent.state
+        return state
+
+    @property
+    def token(self) -> CancelationToken:
+        token: CancelationToken = self.parent.token
+        return token
+
+    @property
+    def cause(self) -> Cause | None:
+        cause: Cause | None = self.parent.cause
+        return cause
+
+    @property
+    def known_request(self) -> RequestState | None:
+        request: RequestState | None = self.parent.known_request
+        return request
+
+    @property
+    def owner_of_client(self) -> OwnerOfClient:
+        owner: OwnerOfClient = self.parent.owner_of_client
+        return owner
+
+    def runs_in(self, task: object) -> bool:
+        return self.task is task
+
+    def enter(self, loop: EventLoop | None = None) -> None:
+        first: FirstDoorBlock = self.parent
+        loop = self.loop = first.in_flight.loop
+        self.late_task = first.late_task
+        self.started = loop.time()
+        self.outside = current.set(self)
+        first.children = with_one_more(first.children, self)
+        first.joined = self
+        if first.is_disturbed:
+            # A thread has made a token or a state since the decorator asked, and did not know of this block.
+            self.become_whole(self.state)
+
+    def leave(self, exc: BaseException | None) -> BaseException | None:
+        if exc is not None or self.scope is not None or self.children:
+            self.become_whole(self.state)
+            return self.leave(exc)
+        first: FirstDoorBlock = self.parent
+        first.joined = None
+        first.children = without(first.children, self)
+        self.leave_undisturbed()
+        if self.face is not None:
+            self.progress_callbacks = None
+        return None
+
+    def become_whole(self, state: RequestState) -> None:
+        """Become an ordinary block of a request with this state."""
+        with _making:
+            if type(self) is not JoinedBlock:
+                return
+            self.parent.joined = None
+            self.__class__ = DoorBlock  # type: ignore[assignment]
+            self.state = state  # type: ignore[misc]
+            token = self._token = state.token
+        token.listen(self)
+        state.watch(self)
+        if state.is_closed:
+            self.release()
 
 
 class Inlet:
