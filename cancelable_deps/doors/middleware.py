@@ -12,7 +12,7 @@ from ..request.limits import Limits
 from ..request.naming import CancelsByName, checked_naming, failing_without
 from ..request.policies import POLICY_ATTRIBUTE, TimeoutPolicy, named
 from ..request.response import answer
-from ..request.run import run_request, run_socket
+from ..request.run import end_first_door, first_door, run_in_another_door, run_request, run_socket
 from .base_http import put_inner_doors
 
 if TYPE_CHECKING:
@@ -95,7 +95,22 @@ class RequestCancelationMiddleware:
         if self._naming is not None and self._naming.is_used_by(scope):
             await self._naming.serve(self._serve_named, scope, receive, send)
             return
-        error = await run_request(self.app, scope, receive, send, self._limits)
+        block = first_door(scope, receive, send, self._limits)
+        if block is None:
+            error = await run_in_another_door(self.app, scope, receive, send, self._limits)
+        else:
+            outcome: BaseException | None = None
+            try:
+                block.enter()
+                await self.app(scope, block.receive, block.send)
+            except BaseException as exc:
+                outcome = exc
+            if outcome is None and block.has_ended_undisturbed():
+                return
+            try:
+                error = await end_first_door(block, outcome)
+            finally:
+                del outcome, block  # Its traceback refers to this frame: a reference cycle otherwise.
         if error is not None:
             try:
                 await answer(error, scope, receive, send)
