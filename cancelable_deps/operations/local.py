@@ -11,6 +11,7 @@ from ..request.in_flight import in_flight_of
 from ..request.lifetime import Lifetime
 from ..request.naming import OPERATION_ID_KEY
 from ..request.state import SCOPE_KEY
+from .clock import clock_of
 from .model import OperationState
 from .names import ANYONE, new_id
 from .remembered import EarlyCancels, EndedOperations
@@ -44,6 +45,7 @@ class Local:
     def __init__(self, operations: object, worker: str, loop: EventLoop, memory: float) -> None:
         self.worker = worker
         self.loop = loop
+        self.clock = clock_of(loop)
         self.early = EarlyCancels(memory, loop.time)
         self.ended = EndedOperations(memory, loop.time)
         self.ends: Counter[str] = Counter()
@@ -162,7 +164,11 @@ class Local:
         self.changed(running, "state")
 
     def changed(self, running: Running, kind: str) -> None:
-        """Tell the observers, and those that listen to this operation."""
+        """Tell the observers, and those that listen to this operation. May be called in any thread."""
+        if not self.loop.is_running_here():
+            # A plain `def` handler has changed it.
+            self.loop.call_from_thread(self.changed, running, kind)
+            return
         for listener in [*running.listeners, *self.observers]:
             listener(running, kind)
 
