@@ -234,11 +234,18 @@ def _end_of(request: RequestState, running: RunningRequest | None) -> str:
         return OperationState.FINISHED
     if running is not None and running.was_stopped_late:
         return cause.reason
-    # A line in the log says that the error of the cancellation has left the handler. Where only blocks are known, and
-    # not the handler's end, this is asked before the last block raises its error.
-    left_by_error = request.reason is not None or request.lifetime is Lifetime.BLOCKS
-    was_stopped = left_by_error and not request.is_finished
-    return cause.reason if was_stopped else OperationState.FINISHED
+    return cause.reason if _was_stopped(request) else OperationState.FINISHED
+
+
+def _was_stopped(request: RequestState) -> bool:
+    """Return whether a request that has ended, and was cancelled, has ended because of that."""
+    if request.is_finished:
+        # The answer is that of the error, or of a handler that has finished all the same.
+        return request.was_stopped and request.status >= 400
+    if request.was_stopped or request.lifetime is Lifetime.BLOCKS:
+        # Where only blocks are known, and not the handler's end, this is asked before the last block raises its error.
+        return True
+    return request.lifetime is Lifetime.DOOR and not request.response_is_complete
 
 
 def only_one_in(loop: EventLoop) -> object:
