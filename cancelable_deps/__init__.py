@@ -28,12 +28,12 @@
 #   dependencies streaming progress websocket lifespan            handles, responses, WebSockets, the shutdown
 # operations/ what runs, and stopping it from elsewhere
 #   operations model errors names dependencies keys               what users see
-#   running local remembered conditions listing                   what runs in this worker
+#   running local remembered conditions listing clock             what runs in this worker
 #   cancels watching turns background records accepted stoppable  what is done with it, here and in other workers
 #   worker exchange outbox entries                                one worker, and what workers tell each other
 #   backend memory memory_keys                                    the store that they share
 # testing/    a client that hangs up
-#   client calls websockets clock tasks
+#   client calls websockets clock tasks hub
 
 import sys
 import types

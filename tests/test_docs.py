@@ -342,6 +342,11 @@ async def test_testing_with_fixtures(cancelable_client: Any) -> None:
     await run("testing.md", "For pytest")["test_hello"](cancelable_client)
 
 
+@mock_clock
+async def test_testing_operations() -> None:
+    await run("testing.md", "Operations of several workers")["test_a_worker_is_killed"]()
+
+
 # operations.md
 
 

@@ -55,6 +55,9 @@ class Beat(NamedTuple):
     is_fenced: bool
     """Whether the lease of the caller had run out, so that others take it for dead: it needs a new name."""
 
+    has_forgotten: bool = False
+    """Whether the store did not know the caller any more without having given it up: it has lost what it held."""
+
 
 class Holder(NamedTuple):
     """An operation that holds a key, or waits for it."""
@@ -163,7 +166,8 @@ class OperationsBackend(Protocol):
     async def enter(self, key: str, id: str, *, limit: int, queue: int, latest: bool, waits: bool) -> Entered:
         """Take one of ``limit`` places of a key, or one of ``queue`` places to wait for it, or neither; atomically.
 
-        Holders whose worker is dead are dropped first.
+        Holders whose worker is dead are dropped first. An id that holds a place, or waits for one, keeps that, and the
+        answer says so: a call may be repeated.
 
         :param latest: supersede all that have entered before; those that wait are removed, those that hold stay until
             they leave.

@@ -56,6 +56,8 @@ class Keys:
         if holder.id in key.holders:
             # A call that is repeated because its answer was lost.
             return Entered("admitted", generation, ())
+        if holder.id in key.waiting:
+            return Entered("waiting", generation, ())
         earlier: list[Holder] = []
         if latest:
             earlier = [*key.holders.values(), *key.waiting.values()]

@@ -373,8 +373,9 @@ class Operations:
         limit = seconds(timeout, "timeout")
         last: Operation | None = None
         with anyio.move_on_after(limit):
-            async for event in self.events(id, owner=owner):
-                last = event.operation
+            async with aclosing(self.events(id, owner=owner)) as events:
+                async for event in events:
+                    last = event.operation
         if last is None or not last.state.is_final:
             last = await self.get(id, owner=owner) or last
         if last is None:

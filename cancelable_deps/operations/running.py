@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Protocol, final
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
 from ..hosts.starlette import route_template
 from ..kernel.cancelable import Cancelable, block_of
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from ..kernel.loops.base import EventLoop
     from ..kernel.token import Cause
     from ..request.state import RequestState
+    from .clock import Clock
     from .names import Owner
+
+_STOPPED: Final = (OperationState.STOPPING, OperationState.CANCELLED)
 
 
 class Home(Protocol):
@@ -31,6 +35,9 @@ class Home(Protocol):
 
     @property
     def loop(self) -> EventLoop: ...
+
+    @property
+    def clock(self) -> Clock: ...
 
     def name(self, running: Running) -> str:
         """Return a new id for an operation, by which it is found from now on."""
@@ -73,7 +80,7 @@ class Running:
     def __init__(self, home: Home, started: float) -> None:
         self.home = home
         self.started = started
-        self.started_at = datetime.now(UTC) - timedelta(seconds=home.loop.time() - started)
+        self.started_at = home.clock.today() - timedelta(seconds=home.loop.time() - started)
         self.listeners: list[Any] = []
         """Called with the operation when it changes."""
 
@@ -145,8 +152,15 @@ class Running:
         self.end_state = state
 
     def report(self, message: str | None, metadata: Mapping[str, Any] | None) -> None:
-        """Note its progress."""
-        self.progress_so_far = Progress(message=message, metadata=dict(metadata or {}))
+        """Note its progress.
+
+        :raises TypeError: if it is not what JSON can express.
+        :raises ValueError: if it is a number that JSON does not have, such as NaN.
+        """
+        progress = Progress(message=message, metadata=dict(metadata or {}))
+        # Now, and not when it is sent: by then nobody knows whose mistake it was.
+        json.dumps([progress.message, progress.metadata], allow_nan=False)
+        self.progress_so_far = progress
         self.home.changed(self, "progress")
 
     @property
@@ -156,8 +170,9 @@ class Running:
 
     def view(self) -> Operation:
         """Return what it is at this moment."""
-        now, clock = datetime.now(UTC), self.home.loop.time()
-        cause = self.cause
+        now, clock = self.home.clock.today(), self.home.loop.time()
+        state = self.state
+        cause = self.cause if state in _STOPPED else None
         ended = None if self.ended_at is None else now - timedelta(seconds=clock - self.ended_at)
         deadline = self.deadline
         route = self.route  # It brings the name along.
@@ -172,18 +187,19 @@ class Running:
             method=self.method,
             route=route,
             worker=self.home.worker,
-            state=self.state,
+            state=state,
             started=self.started_at,
             ended=ended,
             elapsed=self.elapsed,
             deadline=None if deadline == math.inf or ended else now + timedelta(seconds=deadline - clock),
-            reason=None if cause is None or self.end_state is OperationState.FINISHED else cause.reason,
-            message=self.failure or _message_of(cause),
+            reason=None if cause is None else cause.reason,
+            message=self.failure or message_of(cause),
             progress=self.progress_so_far,
         )
 
 
-def _message_of(cause: Cause | None) -> str | None:
+def message_of(cause: Cause | None) -> str | None:
+    """Return the text of a cause that others may read."""
     if cause is None:
         return None
     # The texts of these two may show internals; the client of the request does not see them either.
@@ -342,5 +358,7 @@ class RunningOperation:
         """Note how far the request has come, for those who list it.
 
         :param metadata: what JSON can express; ``done`` and ``total`` make a progress bar of the page.
+        :raises TypeError: if it is something else.
+        :raises ValueError: if it has a number that JSON does not have, such as NaN.
         """
         self._running.report(message, metadata)

@@ -121,6 +121,7 @@ class FirstDoorBlock(DoorBlock):
                 state.adopt(self._token)
             if was_over:
                 # The response is complete: a block that is still open belongs to background work.
+                state.response_is_complete = True
                 state.complete()
             if self.joined is not None:
                 self.joined.become_whole(state)

@@ -85,6 +85,7 @@ class ResponseWatch:
         self._trailers = message.get("trailers", False)
         if has_no_more_work(message):
             state.response_has_started = True
+            state.status = message["status"]
             if self._is_outermost:
                 state.response_is_out = True
             if not state.is_finished:
@@ -100,6 +101,7 @@ class ResponseWatch:
         # Before the last bytes are sent: if the client leaves while they are on their way, the work is done.
         self.is_complete = True
         state = self._state
+        state.response_is_complete = True
         if self._is_outermost:
             state.complete_response()
         elif not state.is_finished:

@@ -175,7 +175,7 @@ class RequestState(ResponseProgress, Defaults, Mortal):
         self.is_armed = True
         if not self.is_closed:
             if self.handler_stack is not None:
-                self.handler_stack.push_async_callback(self.handler_returned)
+                self.handler_stack.push_async_exit(self.handler_returned)
             self.reader.arm(self.loop)
             for watcher in list(self._watchers):
                 _tell(watcher)
