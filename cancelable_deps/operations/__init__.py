@@ -19,6 +19,7 @@ from .model import OperationState as OperationState
 from .model import Worker as Worker
 from .names import ANYONE as ANYONE
 from .operations import Operations as Operations
+from .router import operations_router as operations_router
 from .running import RunningOperation as RunningOperation
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "Worker",
     "at_most",
     "latest_only",
+    "operations_router",
 ]
