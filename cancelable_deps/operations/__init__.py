@@ -19,3 +19,4 @@ from .model import OperationState as OperationState
 from .model import Worker as Worker
 from .names import ANYONE as ANYONE
 from .operations import Operations as Operations
+from .redis import RedisBackend as RedisBackend

@@ -6,6 +6,7 @@ import inspect
 import random
 import time
 from collections import OrderedDict
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import anyio
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 2.0
 _MOST_REMEMBERED: Final = 100_000
+_OLD: Final = 2.0
 CALL_SECONDS: Final = 1.0
 """The longest that one call of the store may take, except reading."""
 
@@ -69,7 +71,7 @@ class Exchange:
     """One worker's part in the exchange.
 
     :param answering: functions by kind of entry. One returns the answer or an awaitable of it; ``None`` is no answer.
-    :param on_beat: called with each successful sign of life, and whether the connection was broken before.
+    :param on_beat: called with each successful sign of life, and whether the store may have lost what it had.
     """
 
     def __init__(
@@ -103,6 +105,10 @@ class Exchange:
         self._missed = 0
         self._has_warned = False
         self._is_leaving = False
+        self._was_away = False
+        """Whether there has been a break since the last sign of life."""
+
+        self._began = time.time()
 
     @property
     def others(self) -> list[str]:
@@ -146,7 +152,7 @@ class Exchange:
 
         :raises Unavailable: as `broadcast` does.
         """
-        entry = self._new(kind, data, id)
+        entry = self._new(kind, {**data, "to": worker}, id)
         is_there: bool = await self.calling(self.backend.send(worker, entry.encoded(), entry.id))
         if is_there:
             self._note(entry, worker)
@@ -230,6 +236,8 @@ class Exchange:
         if entry.kind in LASTING:
             self._lasting[entry.id] = _Sent(now, data, None if entry.data.get("to") is None else self.identity.name)
         self._forget(now)
+        if entry.kind not in LASTING and entry.at < self._began - _OLD:
+            return  # The log remembers questions whose askers have long given up.
         handler = self._answering.get(entry.kind)
         if handler is not None:
             self._handle(entry, handler)
@@ -315,13 +323,20 @@ class Exchange:
                 self._has_warned = True
                 logger.warning("the store of operations cannot be reached; requests go on, and local cancels work")
             return
-        was_away, self._missed = self._missed > 0, 0
+        self._missed = 0
         self._beats_in_a_row += 1
         if self._has_warned:
             self._has_warned = False
             logger.info("the store of operations can be reached again")
         self.alive = {identity.name: identity for identity in beat.alive}
         self.alive.setdefault(self.identity.name, self.identity)
+        if beat.has_lost:
+            # No call has failed, so that nobody else notices.
+            self._note_break()
+        if self.is_broken:
+            with suppress(Unavailable):
+                await self._repair()
+        was_away, self._was_away = self._was_away, False
         await self._on_beat(beat, was_away)
 
     def rename(self, identity: Identity) -> None:
@@ -334,7 +349,7 @@ class Exchange:
     # Repair.
 
     def _note_break(self) -> None:
-        self.is_broken = True
+        self.is_broken = self._was_away = True
 
     async def _repair(self) -> None:
         """Append again what the store has lost of the last ``memory`` seconds: those who know it do nothing twice."""

@@ -49,7 +49,7 @@ def first_fields(running: RunningBlock, worker: str, result_ttl: float) -> Field
         "labels": dict(running.labels),
         "worker": worker,
         "state": str(running.state),
-        "created": time.time() - running.elapsed,
+        "created": running.started_at.timestamp(),
         "result_ttl": result_ttl,
     }
 

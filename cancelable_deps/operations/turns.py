@@ -56,6 +56,9 @@ class Turns:
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
         self._turns: dict[str, Turn] = {}
+        self._unleft: dict[str, Turn] = {}
+        """Turns that have left, which the store may not know."""
+
         self._fallback = Keys(lambda worker: True)
 
     def __len__(self) -> int:
@@ -83,8 +86,9 @@ class Turns:
         try:
             entered = await self._enter(turn, queue=queue, latest=latest, waits=waits, runs_alone=runs_alone)
         except BaseException:
-            # Also if this is cancelled: the place may have been taken.
+            # Also if this is cancelled: the place may have been taken, or the call may arrive after this one.
             await self.leave(turn)
+            self._unleft[turn.id] = turn
             raise
         turn.status = entered.status
         if entered.status == "admitted":
@@ -104,6 +108,7 @@ class Turns:
             if not runs_alone:
                 raise
             turn.is_local = True
+            self._unleft[turn.id] = turn
             return self._fallback.enter(turn.key, Holder(self._exchange.identity.name, turn.id), **options)
 
     async def _supersede(self, holder: Holder) -> None:
@@ -134,7 +139,7 @@ class Turns:
                 backend = self._exchange.backend
                 await self.tell(await self._exchange.calling(backend.leave(turn.key, turn.id)))
             except Unavailable:
-                logger.info("a key could not be given back, and is kept until its store or this worker forgets it")
+                self._unleft[turn.id] = turn
 
     async def tell(self, granted: list[Waiter] | tuple[Waiter, ...] | Any) -> None:
         """Tell those whose turn has come."""
@@ -156,13 +161,38 @@ class Turns:
             turn.admit()
 
     async def enter_again(self) -> None:
-        """Enter the turns once more that the store may have lost. A limit may be exceeded for a moment."""
+        """Enter the turns once more that the store may have lost. A limit may be exceeded for a moment.
+
+        :raises Unavailable: if the store cannot be reached.
+        """
         for turn in list(self._turns.values()):
             if turn.status == "admitted" and not turn.is_local:
-                backend = self._exchange.backend
-                await self._exchange.calling(
-                    backend.enter(turn.key, turn.id, limit=turn.limit, queue=0, latest=False, waits=False)
-                )
+                await self._repeat(turn, again=True)
+
+    async def look(self) -> None:
+        """Give back what could not be given back, and ask whether turns have come: whoever should tell may be gone.
+
+        :raises Unavailable: if the store cannot be reached.
+        """
+        backend = self._exchange.backend
+        for turn in list(self._unleft.values()):
+            await self.tell(await self._exchange.calling(backend.leave(turn.key, turn.id)))
+            self._unleft.pop(turn.id, None)
+        for turn in list(self._turns.values()):
+            if turn.status == "waiting" and not turn.is_local:
+                await self._repeat(turn, again=False)
+
+    async def _repeat(self, turn: Turn, *, again: bool) -> None:
+        entered: Entered = await self._exchange.calling(
+            self._exchange.backend.enter(
+                turn.key, turn.id, limit=turn.limit, queue=ENDLESS, latest=False, waits=False, again=again
+            )
+        )
+        if turn.id not in self._turns:
+            # It has left meanwhile, perhaps before this call came there.
+            self._unleft[turn.id] = turn
+        elif entered.status == "admitted":
+            turn.admit()
 
 
 def key_name(scope: str, key: str) -> str:

@@ -127,6 +127,8 @@ class OpenWorker:
                 await self.background.write_again()
                 await self.turns.enter_again()
             await self.turns.tell(beat.granted)
+            await self.turns.look()
+            await self.background.clear()
         except Unavailable:
             return  # The next sign of life that succeeds repeats it.
 
