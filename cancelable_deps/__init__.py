@@ -32,6 +32,8 @@
 #   cancels watching turns background records accepted stoppable  what is done with it, here and in other workers
 #   worker exchange outbox entries                                one worker, and what workers tell each other
 #   backend memory memory_keys                                    the store that they share
+#   redis/(store scripts layout graves choice client              the same in Redis,
+#     redis_py core_redis)                                        by either client library
 # testing/    a client that hangs up
 #   client calls websockets clock tasks hub
 

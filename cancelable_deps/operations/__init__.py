@@ -19,6 +19,7 @@ from .model import OperationState as OperationState
 from .model import Worker as Worker
 from .names import ANYONE as ANYONE
 from .operations import Operations as Operations
+from .redis import RedisBackend as RedisBackend
 from .router import operations_router as operations_router
 from .running import RunningOperation as RunningOperation
 
@@ -37,6 +38,7 @@ __all__ = [
     "OperationUnknown",
     "Operations",
     "OperationsUnavailable",
+    "RedisBackend",
     "RequestOperation",
     "RequestOperations",
     "RunningOperation",
