@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
+    from ..request.client_timeout import ClientTimeout
+
 _POLICIES_KEY = "cancelable_deps.policies"
 """The key in a lifespan's scope of the policies of all middleware further out."""
 
@@ -47,7 +49,9 @@ class RequestCancelationMiddleware:
     :param policies: `TimeoutPolicy` objects by name, from which routes choose. If a route has chosen a name that is not
         among them, the application fails to start.
     :param default_policy: one of their names, or a `TimeoutPolicy`, in place of ``default_timeout``.
-    :raises TypeError: if a limit is not a number, or ``exclude`` or a policy has a wrong type.
+    :param client_timeout: a `ClientTimeout <cancelable_deps.deadlines.ClientTimeout>`: requests end when the time is up
+        that their client gives in a header, if that is sooner. Off by default.
+    :raises TypeError: if a limit is not a number, or ``exclude``, a policy or ``client_timeout`` has a wrong type.
     :raises ValueError: if a limit is negative or NaN, or a path does not begin with ``/`` or ``*``.
     :raises LookupError: if ``default_policy`` is a name that is not in ``policies``.
     """
@@ -60,9 +64,10 @@ class RequestCancelationMiddleware:
         cleanup_grace: float | None = None,
         policies: Mapping[str, TimeoutPolicy] | None = None,
         default_policy: str | TimeoutPolicy | None = None,
+        client_timeout: ClientTimeout | None = None,
     ) -> None:
         self.app = app
-        self._limits = Limits(default_timeout, cleanup_grace, policies, default_policy)
+        self._limits = Limits(default_timeout, cleanup_grace, policies, default_policy, client_timeout)
         self._excluded = _matchers(exclude)
         put_inner_doors(app)
 

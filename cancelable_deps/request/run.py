@@ -10,6 +10,7 @@ from ..kernel.errors import CancelationError
 from ..kernel.loops.current import current_loop
 from ..kernel.reasons import CancelationReason
 from ..kernel.unwrap import raise_as_it_is
+from .admission import admit
 from .blocks import DoorBlock
 from .first_door import WholeDoorBlock
 from .lifetime import Lifetime
@@ -18,6 +19,7 @@ from .state import SCOPE_KEY, RequestState
 from .websocket import SocketDoorBlock, SocketState
 
 if TYPE_CHECKING:
+    from starlette.exceptions import HTTPException
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from ..kernel.loops.base import EventLoop
@@ -51,14 +53,16 @@ async def run_through(
         del outcome  # Its traceback refers to this frame: a reference cycle otherwise.
 
 
-async def run_request(
-    app: ASGIApp, scope: Scope, receive: Receive, send: Send, limits: Limits
-) -> CancelationError | None:
+async def run_request(app: ASGIApp, scope: Scope, receive: Receive, send: Send, limits: Limits) -> HTTPException | None:
     """Run ``app``, and return the error of ours that the request is still to be answered with, if there is one.
 
     An error of the application is raised. If an error of ours comes after the response has started, the response is
     aborted.
     """
+    if limits.client_timeout is not None:
+        refusal, app, send, limits = admit(app, scope, send, limits)
+        if refusal is not None:
+            return refusal
     if SCOPE_KEY in scope:
         return await _run_in_another_door(app, scope, receive, send, limits)
     if not streams_listen(scope):
@@ -106,8 +110,10 @@ def _make_block(state: RequestState, limits: Limits) -> DoorBlock:
     block.takes_groups_apart = False
     if state.default is None:
         state.default = block
-    elif limits.timeout is not None:
+    elif limits.replaces_default:
         state.set_default(block)
+    if limits.budget is not None:
+        block.budget = limits.budget
     if limits.policies:
         state.add_policies(limits.policies)
     if limits.policy is not None:

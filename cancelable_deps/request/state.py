@@ -77,7 +77,10 @@ class Door(Watcher, Protocol):
         """Replace the timeout of the block by that of a `TimeoutPolicy`."""
 
     def drop_timeout(self) -> None:
-        """Remove the deadline of the block."""
+        """Remove the deadline of the block, but for that of the client."""
+
+    own_deadline: float
+    """The deadline of the block."""
 
 
 class Shutdown(Protocol):
