@@ -75,7 +75,8 @@ def _read_milliseconds(text: str) -> float:
 
 
 def _write_milliseconds(seconds: float) -> str:
-    return str(_whole(seconds, 1e3, 10**10))
+    # Not 0, which Envoy has for a route without a timeout.
+    return str(max(1, _whole(seconds, 1e3, 10**10)))
 
 
 def _read_envoy(text: str) -> float | None:
