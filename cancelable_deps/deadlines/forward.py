@@ -80,7 +80,7 @@ class DeadlineHook:
         if left <= self._margin:
             block.check()
             if block.own_deadline == math.inf:
-                # A debugger is there, which switches it off.
+                # A debugger is attached, which switches timeouts off.
                 return None
             raise block.timeout_cause().error()
         value = self._value(left - self._margin, headers.get(self._header))
