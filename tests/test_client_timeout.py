@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import threading
@@ -15,6 +16,7 @@ from fastapi.responses import PlainTextResponse, StreamingResponse
 from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cancelable_deps import (
     Cancelable,
@@ -32,10 +34,12 @@ from cancelable_deps import (
     with_cancelation,
 )
 from cancelable_deps.deadlines import ClientTimeout
+from cancelable_deps.kernel.loops.current import current_loop
 from cancelable_deps.request import blocks
 from cancelable_deps.testing import Call, advance
 from tests.calls import CEILING, connected, get, movable_clock, running
 
+from . import asgi
 from .leftovers import nothing_left
 
 pytestmark = [pytest.mark.anyio, movable_clock]
@@ -551,6 +555,39 @@ async def test_a_middleware_inside_sees_the_answer() -> None:
         await advance(5)
     assert is_of_client(other)
     assert seen == [(200, None), (504, "1")]
+
+
+async def test_a_middleware_that_holds_the_response_back_has_the_clients_time_too() -> None:
+    class HoldsBack:
+        def __init__(self, app: ASGIApp) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            kept: list[Message] = []
+
+            async def keep(message: Message) -> None:
+                kept.append(message)
+
+            await self.app(scope, receive, keep)
+            await never()
+
+    app = FastAPI()
+    app.add_middleware(HoldsBack)
+    app.add_middleware(RequestCancelationMiddleware, client_timeout=ClientTimeout(["x-budget"]), default_timeout=LONG)
+
+    @app.get("/")
+    async def endpoint() -> str:
+        return "done"
+
+    # In a task of its own, as on a server: under a scope of anyio, as the client of the other tests has, no block moves.
+    if current_loop().is_trio:
+        pytest.skip("no block moves on trio")
+    request = asgi.Call(app, headers={"x-budget": "0.1"})
+    with anyio.fail_after(CEILING):
+        async with nothing_left():
+            await asyncio.create_task(app(request.scope, request.receive, request.send))
+    start = request.sent[0]
+    assert (start["status"], (MARKER.encode(), b"1") in start["headers"]) == (504, True)
 
 
 async def test_the_applications_own_handler_has_the_marker() -> None:

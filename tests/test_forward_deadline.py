@@ -465,6 +465,23 @@ async def test_a_task_that_outlives_its_request_has_none_from_then_on(service: S
     assert (len(service.requests), service.header) == (2, None)
 
 
+async def test_a_task_that_outlives_its_block_has_none_from_then_on(service: Service) -> None:
+    may_go_on, ended = anyio.Event(), anyio.Event()
+
+    async def work() -> None:
+        await may_go_on.wait()
+        async with client_of(service) as client:
+            await client.get("http://service/")
+        ended.set()
+
+    async with Cancelable(timeout=LEFT):
+        current_loop().spawn(work, copy_context())
+    may_go_on.set()
+    with anyio.fail_after(CEILING):
+        await ended.wait()
+    assert service.header is None
+
+
 # Other clients
 
 
