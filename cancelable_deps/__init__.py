@@ -19,8 +19,10 @@
 # request/    one request or WebSocket, whichever doors cover it
 #   first_door state client progress lifetime                     its first block, and the state that all doors share
 #   in_flight connection shutdown                                 all requests of a loop, how one is found, how all end
+#   naming                                                        the id that a client gives its request
 #   read_ahead http_reader websocket_reader                       the only code that awaits receive()
 #   blocks websocket postponed policies limits                    what is stopped, when, and after how long
+#   watchers defaults                                             what listens; the timeout that a route replaces
 #   client_timeout durations admission                            the time that a client gives, in its headers
 #   run response abort sse                                        its way through a door, and its response
 # doors/      the ways into an application
@@ -29,6 +31,12 @@
 #   dependencies streaming progress websocket lifespan            handles, responses, WebSockets, the shutdown
 # deadlines/  the time of a request for the services that it calls
 #   forward transport
+# operations/ what runs, and stopping it from elsewhere
+#   operations model errors names dependencies keys               what users see
+#   running local remembered conditions listing                   what runs in this worker
+#   cancels watching turns background records accepted stoppable  what is done with it, here and in other workers
+#   worker exchange outbox entries                                one worker, and what workers tell each other
+#   backend memory memory_keys                                    the store that they share
 # testing/    a client that hangs up
 #   client calls websockets clock tasks
 

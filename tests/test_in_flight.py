@@ -151,6 +151,8 @@ def test_an_observer_is_told_of_each_that_is_old() -> None:
     seen: list[object] = []
 
     class Observer:
+        def request_ended(self, request: object) -> None: ...
+
         def request_is_old(self, request: object) -> None:
             seen.append(request)
 

@@ -35,7 +35,12 @@ _NO_ASGI: Final[dict[str, Any]] = {"version": "3.0"}
 
 def route_of(scope: Scope) -> str:
     """Return the route's path template, for the log; without a route the path, quoted because of line breaks."""
-    return getattr(scope.get("route"), "path", None) or quote(scope.get("path", ""))
+    return route_template(scope) or quote(scope.get("path", ""))
+
+
+def route_template(scope: Scope) -> str | None:
+    """Return the path template of the route; ``None`` before one has been found, and under other frameworks."""
+    return getattr(scope.get("route"), "path", None)
 
 
 def streams_listen(scope: Scope) -> bool:

@@ -41,15 +41,15 @@ def admit(app: ASGIApp, scope: Scope, send: Send, limits: Limits) -> Admission:
     except HTTPException as exc:
         return Admission(exc.with_traceback(None), app, send, limits)
     if budget is None:
-        return Admission(None, app, send, limits)
+        return Admission(None, app, send, limits.admitted(None))
     if client.advisory:
-        return Admission(None, _judged(app, client, budget), send, limits)
+        return Admission(None, _judged(app, client, budget), send, limits.admitted(None))
     refusal = client.refusal(budget)
     if refusal is not None:
         logger.info("%s %s refused: %s", scope.get("method", ""), route_of(scope), refusal.message)
     elif budget.wait is not None:
         send = _telling_that_it_waits(send, budget.wait)
-    return Admission(refusal, app, send, limits.within(budget))
+    return Admission(refusal, app, send, limits.admitted(budget))
 
 
 def _judged(app: ASGIApp, client: ClientTimeout, budget: Budget) -> ASGIApp:

@@ -29,6 +29,9 @@ class Observer(Protocol):
     def request_is_old(self, request: Any) -> None:
         """Note that ``request`` has joined `InFlight.requests`."""
 
+    def request_ended(self, request: Any) -> None:
+        """Note that ``request`` has left `InFlight.requests`, or has ended before with an ``operation`` of its own."""
+
 
 class InFlight:
     """The requests in flight of one event loop.
@@ -88,10 +91,16 @@ class InFlight:
             observer.request_is_old(request)
 
     def remove(self, request: Any) -> None:
-        """Remove a request that has ended."""
+        """Remove a request that has ended, and tell the observers."""
         self.requests.pop(request, None)
+        self.tell_end(request)
         if self._empty is not None and not self.requests:
             self._empty.set()
+
+    def tell_end(self, request: Any) -> None:
+        """Tell the observers that ``request`` has ended."""
+        for observer in self.observers:
+            observer.request_ended(request)
 
     async def wait_empty(self) -> None:
         """Wait until no old request is left."""

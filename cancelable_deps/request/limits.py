@@ -45,12 +45,16 @@ class Limits:
         if client_timeout is not None and not isinstance(client_timeout, ClientTimeout):
             raise TypeError(f"client_timeout takes a ClientTimeout, not {client_timeout!r}")
         self.client_timeout = client_timeout
+        """The headers in which a client may give a time; ``None`` once they have been read for one request."""
+
         self.cleanup_grace = None if cleanup_grace is None else seconds(cleanup_grace, "cleanup_grace")
 
-    def within(self, budget: Budget) -> Limits:
+    def admitted(self, budget: Budget | None) -> Limits:
         """Return the limits of one request, whose client gives ``budget``."""
         limits = copy(self)
-        limits.budget, limits.timeout = budget, budget.within(self.timeout)
+        limits.client_timeout = None
+        if budget is not None:
+            limits.budget, limits.timeout = budget, budget.within(self.timeout)
         return limits
 
 

@@ -60,6 +60,11 @@ class ResponseProgress(Client):
         """The blocks around the whole handler, outermost first."""
         raise NotImplementedError
 
+    @property
+    def deadline(self) -> float:
+        """The time at which the request times out, on the clock of the loop; ``math.inf`` if never."""
+        return min((door.deadline for door in self.doors), default=math.inf)
+
     def is_work(self, task: object) -> bool:
         """Return whether a cancellation of the request reaches ``task`` first."""
         raise NotImplementedError

@@ -154,11 +154,16 @@ async def send_or_leave(send: Send, message: Message, state: RequestState) -> No
 
 
 async def failed_to_send(exc: BaseException, state: RequestState) -> None:
-    """Note a disconnect that the server's ``send()`` has raised; raise the error again unless it is to be dropped."""
+    """Note a disconnect that the server's ``send()`` has raised; raise the error again unless it is to be dropped.
+
+    If the disconnect stops the task, the cancellation is raised instead.
+    """
     is_deferred = left_by(exc, state)
     if state.ends_by_itself:
         await _let_listeners_end()
     elif not is_deferred:
+        # Here, and not in the cleanup that the error would begin.
+        await anyio.lowlevel.checkpoint()
         raise  # noqa: PLE0704 - it is being handled by the caller
 
 

@@ -97,6 +97,9 @@ class Shutdown:
         elif self._stopped_requests and not request.is_closed:
             request.stop(self.cause())
 
+    def request_ended(self, request: Any) -> None:
+        """Do nothing: who waits for the end of all waits for `InFlight` to be empty."""
+
     def cause(self) -> Cause:
         """Return the cause of the shutdown, which says when a client may come back."""
         retry_after = max(graces.retry_after for graces in self._graces)

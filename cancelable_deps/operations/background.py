@@ -1,0 +1,370 @@
+"""Work that outlives its request: starting it, its record, and its end."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections import OrderedDict
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+
+from ..kernel.cancelable import Cancelable
+from ..kernel.errors import CancelationError
+from ..kernel.foreign import ThisTask
+from ..kernel.log import logger
+from ..kernel.reasons import CancelationReason
+from ..kernel.token import Cause
+from .backend import Unavailable
+from .conditions import Conditions, has_been
+from .errors import OperationBusy, OperationsUnavailable, OperationTaken
+from .model import Operation, OperationList, OperationState
+from .names import ANYONE
+from .records import Outcome, TooLarge, cancelled, failed, finished, first_fields, is_of, operation_of
+from .running import Running, RunningBlock
+from .turns import ENDLESS, Turn, Turns, key_name
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from anyio.abc import TaskGroup
+
+    from .exchange import Exchange
+    from .local import Local
+    from .names import Owner
+
+    Work = Callable[..., Awaitable[object]]
+
+MOST_AGE: Final = 7 * 24 * 3600.0
+"""Seconds that the record of unended work is kept."""
+
+MOST_READ: Final = 1000
+_KEY_SCOPE: Final = "background"
+_MOST_ERRORS: Final = 1000
+_PROGRESS_SECONDS: Final = 0.25
+_PAUSE: Final = 1.0
+
+WHEN_BUSY: Final[dict[str, dict[str, Any]]] = {
+    "refuse": {"queue": 0},
+    "cancel_previous": {"latest": True},
+    "wait": {"queue": ENDLESS},
+}
+
+
+class Job(RunningBlock):
+    """Background work, with its turn under a key."""
+
+    def __init__(self, home: Local, cancelable: Cancelable, work: Work, args: tuple[Any, ...]) -> None:
+        super().__init__(home, cancelable, "background")
+        self.work = work
+        self.args = args
+        self.turn: Turn | None = None
+        self.error: BaseException | None = None
+
+
+class Background:
+    """The background operations of this worker."""
+
+    def __init__(self, local: Local, exchange: Exchange, turns: Turns, *, result_ttl: float, max_result: int) -> None:
+        self._local = local
+        self._exchange = exchange
+        self._turns = turns
+        self._result_ttl = result_ttl
+        self._max_result = max_result
+        self._jobs: dict[Job, None] = {}
+        self._unwritten: dict[Job, None] = {}
+        self._errors: OrderedDict[str, tuple[float, BaseException]] = OrderedDict()
+        self._sender, self._receiver = anyio.create_memory_object_stream[Job](math.inf)
+        self._empty = anyio.Event()
+        self.is_closing = False
+
+    async def run(self, tasks: TaskGroup) -> None:
+        """Start the work that is handed over, in the context of this task: that of a request would be kept alive."""
+        tasks.start_soon(self._keep_writing)
+        with self._sender, self._receiver:
+            async for job in self._receiver:
+                tasks.start_soon(self._run, job)
+                del job
+
+    async def start(self, job: Job, id: str | None, when_busy: str) -> Operation:
+        """Write the record of work, and start it. With an id that is known already, return what has it.
+
+        :raises OperationBusy: if the key is taken, and ``when_busy`` is ``"refuse"``.
+        :raises OperationTaken: if the id belongs to another owner's operation.
+        :raises OperationsUnavailable: if the store cannot be reached.
+        """
+        if self.is_closing:
+            raise OperationsUnavailable("The server is shutting down")
+        try:
+            known = None if id is None else await self._join(id, job.owner)
+            if known is not None:
+                return known
+            await self._take_turn(job, when_busy)
+            return await self._create(job, id)
+        except Unavailable:
+            await self._give_turn_back(job)
+            raise OperationsUnavailable from None
+        except BaseException:
+            await self._give_turn_back(job)
+            raise
+
+    async def _join(self, id: str, owner: str | None) -> Operation | None:
+        [record] = await self._exchange.calling(self._exchange.backend.load([id]))
+        if record is None:
+            return None
+        if record.fields.get("owner") != owner:
+            raise OperationTaken
+        return self._seen(id, record.fields)
+
+    def _seen(self, id: str, fields: dict[str, Any]) -> Operation:
+        """Return the operation of a record, as its worker sees it if it runs here."""
+        for running in self._local.find(id, ANYONE):
+            if isinstance(running, Job):
+                return running.view()
+        return operation_of(id, fields)
+
+    async def _take_turn(self, job: Job, when_busy: str) -> None:
+        if job.key is None or when_busy == "run":
+            return
+        options = WHEN_BUSY[when_busy]
+        job.turn = await self._turns.enter(key_name(_KEY_SCOPE, job.key), job, **options)
+        if job.turn.status == "refused":
+            job.turn = None
+            raise OperationBusy
+        job.is_waiting = job.turn.status == "waiting"
+
+    async def _give_turn_back(self, job: Job) -> None:
+        if job.turn is not None:
+            await self._turns.leave(job.turn)
+
+    async def _create(self, job: Job, id: str | None) -> Operation:
+        # Known here before its record is: who reads of it may stop it at once.
+        self._local.add(job, id)
+        fields = first_fields(job, self._exchange.identity.name, self._result_ttl)
+        try:
+            record = await self._exchange.calling(self._exchange.backend.create(job.id, fields, ttl=MOST_AGE))
+        except BaseException:
+            self._local.discard(job)
+            raise
+        if not record.is_new:
+            # Another call of the same id was faster.
+            self._local.discard(job)
+            await self._give_turn_back(job)
+            if record.fields.get("owner") != job.owner:
+                raise OperationTaken
+            return self._seen(record.id, record.fields)
+        self._jobs[job] = None
+        self._sender.send_nowait(job)
+        return job.view()
+
+    async def _run(self, job: Job) -> None:
+        outcome = cancelled(CancelationError.for_reason(CancelationReason.SIGNAL))
+        try:
+            outcome = await self._outcome(job)
+        finally:
+            # Also if the tasks of these operations are cancelled.
+            with anyio.CancelScope(shield=True):
+                await self._end(job, outcome)
+
+    async def _outcome(self, job: Job) -> Outcome:
+        this_task = ThisTask()
+        try:
+            if job.turn is not None and job.is_waiting:
+                await self._wait_for_turn(job, job.turn)
+            async with job.cancelable:
+                result = await job.work(job.cancelable, *job.args)
+            return finished(result, self._max_result)
+        except TooLarge as exc:
+            logger.error("the result of the operation %s (%s) is lost: %s", job.id, job.name, exc)
+            return Outcome(OperationState.FAILED, {"message": str(exc), "status": 500})
+        except CancelationError as exc:
+            if exc.reason is job.cancelable.reason:
+                return cancelled(exc)
+            return failed(exc)
+        except BaseException as exc:
+            if this_task.is_ended_by(exc):
+                raise
+            logger.exception("the operation %s (%s) failed", job.id, job.name)
+            return failed(exc)
+
+    async def _wait_for_turn(self, job: Job, turn: Turn) -> None:
+        async with Cancelable(token=job.cancelable.token):
+            await turn.wait()
+        job.set_waiting(False)
+
+    async def _end(self, job: Job, outcome: Outcome) -> None:
+        self._unwritten.pop(job, None)
+        job.error = outcome.error
+        if outcome.state is OperationState.FAILED:
+            job.failure = outcome.fields["message"]
+        self._remember_error(job)
+        fields = {**outcome.fields, "state": str(outcome.state), "ended": time.time(), **_progress_of(job)}
+        # First, so that the result is there when its end is noticed.
+        is_written = await self._write_end(job, fields)
+        self._local.remove(job, outcome.state)
+        job.work, job.args = _nothing, ()
+        if job.turn is not None:
+            await self._turns.leave(job.turn)
+        while not is_written and not self.is_closing:
+            await anyio.sleep(_PAUSE)
+            is_written = await self._write_end(job, fields)
+        if not is_written:
+            logger.error("the end of the operation %s could not be written: the store is away", job.id)
+        self._jobs.pop(job, None)
+        if not self._jobs:
+            self._empty.set()
+
+    async def _write_end(self, job: Job, fields: dict[str, Any]) -> bool:
+        """Write how work has ended; return ``False`` if the store cannot be reached."""
+        backend = self._exchange.backend
+        try:
+            is_kept = await self._exchange.calling(backend.change(job.id, fields, end_ttl=self._result_ttl))
+        except Unavailable:
+            return False
+        if not is_kept:
+            logger.error("the result of the operation %s is refused: its worker was given up meanwhile", job.id)
+        return True
+
+    def _remember_error(self, job: Job) -> None:
+        """Keep an error as it is, for callers in this process; without its frames, which hold all that the work had."""
+        now = self._local.loop.time()
+        while self._errors and (next(iter(self._errors.values()))[0] <= now or len(self._errors) >= _MOST_ERRORS):
+            self._errors.popitem(last=False)
+        if job.error is not None and not isinstance(job.error, CancelationError):
+            error = job.error.with_traceback(None)
+            error.__context__ = error.__cause__ = None
+            self._errors[job.id] = (now + self._result_ttl, error)
+        job.error = None
+
+    def error_here(self, id: str) -> BaseException | None:
+        """Return the exception that work of this process has raised."""
+        until, error = self._errors.get(id, (0.0, None))
+        return error if until > self._local.loop.time() else None
+
+    # Records.
+
+    async def recorded(self, id: str, owner: Owner) -> Operation | None:
+        """Return the operation of a record that belongs to ``owner``.
+
+        :raises Unavailable: if the store cannot be reached.
+        """
+        [record] = await self._exchange.calling(self._exchange.backend.load([id]))
+        return None if record is None or not is_of(record.fields, owner) else operation_of(id, record.fields)
+
+    async def fields(self, id: str, owner: Owner) -> dict[str, Any] | None:
+        """Return the record of an operation of ``owner`` with its result.
+
+        :raises Unavailable: if the store cannot be reached.
+        """
+        [record] = await self._exchange.calling(self._exchange.backend.load([id], with_result=True))
+        return None if record is None or not is_of(record.fields, owner) else record.fields
+
+    async def mark_cancelled(self, id: str, owner: Owner, message: str | None) -> Operation | None:
+        """Note in the record that it is to stop, and return the operation; ``None`` if there is none of ``owner``.
+
+        :raises Unavailable: if the store cannot be reached.
+        """
+        known = await self.recorded(id, owner)
+        if known is None or known.state.is_final:
+            return known
+        mark = {"cancel": {"message": message, "at": time.time()}}
+        record = await self._exchange.calling(self._exchange.backend.mark(id, mark))
+        return None if record is None else operation_of(id, record.fields)
+
+    async def history(self, owner: str | None, *, limit: int) -> list[Operation]:
+        """Return the operations that there are records of, the newest first.
+
+        :raises Unavailable: if the store cannot be reached.
+        """
+        records = await self._exchange.calling(
+            self._exchange.backend.history(owner, before=time.time() + MOST_AGE, limit=limit)
+        )
+        return [self._seen(record.id, record.fields) for record in records]
+
+    async def ended(self, conditions: Conditions, limit: int) -> OperationList:
+        """Return the operations that there are records of and that fulfil the conditions, the newest first.
+
+        :raises Unavailable: if the store cannot be reached.
+        """
+        owner = None if conditions.owner is ANYONE else conditions.owner
+        now = time.time()
+        found = [each for each in await self.history(owner, limit=MOST_READ) if has_been(conditions, each, now)]
+        return OperationList(items=found[:limit], total=len(found), unreachable=[])
+
+    # Progress and signs of life.
+
+    def note_change(self, running: Running, kind: str) -> None:
+        """Have the progress of work written, for those who read of it in other workers."""
+        if isinstance(running, Job) and running in self._jobs:
+            self._unwritten[running] = None
+
+    async def _keep_writing(self) -> None:
+        while True:
+            await anyio.sleep(_PROGRESS_SECONDS)
+            while self._unwritten:
+                job = next(iter(self._unwritten))
+                del self._unwritten[job]
+                fields = {"state": str(job.state), "labels": dict(job.labels), **_progress_of(job)}
+                try:
+                    await self._exchange.calling(self._exchange.backend.change(job.id, fields))
+                except Unavailable:
+                    break
+
+    async def write_again(self) -> None:
+        """Create the records once more that the store may have lost, and obey what they say meanwhile.
+
+        :raises Unavailable: if the store cannot be reached.
+        """
+        for job in list(self._jobs):
+            fields = {**first_fields(job, self._exchange.identity.name, self._result_ttl), **_progress_of(job)}
+            record = await self._exchange.calling(self._exchange.backend.create(job.id, fields, ttl=MOST_AGE))
+            mark = record.fields.get("cancel")
+            if mark is not None:
+                job.stop(Cause(CancelationReason.MANUAL, mark.get("message")))
+
+    def stop_everything(self, cause: Cause) -> None:
+        """Stop all background work of this worker."""
+        for job in list(self._jobs):
+            job.stop(cause)
+
+    async def wait_empty(self) -> None:
+        """Wait until no background work is left."""
+        while self._jobs:
+            self._empty = anyio.Event()
+            await self._empty.wait()
+
+
+def _progress_of(job: Job) -> dict[str, Any]:
+    progress = job.progress_so_far
+    return {} if progress is None else {"progress": progress.model_dump(mode="json")}
+
+
+async def _nothing(cancel: Cancelable) -> None: ...
+
+
+def checked_work(work: Any, count: int) -> Work:
+    """Return work that can be started.
+
+    :raises TypeError: if it cannot.
+    """
+    what: Any = work
+    while isinstance(what, partial):
+        what = what.func
+    if not callable(what) or inspect.isgeneratorfunction(what) or inspect.isasyncgenfunction(what):
+        raise TypeError(f"work must be an async function that takes the Cancelable, not {work!r}")
+    is_plain = inspect.isfunction(what) and not inspect.iscoroutinefunction(what)
+    if is_plain and what.__name__ != "<lambda>" and not hasattr(what, "__wrapped__"):
+        raise TypeError(
+            f"work must be an async function that takes the Cancelable, and {what.__qualname__}() is not async. Run a "
+            "blocking function inside of one: `await cancel.run_in_thread(function)`, or `cancel.run_in_process(function)`"
+        )
+    try:
+        inspect.signature(work).bind(*[None] * (count + 1))
+    except TypeError as exc:
+        raise TypeError(f"work is called with the Cancelable and the {count} arguments given here: {exc}") from None
+    except ValueError:
+        pass  # Some functions that are written in C have no signature.
+    typed: Work = work
+    return typed

@@ -1,0 +1,349 @@
+"""The exchange of entries between workers: reading, answering, asking, signs of life, and repair after a break."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import time
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import anyio
+
+from ..kernel.log import logger
+from .backend import Gap, Unavailable
+from .entries import Entry, decoded, new_entry_id
+from .outbox import Outbox
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable
+
+    from anyio.abc import TaskGroup
+
+    from .backend import Beat, Identity, OperationsBackend
+
+    Handler = Callable[[Entry], Any]
+
+_FIRST_PAUSE: Final = 0.1
+_LONGEST_PAUSE: Final = 2.0
+_MOST_REMEMBERED: Final = 100_000
+CALL_SECONDS: Final = 1.0
+"""The longest that one call of the store may take, except reading."""
+
+LASTING: Final = frozenset({"cancel", "cancel_all", "granted", "supersede"})
+"""The kinds of entries that must not be lost: they are appended again if the store has lost them."""
+
+
+class Answers(NamedTuple):
+    """The answers of several workers to one question."""
+
+    of: dict[str, dict[str, Any]]
+    """The last answer of each worker that has answered."""
+
+    silent: list[str]
+    """The workers that have not."""
+
+
+class _Question:
+    def __init__(self, asked: Iterable[str]) -> None:
+        self.waiting = set(asked)
+        self.answers: dict[str, dict[str, Any]] = {}
+        self.is_answered = anyio.Event()
+
+    def take(self, worker: str, answer: dict[str, Any]) -> None:
+        self.answers[worker] = answer
+        if not answer.get("more"):
+            self.waiting.discard(worker)
+            if not self.waiting:
+                self.is_answered.set()
+
+
+class _Sent(NamedTuple):
+    at: float
+    data: bytes
+    to: str | None
+    """The worker whose mail it is; ``None`` if it is in the log."""
+
+
+class Exchange:
+    """One worker's part in the exchange.
+
+    :param answering: functions by kind of entry. One returns the answer or an awaitable of it; ``None`` is no answer.
+    :param on_beat: called with each successful sign of life, and whether the connection was broken before.
+    """
+
+    def __init__(
+        self,
+        backend: OperationsBackend,
+        identity: Identity,
+        *,
+        memory: float,
+        lease: float,
+        answering: dict[str, Handler],
+        on_beat: Callable[[Beat, bool], Awaitable[None]],
+    ) -> None:
+        self.backend = backend
+        self.identity = identity
+        self.alive: dict[str, Identity] = {identity.name: identity}
+        self.is_broken = False
+        self._memory = memory
+        self._lease = lease
+        self._answering = {
+            "hello": self._welcome,
+            "bye": self._take_leave,
+            "answers": self._take_answers,
+            **answering,
+        }
+        self._on_beat = on_beat
+        self._questions: dict[str, _Question] = {}
+        self._seen: OrderedDict[str, float] = OrderedDict()
+        self._lasting: OrderedDict[str, _Sent] = OrderedDict()
+        self._outbox = Outbox(self._send_answers)
+        self._beats_in_a_row = 0
+        self._missed = 0
+        self._has_warned = False
+        self._is_leaving = False
+
+    @property
+    def others(self) -> list[str]:
+        """The other workers that are alive."""
+        return [name for name in self.alive if name != self.identity.name]
+
+    async def run(self, tasks: TaskGroup) -> None:
+        """Start reading, answering and giving signs of life; they end when ``tasks`` is cancelled."""
+        self._tasks = tasks
+        await self._beat()
+        await self._say("hello", {"identity": list(self.identity)})
+        tasks.start_soon(self._keep_reading)
+        tasks.start_soon(self._keep_beating)
+        tasks.start_soon(self._outbox.run)
+
+    async def leave(self) -> None:
+        """Say goodbye, so that others do not wait for the answers of this worker."""
+        self._is_leaving = True
+        await self._say("bye", {})
+
+    async def _say(self, kind: str, data: dict[str, Any]) -> None:
+        try:
+            await self.broadcast(kind, data)
+        except Unavailable:
+            self._note_break()
+
+    # Sending.
+
+    async def broadcast(self, kind: str, data: dict[str, Any], id: str | None = None) -> str:
+        """Append an entry to the log, and return its id.
+
+        :raises Unavailable: if the store cannot be reached; the entry may be appended all the same.
+        """
+        entry = self._new(kind, data, id)
+        await self.calling(self.backend.broadcast(entry.encoded(), entry.id))
+        self._note(entry, None)
+        return entry.id
+
+    async def send(self, worker: str, kind: str, data: dict[str, Any], id: str | None = None) -> bool:
+        """Append an entry to the mail of a worker; return ``False`` if no living worker has that name.
+
+        :raises Unavailable: as `broadcast` does.
+        """
+        entry = self._new(kind, data, id)
+        is_there: bool = await self.calling(self.backend.send(worker, entry.encoded(), entry.id))
+        if is_there:
+            self._note(entry, worker)
+        return is_there
+
+    def _new(self, kind: str, data: dict[str, Any], id: str | None) -> Entry:
+        return Entry(kind, id or new_entry_id(), self.identity.name, time.time(), data)
+
+    def _note(self, entry: Entry, to: str | None) -> None:
+        self._seen[entry.id] = entry.at
+        if entry.kind in LASTING:
+            self._lasting[entry.id] = _Sent(entry.at, entry.encoded(), to)
+
+    async def ask(self, kind: str, data: dict[str, Any], *, to: list[str] | None, timeout: float) -> Answers:
+        """Ask workers, all others by default, and return their answers when all have come or ``timeout`` is over.
+
+        :param to: the workers to ask; one that is dead is counted as silent.
+        :raises Unavailable: if the store cannot be reached.
+        """
+        asked = self.others if to is None else to
+        id = new_entry_id()
+        question = self._questions[id] = _Question(asked)
+        try:
+            if to is None:
+                if asked or kind in LASTING:
+                    await self.broadcast(kind, data, id)
+            else:
+                for worker in to:
+                    if not await self.send(worker, kind, data, id):
+                        question.waiting.discard(worker)
+            if question.waiting:
+                with anyio.move_on_after(timeout):
+                    await question.is_answered.wait()
+        finally:
+            del self._questions[id]
+        return Answers(question.answers, [name for name in asked if name not in question.answers])
+
+    async def calling(self, call: Awaitable[Any]) -> Any:
+        """Await a call of the store, for a second at most.
+
+        :raises Unavailable: if it fails or takes longer; it may take effect all the same.
+        """
+        try:
+            with anyio.fail_after(CALL_SECONDS):
+                return await call
+        except TimeoutError:
+            self._note_break()
+            raise Unavailable from None
+        except Unavailable:
+            self._note_break()
+            raise
+
+    # Reading.
+
+    async def _keep_reading(self) -> None:
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                entries = await self.backend.receive()
+                if self.is_broken:
+                    await self._repair()
+                pause = _FIRST_PAUSE
+            except Gap:
+                logger.warning("this worker has been away for longer than the operations are remembered")
+                self._note_break()
+                continue
+            except Unavailable:
+                self._note_break()
+                await anyio.sleep(pause * random.uniform(0.5, 1))
+                pause = min(2 * pause, _LONGEST_PAUSE)
+                continue
+            for _, data in entries:
+                self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        entry = decoded(data)
+        if entry is None or entry.id in self._seen:
+            return
+        now = time.time()
+        self._seen[entry.id] = now
+        if entry.kind in LASTING:
+            self._lasting[entry.id] = _Sent(now, data, None if entry.data.get("to") is None else self.identity.name)
+        self._forget(now)
+        handler = self._answering.get(entry.kind)
+        if handler is not None:
+            self._handle(entry, handler)
+
+    def _handle(self, entry: Entry, handler: Handler) -> None:
+        try:
+            answer = handler(entry)
+        except Exception:
+            logger.exception("an entry of the operations could not be handled: %r", entry.kind)
+            return
+        if inspect.isawaitable(answer):
+            self._tasks.start_soon(self._answer_later, entry, answer)
+        elif answer is not None:
+            self.answer(entry, answer)
+
+    async def _answer_later(self, entry: Entry, answer: Awaitable[Any]) -> None:
+        try:
+            given = await answer
+        except Exception:
+            logger.exception("an entry of the operations could not be handled: %r", entry.kind)
+            return
+        if given is not None:
+            self.answer(entry, given)
+
+    def answer(self, entry: Entry, answer: dict[str, Any]) -> None:
+        """Answer a question. An answer with ``"more": True`` is not the last one; ``"no"`` may come some ms later."""
+        if entry.sender != self.identity.name:
+            self._outbox.put(entry.sender, {"re": entry.id, **answer}, is_urgent=not answer.get("no"))
+
+    def tell(self, worker: str, kind: str, data: dict[str, Any]) -> None:
+        """Send an entry to a worker soon, in order, if the store can be reached; otherwise it is lost."""
+        self._outbox.put(worker, {"kind": kind, **data}, is_urgent=True)
+
+    async def _send_answers(self, worker: str, answers: list[dict[str, Any]]) -> None:
+        try:
+            await self.send(worker, "answers", {"answers": answers})
+        except Unavailable:
+            return  # The one who asks has given up by now, and says so.
+
+    def _take_answers(self, entry: Entry) -> None:
+        for answer in entry.data.get("answers", ()):
+            if answer.get("kind") in self._answering and "re" not in answer:
+                self._handle(entry._replace(kind=answer["kind"], data=answer), self._answering[answer["kind"]])
+                continue
+            question = self._questions.get(answer.get("re", ""))
+            if question is not None:
+                question.take(entry.sender, answer)
+
+    def _forget(self, now: float) -> None:
+        oldest = now - self._memory
+        while self._seen and (next(iter(self._seen.values())) <= oldest or len(self._seen) > _MOST_REMEMBERED):
+            self._seen.popitem(last=False)
+        lasting = self._lasting
+        while lasting and (next(iter(lasting.values())).at <= oldest or len(lasting) > _MOST_REMEMBERED):
+            lasting.popitem(last=False)
+
+    # Signs of life.
+
+    def _welcome(self, entry: Entry) -> None:
+        name, host, pid, version, started = entry.data["identity"][:5]
+        identity = type(self.identity)(str(name), str(host), int(pid), str(version), float(started))
+        if time.time() - entry.at < self._lease:
+            self.alive[identity.name] = identity
+
+    def _take_leave(self, entry: Entry) -> None:
+        self.alive.pop(entry.sender, None)
+        for question in list(self._questions.values()):
+            if entry.sender in question.waiting:
+                question.take(entry.sender, {"no": True})
+
+    async def _keep_beating(self) -> None:
+        while True:
+            await anyio.sleep(self._lease / 3)
+            await self._beat()
+
+    async def _beat(self) -> None:
+        try:
+            beat = await self.calling(self.backend.beat(may_reap=self._beats_in_a_row > 3))
+        except Unavailable:
+            self._beats_in_a_row = 0
+            self._missed += 1
+            if self._missed == 2:
+                self._has_warned = True
+                logger.warning("the store of operations cannot be reached; requests go on, and local cancels work")
+            return
+        was_away, self._missed = self._missed > 0, 0
+        self._beats_in_a_row += 1
+        if self._has_warned:
+            self._has_warned = False
+            logger.info("the store of operations can be reached again")
+        self.alive = {identity.name: identity for identity in beat.alive}
+        self.alive.setdefault(self.identity.name, self.identity)
+        await self._on_beat(beat, was_away)
+
+    def rename(self, identity: Identity) -> None:
+        """Go on under a new name."""
+        self.alive.pop(self.identity.name, None)
+        self.identity = identity
+        self.alive[identity.name] = identity
+        self.backend.rename(identity)
+
+    # Repair.
+
+    def _note_break(self) -> None:
+        self.is_broken = True
+
+    async def _repair(self) -> None:
+        """Append again what the store has lost of the last ``memory`` seconds: those who know it do nothing twice."""
+        self._forget(time.time())
+        logged = {id: sent for id, sent in self._lasting.items() if sent.to is None}
+        if logged:
+            for id in await self.calling(self.backend.missing(list(logged))):
+                await self.calling(self.backend.broadcast(logged[id].data, id))
+        for id, sent in list(self._lasting.items()):
+            if sent.to is not None and sent.to != self.identity.name:
+                await self.calling(self.backend.send(sent.to, sent.data, id))
+        self.is_broken = False

@@ -1,0 +1,84 @@
+"""Listing and counting what runs, here and in the other workers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio.lowlevel
+
+from .conditions import Conditions, matcher
+from .model import Operation, OperationList
+from .running import Running
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from ..request.state import RequestState
+    from .entries import Entry
+    from .exchange import Exchange
+    from .local import Local
+    from .running import RunningBlock
+
+CHUNK: Final = 5000
+"""So many are looked at before the event loop does something else."""
+
+MOST: Final = 1000
+
+
+async def everything_that(local: Local, conditions: Conditions) -> AsyncIterator[list[RequestState | RunningBlock]]:
+    """Yield what runs here and fulfils the conditions, the oldest first, in parts; others get their turn in between."""
+    fulfils = matcher(conditions, local.loop.time())
+    found = local.everything()
+    for begin in range(0, len(found), CHUNK):
+        part = found[begin : begin + CHUNK]
+        yield part if fulfils is None else list(filter(fulfils, part))
+        await anyio.lowlevel.checkpoint()
+
+
+def as_running(local: Local, each: RequestState | RunningBlock) -> Running:
+    """Return the operation of something that runs here."""
+    return each if isinstance(each, Running) else local.of_request(each)
+
+
+class Listing:
+    """The lists of what runs."""
+
+    def __init__(self, local: Local, exchange: Exchange) -> None:
+        self._local = local
+        self._exchange = exchange
+
+    async def all(self, conditions: Conditions, limit: int, timeout: float) -> OperationList:
+        """Return what runs in all workers, the oldest first."""
+        items, total = await self._here(conditions, limit)
+        unreachable: list[str] = []
+        if self._exchange.others:
+            data = {"conditions": conditions.as_data(), "limit": limit}
+            answers = await self._exchange.ask("list", data, to=None, timeout=timeout)
+            unreachable = answers.silent
+            for answer in answers.of.values():
+                items += [Operation.model_validate(item) for item in answer.get("items", ())]
+                total += answer.get("total", 0)
+            items.sort(key=lambda operation: operation.started)
+        return OperationList(items=items[:limit], total=total, unreachable=unreachable)
+
+    async def _here(self, conditions: Conditions, limit: int) -> tuple[list[Operation], int]:
+        found: list[Operation] = []
+        total = 0
+        async for part in everything_that(self._local, conditions):
+            total += len(part)
+            found += [as_running(self._local, each).view() for each in part[: limit - len(found)] if _runs(each)]
+        return found, total
+
+    async def answer(self, entry: Entry) -> dict[str, Any]:
+        """Answer another worker that makes a list."""
+        try:
+            conditions = Conditions.of_data(entry.data["conditions"])
+        except (ValueError, TypeError):
+            return {"items": [], "total": 0}
+        items, total = await self._here(conditions, min(int(entry.data["limit"]), MOST))
+        return {"items": [item.model_dump(mode="json") for item in items], "total": total}
+
+
+def _runs(each: RequestState | RunningBlock) -> bool:
+    """Return whether it has not ended while the list was made."""
+    return not each.has_ended if isinstance(each, Running) else not (each.operation and each.operation.has_ended)

@@ -1,0 +1,246 @@
+"""What runs in this worker: requests that are known to the event loop, and work without a request."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Final
+
+from ..kernel.reasons import CancelationReason
+from ..kernel.token import Cause
+from ..request.in_flight import in_flight_of
+from ..request.lifetime import Lifetime
+from ..request.naming import OPERATION_ID_KEY
+from ..request.state import SCOPE_KEY
+from .model import OperationState
+from .names import ANYONE, new_id
+from .remembered import EarlyCancels, EndedOperations
+from .running import RefusedRequest, Running, RunningBlock, RunningRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from starlette.types import Scope
+
+    from ..kernel.loops.base import EventLoop
+    from ..request.state import RequestState
+    from .names import Owner
+
+STATE_KEY: Final = "cancelable_deps.operations"
+"""The key in the lifespan's state of the `Operations` of an application."""
+
+_OPEN: Final = "cancelable_deps.operations"
+"""The key in the loop's extras of the list of its `Local` objects."""
+
+
+class Local:
+    """The operations of this worker.
+
+    Requests are those of the event loop that are old enough to be listened to. An object is made for one when somebody
+    asks for its id, or its client has chosen one.
+
+    :ivar ends: how many operations have ended, by the reason that has stopped them or their final state.
+    """
+
+    def __init__(self, operations: object, worker: str, loop: EventLoop, memory: float) -> None:
+        self.worker = worker
+        self.loop = loop
+        self.early = EarlyCancels(memory, loop.time)
+        self.ended = EndedOperations(memory, loop.time)
+        self.ends: Counter[str] = Counter()
+        self.observers: list[Callable[[Running, str], object]] = []
+        self._operations = operations
+        self._by_id: dict[str, list[Running]] = {}
+        self._arrived: dict[str, list[Scope]] = {}
+        self._blocks: dict[RunningBlock, None] = {}
+        self._in_flight = in_flight_of(loop)
+
+    def open(self) -> None:
+        """Begin to observe the requests of the loop."""
+        self._in_flight.observers += (self,)
+        self.loop.extras.setdefault(_OPEN, []).append(self)
+
+    def close(self) -> None:
+        """Observe nothing any more."""
+        self._in_flight.observers = tuple(each for each in self._in_flight.observers if each is not self)
+        self.loop.extras[_OPEN].remove(self)
+
+    def has(self, scope: Scope) -> bool:
+        """Return whether a request belongs to an application of these operations."""
+        marked = (scope.get("state") or {}).get(STATE_KEY)
+        if marked is None:
+            # A server, or an application around this one, that does not pass the state of the lifespan on.
+            return len(self.loop.extras[_OPEN]) == 1
+        return marked is self._operations
+
+    @property
+    def operations(self) -> object:
+        """The `Operations` that this is the worker of."""
+        return self._operations
+
+    def request_is_old(self, request: RequestState) -> None:
+        """Find out whether a request is named, and cancelled by its name."""
+        running: RunningRequest | None = request.operation
+        if running is not None and running.has_ended:
+            # Only its blocks are known, and another one has followed.
+            request.operation = None
+        if request.operation is None and OPERATION_ID_KEY in request.scope and self.has(request.scope):
+            self.of_request(request)
+
+    def request_ended(self, request: RequestState) -> None:
+        """Note the end of a request."""
+        running: RunningRequest | None = request.operation
+        if running is None:
+            if self.has(request.scope):
+                self.ends[str(_end_of(request, None))] += 1
+        elif running.home is self:
+            end = _end_of(request, running)
+            state = OperationState.FINISHED if end == OperationState.FINISHED else OperationState.CANCELLED
+            self._end(running, state, end)
+
+    def of_request(self, request: RequestState) -> RunningRequest:
+        """Return the operation of a request, which is made when it is first asked for."""
+        running: RunningRequest | None = request.operation
+        if running is None:
+            running = request.operation = RunningRequest(self, request)
+            id: str | None = request.scope.get(OPERATION_ID_KEY)
+            if id is not None:
+                running.use_id(id)
+                self._stop_if_cancelled_early(running, ANYONE)
+        return running
+
+    def add(self, running: RunningBlock, id: str | None) -> None:
+        """Add work without a request."""
+        self._blocks[running] = None
+        if id is not None:
+            running.use_id(id)
+            self._stop_if_cancelled_early(running, ANYONE)
+            if running.owner is not None:
+                self._stop_if_cancelled_early(running, running.owner)
+
+    def remove(self, running: RunningBlock, state: OperationState) -> None:
+        """Note the end of work without a request."""
+        self._blocks.pop(running, None)
+        cause = running.cause
+        stopped = state is OperationState.CANCELLED and cause is not None
+        self._end(running, state, str(cause.reason) if cause is not None and stopped else str(state))
+
+    def discard(self, running: RunningBlock) -> None:
+        """Forget work that is not started after all."""
+        self._blocks.pop(running, None)
+        if running.known_id is not None:
+            self._forget_id(running, running.known_id)
+
+    def _end(self, running: Running, state: OperationState, end: str) -> None:
+        self.ends[str(end)] += 1
+        running.end(state)
+        id = running.known_id
+        if id is not None:
+            self._forget_id(running, id)
+            self.ended.add(running, id)
+        self.changed(running, "end")
+
+    def _forget_id(self, running: Running, id: str) -> None:
+        same = self._by_id[id]
+        same.remove(running)
+        if not same:
+            del self._by_id[id]
+
+    def name(self, running: Running) -> str:
+        """Return a new id for an operation, by which it is found from now on."""
+        id = new_id(self.worker)
+        self.name_as(running, id)
+        return id
+
+    def name_as(self, running: Running, id: str) -> None:
+        """Have an operation found by an id that its client has chosen."""
+        self._by_id.setdefault(id, []).append(running)
+
+    def claimed(self, running: Running) -> None:
+        """Stop an operation that its owner has cancelled before."""
+        if running.owner is not None and running.known_id is not None:
+            self._stop_if_cancelled_early(running, running.owner)
+        self.changed(running, "state")
+
+    def changed(self, running: Running, kind: str) -> None:
+        """Tell the observers, and those that listen to this operation."""
+        for listener in [*running.listeners, *self.observers]:
+            listener(running, kind)
+
+    def _stop_if_cancelled_early(self, running: Running, owner: Owner) -> None:
+        cause = self.early.find(owner, running.id) if self.early else None
+        if cause is not None:
+            running.stop(cause)
+
+    def arrive(self, id: str, scope: Scope) -> Cause | None:
+        """Note a request whose client has named it; return the cause if that was cancelled before, and is not to start."""
+        cause = self.early.find(ANYONE, id) if self.early else None
+        if cause is None:
+            self._arrived.setdefault(id, []).append(scope)
+            return None
+        running = RefusedRequest(self, cause)
+        running.use_id(id)
+        self._end(running, OperationState.CANCELLED, cause.reason)
+        return cause
+
+    def depart(self, id: str, scope: Scope) -> None:
+        """Note the end of a request whose client has named it."""
+        same = [other for other in self._arrived.pop(id, ()) if other is not scope]
+        if same:
+            self._arrived[id] = same
+
+    def find(self, id: str, owner: Owner) -> list[Running]:
+        """Return the operations of an id that run, and belong to ``owner``."""
+        for scope in self._arrived.get(id, ()):
+            # One that is too young to be known otherwise.
+            request = scope.get(SCOPE_KEY)
+            if request is not None:
+                self.of_request(request.state)
+        return [running for running in self._by_id.get(id, ()) if running.belongs_to(owner)]
+
+    def find_ended(self, id: str, owner: Owner) -> Running | None:
+        """Return the last operation of an id that has ended, if it belongs to ``owner``."""
+        return self.ended.find(id, owner)
+
+    def everything(self) -> list[RequestState | RunningBlock]:
+        """Return all that runs here, in the order of its start; requests without an object of their own as they are."""
+        shared = len(self.loop.extras[_OPEN]) > 1
+        requests = list(self._in_flight.requests)
+        if shared:
+            requests = [request for request in requests if self.has(request.scope)]
+        if not self._blocks:
+            return requests
+        # Both parts are nearly in order, which makes the sorting cheap.
+        return sorted([*requests, *self._blocks], key=_started)
+
+    def blocks(self) -> Iterator[RunningBlock]:
+        """Yield the work without a request."""
+        yield from list(self._blocks)
+
+
+def _started(running: RequestState | RunningBlock) -> float:
+    return running.started
+
+
+def _end_of(request: RequestState, running: RunningRequest | None) -> str:
+    """Return the reason that has stopped a request that has ended; ``"finished"`` if it ended by itself."""
+    cause: Cause | None = request.cause
+    if cause is None:
+        return OperationState.FINISHED
+    if running is not None and running.was_stopped_late:
+        return cause.reason
+    # A line in the log says that the error of the cancellation has left the handler. Where only blocks are known, and
+    # not the handler's end, this is asked before the last block raises its error.
+    left_by_error = request.reason is not None or request.lifetime is Lifetime.BLOCKS
+    was_stopped = left_by_error and not request.is_finished
+    return cause.reason if was_stopped else OperationState.FINISHED
+
+
+def only_one_in(loop: EventLoop) -> object:
+    """Return the `Operations` that are open in ``loop``, if they are the only ones."""
+    known: list[Local] = loop.extras.get(_OPEN, [])
+    return known[0].operations if len(known) == 1 else None
+
+
+def superseded() -> Cause:
+    """Return the cause of an operation whose key a newer one has taken."""
+    return Cause(CancelationReason.MANUAL, "superseded by a newer request")
