@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import httpx
 import pytest
 import trio.testing
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 import cancelable_deps
+import cancelable_deps.deadlines
 import cancelable_deps.operations
 import cancelable_deps.testing
 from cancelable_deps import CancelationReason, begin_shutdown, configure
@@ -64,6 +66,7 @@ def test_every_page_is_in_the_navigation() -> None:
 def test_the_reference_has_every_public_name() -> None:
     found = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
     public = [f"cancelable_deps.{name}" for name in cancelable_deps.__all__]
+    public += [f"cancelable_deps.deadlines.{name}" for name in cancelable_deps.deadlines.__all__]
     public += [f"cancelable_deps.testing.{name}" for name in cancelable_deps.testing.__all__]
     public += [f"cancelable_deps.operations.{name}" for name in cancelable_deps.operations.__all__]
     assert sorted(found) == sorted(public)
@@ -76,7 +79,7 @@ def test_snippets_import_from_the_public_modules_alone() -> None:
         for snippet in snippets_of(page).values()
         for module in re.findall(r"(?:from|import) (cancelable_deps[\w.]*)", snippet)
     }
-    assert imports <= {"cancelable_deps", "cancelable_deps.testing", "cancelable_deps.operations"}
+    assert imports <= {f"cancelable_deps{module}" for module in ("", ".deadlines", ".operations", ".testing")}
 
 
 # index.md, decorator.md, handles.md
@@ -185,6 +188,42 @@ async def test_policies() -> None:
     assert names["soon"].exceeded == 1
     assert (await after(20, app, "/render")).json() == "rendered"
     assert (await after(20, app, "/batch")).json() == "all of it"
+
+
+@movable_clock
+async def test_the_time_of_the_client() -> None:
+    app = run("deadlines.md", "The time of the client")["app"]
+    call = await after(5, app, "/report", headers={"Prefer": "wait=5"})
+    assert (call.status, call.headers["x-deadline-expired"]) == (504, "1")
+    assert (await after(20, app, "/report")).json() == "done"
+    assert (await get(app, "/left", headers={"grpc-timeout": "5S"})).json() <= 5
+
+
+async def test_the_services_behind() -> None:
+    names = run("deadlines.md", "The services behind yours")
+    called: dict[str, str | None] = {}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        called[request.url.host] = request.headers.get("prefer")
+        return httpx.Response(200, json=["tea"])
+
+    hooks = names["http"].event_hooks
+    names["http"] = httpx.AsyncClient(transport=httpx.MockTransport(answer), event_hooks=hooks)
+    assert (await get(names["app"], "/offers", headers={"prefer": "wait=500"})).json() == ["tea"]
+    assert called["statistics"] is None
+    assert int((called["prices"] or "").removeprefix("wait=")) < 500
+
+
+def test_deadline_transport() -> None:
+    with run("deadlines.md", "A transport")["http"] as client:
+        assert isinstance(client, httpx.Client)
+
+
+async def test_the_header_alone() -> None:
+    headers_of_a_call = run("deadlines.md", "Other clients")["headers_of_a_call"]
+    assert headers_of_a_call() == {}
+    async with cancelable_deps.Cancelable(timeout=500):
+        assert 0 < int(headers_of_a_call()["connect-timeout-ms"]) < 500_000
 
 
 async def test_errors_meet_the_applications_own_handlers() -> None:

@@ -12,6 +12,7 @@ from .block import Block, current
 from .condition import Condition
 from .options import NotADependency, seconds
 from .reasons import CancelationReason
+from .remaining import Hidden, seconds_left
 from .shields import Deferral, Shield
 from .threads import enter_in_thread, leave_in_thread, run_in_process, run_in_thread
 from .token import Callback, CancelationToken, call_logged, check_reason
@@ -228,21 +229,20 @@ class Cancelable(_Observable):
 
     @property
     def deadline(self) -> float:
-        """The time at which this block, or an enclosing block in the same task, times out; ``math.inf`` if never.
+        """The time at which this block, an enclosing block in the same task, or its request times out.
 
-        A time of the clock ``anyio.current_time()``. The timeout of this block counts from when it is entered.
+        A time of the clock ``anyio.current_time()``; ``math.inf`` if there is no timeout. The timeout of this block counts
+        from when it is entered.
         """
         return self._block.deadline
 
     def remaining(self) -> float:
         """Return the seconds that are left until `deadline`; 0 when it has passed, ``math.inf`` without a timeout.
 
-        Before the block is entered, this is its own timeout.
+        Before the block is entered, this is its own timeout, or the rest of the time of the request that the handle
+        belongs to, if that is less.
         """
-        block = self._block
-        if block.loop is None:
-            return math.inf if block.timeout is None else block.timeout
-        return max(0.0, block.deadline - block.loop.time())
+        return seconds_left(self._block)
 
     def extend(self, by: float | timedelta) -> bool:
         """Move the timeout ``by`` seconds later. May be called in any thread.
@@ -251,8 +251,10 @@ class Cancelable(_Observable):
         handler that is the timeout of the decorator, route class or middleware; the handle that the handler was given
         need not be entered for that.
 
-        :return: ``True`` if the timeout was moved; ``False`` if there is none, or its block was already cancelled or
-            left.
+        The time that the client of a request gives (see ``ClientTimeout``) is not moved: a timeout is moved up to it.
+
+        :return: ``True`` if the timeout was moved; ``False`` if there is none, if it is the client's, or if its block was
+            already cancelled or left.
         :raises ValueError: if ``by`` is negative or NaN.
         :raises TypeError: if ``by`` is not a number.
         """
@@ -297,9 +299,10 @@ class Cancelable(_Observable):
     def shield(self) -> Shield:
         """Return a context manager around a section that must be finished: a cancellation is delivered after it.
 
-        Takes ``with`` and ``async with``. There is no limit to how long the section may delay the cancellation.
+        Takes ``with`` and ``async with``. There is no limit to how long the section may delay the cancellation. Calls to
+        other services in it are not given the deadlines of the blocks around it (see ``forward_deadline``).
         """
-        return Shield()
+        return Shield(Hidden())
 
     def defer_disconnect(self) -> Deferral:
         """Return a context manager in which the client's disconnect is recorded, and cancels the request at its end.

@@ -9,15 +9,23 @@ import anyio
 from .loops.current import current_loop
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from types import TracebackType
 
 
 class Shield:
-    """A shielded anyio scope for ``with`` and ``async with``."""
+    """A shielded anyio scope for ``with`` and ``async with``.
+
+    :param inner: a section that is entered and left with it.
+    """
 
     _scope: anyio.CancelScope | None = None
 
+    def __init__(self, inner: AbstractContextManager[object]) -> None:
+        self._inner = inner
+
     def __enter__(self) -> Self:
+        self._inner.__enter__()
         try:
             current_loop()
         except RuntimeError:
@@ -30,6 +38,7 @@ class Shield:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._inner.__exit__(exc_type, exc, traceback)
         if self._scope is not None:
             self._scope.__exit__(exc_type, exc, traceback)
 

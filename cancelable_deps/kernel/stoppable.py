@@ -76,8 +76,12 @@ class Stoppable(Timed):
         """The task in which the block is open; ``None`` if it is not."""
         raise NotImplementedError
 
-    def cancel_for_timeout(self, message: str) -> None:
-        self.token.cancel_nowait(CancelationReason.TIMEOUT, message)
+    def timeout_cause(self) -> Cause:
+        limit = "" if self.timeout is None else f" after {self.timeout:g} seconds"
+        return Cause(CancelationReason.TIMEOUT, f"Timed out{limit}")
+
+    def cancel_for_timeout(self, cause: Cause) -> None:
+        self.token.cancel_because(cause)
 
     def token_cancelled(self, token: CancelationToken, cause: Cause) -> None:
         """Act on a cancellation of a token that the block listens to."""
