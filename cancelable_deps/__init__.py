@@ -1,12 +1,14 @@
 """Stop a FastAPI request's work when nobody needs it any more, and say why."""
 
 # The map. A folder is a floor, and imports from the floors above it in this list alone: `tests/test_layout.py`.
-# CONTRIBUTING.md says more of each file. Public are the names below and those of `testing`; other paths may change.
+# CONTRIBUTING.md says more of each file. Public are the names below and those of `databases` and `testing`; other paths
+# may change.
 #
 # kernel/     stop a block of work, without the web
 #   cancelable task_group token errors reasons                    what users see
 #   block callbacks stoppable timed                               the classes under Cancelable, one job each
-#   timeouts condition shields threads processes/(pool child)     what ends a block, what delays that, where work runs
+#   timeouts condition shields interrupting threads               what ends a block, what delays that, where work runs
+#     processes/(pool child)
 #   loops/(base current asyncio_loop trio_loop thread_loop        the event loops,
 #     asyncio_scopes trio_scopes unwinding known                  polite cancellation in their scopes,
 #     public_scopes public_asyncio public_trio)                   and the same by public API alone
@@ -24,6 +26,8 @@
 #   decorator options endpoint dress generators                   @with_cancelation
 #   middleware base_http wsgi route                               the application, one router
 #   dependencies streaming progress websocket lifespan            handles, responses, WebSockets, the shutdown
+# databases/  sessions of SQLAlchemy, limits of PostgreSQL
+#   session statements
 # testing/    a client that hangs up
 #   client calls websockets clock tasks
 
