@@ -6,7 +6,7 @@ import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import trio.testing
@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 import cancelable_deps
+import cancelable_deps.databases
 import cancelable_deps.testing
 from cancelable_deps import CancelationReason, begin_shutdown, configure
 from cancelable_deps.testing import Call, SocketClosed, advance, assert_cancelled
@@ -62,7 +63,8 @@ def test_every_page_is_in_the_navigation() -> None:
 def test_the_reference_has_every_public_name() -> None:
     found = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
     public = [f"cancelable_deps.{name}" for name in cancelable_deps.__all__]
-    public += [f"cancelable_deps.testing.{name}" for name in cancelable_deps.testing.__all__]
+    for module in (cancelable_deps.databases, cancelable_deps.testing):
+        public += [f"{module.__name__}.{name}" for name in module.__all__]
     assert sorted(found) == sorted(public)
 
 
@@ -73,7 +75,7 @@ def test_snippets_import_from_the_public_modules_alone() -> None:
         for snippet in snippets_of(page).values()
         for module in re.findall(r"(?:from|import) (cancelable_deps[\w.]*)", snippet)
     }
-    assert imports <= {"cancelable_deps", "cancelable_deps.testing"}
+    assert imports <= {"cancelable_deps", "cancelable_deps.databases", "cancelable_deps.testing"}
 
 
 # index.md, decorator.md, handles.md
@@ -261,7 +263,7 @@ async def test_websockets() -> None:
             await socket.receive_text()
 
 
-# threads.md, shutdown.md, without-a-request.md, testing.md
+# threads.md
 
 
 async def test_def_handlers() -> None:
@@ -279,6 +281,38 @@ async def test_threads_and_processes() -> None:
 async def test_blocking_call() -> None:
     app = run("threads.md", "A blocking call that can be interrupted")["app"]
     assert (await hang_up(app, "/count")).reason is CancelationReason.DISCONNECT
+
+
+# databases.md
+
+
+@asyncio_only
+async def test_databases_session() -> None:
+    names = run("databases.md", "A session for each request")
+    assert (await get(names["app"], "/answer")).json() == 42
+    await names["engine"].dispose()
+
+
+@pytest.mark.parametrize("path", ["/def", "/async"])
+async def test_databases_in_threads(path: str) -> None:
+    app = run("databases.md", "A driver that blocks its thread")["app"]
+    assert (await hang_up(app, path)).reason is CancelationReason.DISCONNECT
+
+
+async def test_databases_limit() -> None:
+    class Connection:
+        autocommit = False
+        statements: ClassVar[list[str]] = []
+
+        async def execute(self, statement: str) -> None:
+            self.statements.append(statement)
+
+    await run("databases.md", "A limit that the server keeps")["report"](Connection())
+    first, _ = Connection.statements
+    assert re.fullmatch(r"select set_config\('statement_timeout', '30\d{3}', true\)", first)
+
+
+# shutdown.md, without-a-request.md, testing.md
 
 
 async def test_shutdown() -> None:
