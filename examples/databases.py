@@ -40,10 +40,10 @@ app.add_middleware(RequestCancelationMiddleware, default_timeout=30)
 
 
 @app.post("/visits")
-async def visit(session: SessionOfRequest) -> int | None:
+async def visit(session: SessionOfRequest) -> int:
     """Committed before the response is sent; rolled back if the client leaves first."""
     await session.execute(text("insert into visit default values"))
-    return await session.scalar(text("select count(*) from visit"))
+    return int((await session.execute(text("select count(*) from visit"))).scalar_one())
 
 
 @app.get("/count")
