@@ -1,14 +1,15 @@
 """Stop a FastAPI request's work when nobody needs it any more, and say why."""
 
 # The map. A folder is a floor, and imports from the floors above it in this list alone: `tests/test_layout.py`.
-# CONTRIBUTING.md says more of each file. Public are the names below and those of `deadlines` and
-# `testing`; other paths may change.
+# CONTRIBUTING.md says more of each file. Public are the names below and those of `databases`, `deadlines`, `operations`
+# and `testing`; other paths may change.
 #
 # kernel/     stop a block of work, without the web
 #   cancelable task_group token errors reasons                    what users see
 #   block callbacks stoppable timed                               the classes under Cancelable, one job each
 #   remaining                                                     the time around the caller
-#   timeouts condition shields threads processes/(pool child)     what ends a block, what delays that, where work runs
+#   timeouts condition shields interrupting threads               what ends a block, what delays that, where work runs
+#     processes/(pool child)
 #   loops/(base current asyncio_loop trio_loop thread_loop        the event loops,
 #     asyncio_scopes trio_scopes unwinding known                  polite cancellation in their scopes,
 #     public_scopes public_asyncio public_trio)                   and the same by public API alone
@@ -39,6 +40,8 @@
 #   backend memory memory_keys                                    the store that they share
 #   redis/(store scripts layout graves choice client              the same in Redis,
 #     redis_py core_redis)                                        by either client library
+# databases/  sessions of SQLAlchemy, limits of PostgreSQL
+#   session statements
 # testing/    a client that hangs up
 #   client calls websockets clock tasks hub
 

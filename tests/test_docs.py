@@ -6,7 +6,7 @@ import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import anyio
 import httpx
@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 import cancelable_deps
+import cancelable_deps.databases
 import cancelable_deps.deadlines
 import cancelable_deps.operations
 import cancelable_deps.testing
@@ -66,9 +67,13 @@ def test_every_page_is_in_the_navigation() -> None:
 def test_the_reference_has_every_public_name() -> None:
     found = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
     public = [f"cancelable_deps.{name}" for name in cancelable_deps.__all__]
-    public += [f"cancelable_deps.deadlines.{name}" for name in cancelable_deps.deadlines.__all__]
-    public += [f"cancelable_deps.testing.{name}" for name in cancelable_deps.testing.__all__]
-    public += [f"cancelable_deps.operations.{name}" for name in cancelable_deps.operations.__all__]
+    for module in (
+        cancelable_deps.databases,
+        cancelable_deps.deadlines,
+        cancelable_deps.operations,
+        cancelable_deps.testing,
+    ):
+        public += [f"{module.__name__}.{name}" for name in module.__all__]
     assert sorted(found) == sorted(public)
 
 
@@ -79,7 +84,8 @@ def test_snippets_import_from_the_public_modules_alone() -> None:
         for snippet in snippets_of(page).values()
         for module in re.findall(r"(?:from|import) (cancelable_deps[\w.]*)", snippet)
     }
-    assert imports <= {f"cancelable_deps{module}" for module in ("", ".deadlines", ".operations", ".testing")}
+    public = ("", ".databases", ".deadlines", ".operations", ".testing")
+    assert imports <= {f"cancelable_deps{module}" for module in public}
 
 
 # index.md, decorator.md, handles.md
@@ -303,7 +309,7 @@ async def test_websockets() -> None:
             await socket.receive_text()
 
 
-# threads.md, shutdown.md, without-a-request.md, testing.md
+# threads.md
 
 
 async def test_def_handlers() -> None:
@@ -321,6 +327,38 @@ async def test_threads_and_processes() -> None:
 async def test_blocking_call() -> None:
     app = run("threads.md", "A blocking call that can be interrupted")["app"]
     assert (await hang_up(app, "/count")).reason is CancelationReason.DISCONNECT
+
+
+# databases.md
+
+
+@asyncio_only
+async def test_databases_session() -> None:
+    names = run("databases.md", "A session for each request")
+    assert (await get(names["app"], "/answer")).json() == 42
+    await names["engine"].dispose()
+
+
+@pytest.mark.parametrize("path", ["/def", "/async"])
+async def test_databases_in_threads(path: str) -> None:
+    app = run("databases.md", "A driver that blocks its thread")["app"]
+    assert (await hang_up(app, path)).reason is CancelationReason.DISCONNECT
+
+
+async def test_databases_limit() -> None:
+    class Connection:
+        autocommit = False
+        statements: ClassVar[list[str]] = []
+
+        async def execute(self, statement: str) -> None:
+            self.statements.append(statement)
+
+    await run("databases.md", "A limit that the server keeps")["report"](Connection())
+    first, _ = Connection.statements
+    assert re.fullmatch(r"select set_config\('statement_timeout', '30\d{3}', true\)", first)
+
+
+# shutdown.md, without-a-request.md, testing.md
 
 
 async def test_shutdown() -> None:

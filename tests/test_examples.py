@@ -26,6 +26,7 @@ from examples import (
     background_report,
     background_worker,
     cancel_by_id,
+    databases,
     deadlines,
     disconnect,
     latest_wins,
@@ -225,6 +226,16 @@ async def test_processes(capfd: pytest.CaptureFixture[str]) -> None:
     assert not psutil.pid_exists(answer["process"])
     assert (await stay(processes.app, "GET", "/collatz/limited?below=100000000")).status_code == 504
     assert not [child for child in psutil.Process().children() if "_child.py" in " ".join(child.cmdline())]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_databases(capsys: pytest.CaptureFixture[str]) -> None:
+    async with CancelableClient(databases.app, ceiling=CEILING, lifespan=True) as client:
+        assert [(await client.post("/visits")).json() for _ in range(2)] == [1, 2]
+        async with client.start("GET", "/count", hang_up=HangUp.after_request(-1)) as call:
+            pass
+    assert call.status == 499
+    assert capsys.readouterr().out == "the query is over: disconnect\n"
 
 
 @movable_clock

@@ -6,7 +6,7 @@ import inspect
 import subprocess
 import sys
 import types
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import timedelta
 from importlib.util import find_spec
@@ -18,10 +18,14 @@ import pytest
 from anyio import CapacityLimiter
 from anyio.abc import TaskGroup
 from fastapi import APIRouter, Depends, FastAPI, WebSocket
+from psycopg import AsyncConnection as PsycopgConnection
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
 from starlette.applications import Starlette
 from starlette.requests import Request
 
 import cancelable_deps
+import cancelable_deps.databases
 import cancelable_deps.deadlines
 import cancelable_deps.operations
 import cancelable_deps.testing
@@ -47,6 +51,7 @@ from cancelable_deps import (
     wait_for_disconnect,
     with_cancelation,
 )
+from cancelable_deps.databases import cancelable_session, limit_statements
 from cancelable_deps.deadlines import ClientTimeout, DeadlineTransport, forward_deadline, no_deadline
 from tests.snippets import PAGES, README
 
@@ -54,7 +59,13 @@ DOCS = "".join(path.read_text() for path in [README, *PAGES] if path.name != "ap
 EXAMPLES = "".join(path.read_text() for path in (Path(__file__).parent.parent / "examples").rglob("*.py"))
 
 
-MODULES = (cancelable_deps, cancelable_deps.deadlines, cancelable_deps.operations, cancelable_deps.testing)
+MODULES = (
+    cancelable_deps,
+    cancelable_deps.databases,
+    cancelable_deps.deadlines,
+    cancelable_deps.operations,
+    cancelable_deps.testing,
+)
 NAMES = [(module, name) for module in MODULES[:-1] for name in module.__all__]
 
 
@@ -116,8 +127,9 @@ def test_everything_for_tests_has_a_docstring() -> None:
 
 def test_importing_brings_no_optional_dependency() -> None:
     code = (
-        "import sys, cancelable_deps\n"
-        "print([m for m in ('trio', 'uvloop', 'uvicorn', 'httpx', 'pytest', 'sqlalchemy') if m in sys.modules])"
+        "import sys, cancelable_deps, cancelable_deps.databases\n"
+        "print([m for m in ('trio', 'uvloop', 'uvicorn', 'httpx', 'pytest', 'sqlalchemy', 'asyncpg', 'psycopg')"
+        " if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -225,6 +237,32 @@ async def user_code(
     def told(block: Cancelable) -> None: ...
 
     told(cancel)
+
+
+async_maker = async_sessionmaker(class_=AsyncSession)
+sync_maker = sessionmaker(class_=Session)
+AsyncSessionOfRequest = Annotated[AsyncSession, Depends(cancelable_session(async_maker), scope="function")]
+SessionOfRequest = Annotated[Session, Depends(cancelable_session(sync_maker, cleanup_grace=3), scope="function")]
+
+
+async def with_databases(
+    cancel: RequestCancelable, session: AsyncSessionOfRequest, connection: PsycopgConnection
+) -> None:
+    assert_type(cancelable_session(async_maker), Callable[[], AsyncGenerator[AsyncSession]])
+    assert_type(cancelable_session(AsyncSession), Callable[[], AsyncGenerator[AsyncSession]])
+    assert_type(cancelable_session(sync_maker), Callable[[], Generator[Session]])
+    assert_type(limit_statements(session, cancel), Awaitable[None])
+    assert_type(limit_statements(await session.connection(), cancel, timedelta(seconds=1)), Awaitable[None])
+    assert_type(limit_statements(connection, cancel, margin=1), Awaitable[None])
+    async with cancel.interrupting(print, discard=session.expire_all):
+        pass
+
+
+def with_databases_in_thread(cancel: RequestCancelable, session: SessionOfRequest) -> None:
+    limit_statements(session, cancel)
+    limit_statements(session.connection(), cancel)
+    with cancel.interrupting(session.expire_all):
+        pass
 
 
 @with_cancelation(timeout=3)

@@ -10,6 +10,7 @@ import anyio.lowlevel
 
 from .block import Block, current
 from .condition import Condition
+from .interrupting import Interrupting
 from .options import NotADependency, seconds
 from .reasons import CancelationReason
 from .remaining import Hidden, seconds_left
@@ -302,7 +303,7 @@ class Cancelable(_Observable):
         Takes ``with`` and ``async with``. There is no limit to how long the section may delay the cancellation. Calls to
         other services in it are not given the deadlines of the blocks around it (see ``forward_deadline``).
         """
-        return Shield(Hidden())
+        return Shield(current.get(), Hidden())
 
     def defer_disconnect(self) -> Deferral:
         """Return a context manager in which the client's disconnect is recorded, and cancels the request at its end.
@@ -321,6 +322,39 @@ class Cancelable(_Observable):
         """Whether the client is known to have disconnected, even while `defer_disconnect` delays the cancellation."""
         owner = self._block.owner_of_client
         return self.reason is CancelationReason.DISCONNECT if owner is None else owner.has_left
+
+    def interrupting(self, stop: Callable[[], object], *, discard: Callable[[], object] | None = None) -> Interrupting:
+        """Return a context manager around a blocking call, which ``stop()`` interrupts when the block is cancelled.
+
+        For drivers that block a thread, and that another thread can interrupt: psycopg (``connection.cancel_safe``),
+        sqlite3 (``connection.interrupt``), PyMySQL (a ``KILL QUERY`` by a second connection). Use a plain ``with`` in
+        the thread, or ``async with`` around `run_in_thread`.
+
+        ``stop`` is called in a thread of its own, as it may connect to a server; and again every now and then (after
+        0.25 seconds, 0.5, 1, ... 4) until the section is left, as it has no effect before the call has reached the
+        server. **Leaving the section waits for it**, and afterwards it is not called, so that it never interrupts the
+        next query on the connection. If leaving has waited for ``cleanup_grace`` seconds, an error is logged and
+        ``discard`` is called, for example ``connection.close``; without ``discard``, leaving goes on waiting.
+        Exceptions of both are logged and not raised.
+
+        If the interrupted call raises an exception (the error of the driver, but no ``HTTPException``), the
+        `CancelationError` of the reason is raised in its place, with the exception as its ``__cause__``. A call that
+        completes all the same has completed: nothing is raised.
+
+        A cancellation by this block, its deadline or a block around it calls ``stop``; `shield` delays that. Any other
+        cancellation of the task (an anyio scope, ``task.cancel()``) calls it when it leaves an ``async with``. With
+        ``abandon_on_cancel`` the section belongs into the function that runs in the thread.
+
+        Sections may be nested; the innermost is interrupted first.
+
+        :param stop: a plain function without arguments. It must leave an idle connection alone.
+        :param discard: a plain function without arguments, called where the section is left. It must not block.
+        :raises TypeError: if ``stop`` or ``discard`` is not a plain function; on entering, if a plain ``with`` stands
+            in an event loop.
+        :raises RuntimeError: on entering, if the block is not open, or the section has been entered before.
+        :raises CancelationError: on entering, if the block is cancelled already; ``stop`` is not called then.
+        """
+        return Interrupting(self._block, stop, discard)
 
     async def __aenter__(self) -> Self:
         self._block.enter()
