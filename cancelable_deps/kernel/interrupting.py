@@ -16,6 +16,7 @@ from .errors import CancelationError
 from .log import logger
 from .loops.current import current_loop, runs_in_this_thread
 from .options import runs_only_when_awaited
+from .remaining import seconds_left
 from .shields import is_shielded, open_sections
 from .token import call_logged
 
@@ -247,7 +248,7 @@ class Interrupting:
     def _watch_deadline(self) -> None:
         block = self._block
         # The deadline may be moved meanwhile, also to infinity.
-        while block.cause is None and not self._left.wait(min(block.remaining(), threading.TIMEOUT_MAX)):
+        while block.cause is None and not self._left.wait(min(seconds_left(block), threading.TIMEOUT_MAX)):
             with suppress(CancelationError):
                 block.check()
 

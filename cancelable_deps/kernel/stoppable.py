@@ -67,12 +67,6 @@ class Stoppable(Timed):
         """The deadline on the loop's clock, or that of a block around this one, if that is earlier."""
         return self.own_deadline if self.parent is None else min(self.own_deadline, self.parent.deadline)
 
-    def remaining(self) -> float:
-        """Return the seconds until `deadline`; 0 when it has passed, and the timeout before the block is entered."""
-        if self.loop is None:
-            return math.inf if self.timeout is None else self.timeout
-        return max(0.0, self.deadline - self.loop.time())
-
     def begun_scope(self) -> PoliteScope | None:
         """Return the scope of an open block, which is entered now if it has not been."""
         raise NotImplementedError
