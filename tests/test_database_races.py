@@ -13,8 +13,8 @@ import pytest
 from psycopg_pool import ConnectionPool
 
 from cancelable_deps import Cancelable, ManualCancelation
-from tests.mariadb import connected, kill_query, mariadb_or_skip
 from tests.machine import scaled
+from tests.mariadb import connected, kill_query, mariadb_or_skip
 from tests.postgres import postgres_server
 
 pytestmark = [pytest.mark.anyio, pytest.mark.real]

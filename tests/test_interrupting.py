@@ -55,10 +55,9 @@ class DriverError(Exception):
 class Driver:
     """A connection whose one kind of call blocks its thread until another thread interrupts it."""
 
-    strike: Callable[[], object] = staticmethod(lambda: None)
-    """Called in the middle of the call: a deadline might strike before it."""
-
     def __init__(self) -> None:
+        # Called in the middle of the call: a deadline might strike before it.
+        self.strike: Callable[[], object] = bool
         self.interrupts = 0
         self.called = threading.Event()
         self.interrupted = threading.Event()
