@@ -381,7 +381,8 @@ async def test_a_cancelled_task_stops_the_thread_that_it_leaves_behind() -> None
             await in_the_loop(cancel, driver, call)
 
     task = asyncio.create_task(work())
-    driver.strike = partial(asyncio.get_running_loop().call_soon_threadsafe, task.cancel)
+    loop = asyncio.get_running_loop()
+    driver.strike = lambda: loop.call_soon_threadsafe(task.cancel)
     with pytest.raises(asyncio.CancelledError):
         await task
     await until(ended)
