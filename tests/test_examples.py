@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import re
 import runpy
+import sqlite3
 import sys
 import threading
 from pathlib import Path
@@ -229,11 +230,19 @@ async def test_processes(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_databases(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_databases(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    connected_to = threading.Event()
+
+    def connect(path: str, *, check_same_thread: bool) -> sqlite3.Connection:
+        connected_to.set()
+        return sqlite3.connect(path, check_same_thread=check_same_thread)
+
+    monkeypatch.setattr(databases, "sqlite3", SimpleNamespace(connect=connect))
     async with CancelableClient(databases.app, ceiling=CEILING, lifespan=True) as client:
         assert [(await client.post("/visits")).json() for _ in range(2)] == [1, 2]
-        async with client.start("GET", "/count", hang_up=HangUp.after_request(-1)) as call:
-            pass
+        async with client.start("GET", "/count") as call:
+            assert await anyio.to_thread.run_sync(connected_to.wait, CEILING)
+            await call.hang_up()
     assert call.status == 499
     assert capsys.readouterr().out == "the query is over: disconnect\n"
 
