@@ -54,6 +54,9 @@ class Watcher(Protocol):
         """Return whether a cancellation of the request reaches ``task`` through this watcher."""
         ...
 
+    def shorten_grace(self, grace: float) -> None:
+        """Give the cleanup of a block at most ``grace`` seconds."""
+
 
 class Door(Watcher, Protocol):
     """A block around the whole handler."""
@@ -119,6 +122,9 @@ class Listening:
         """Do nothing, because there is no work to cancel."""
 
     def token_is_made(self, token: CancelationToken) -> None:
+        """Do nothing, because there is no work to cancel."""
+
+    def shorten_grace(self, grace: float) -> None:
         """Do nothing, because there is no work to cancel."""
 
 
@@ -243,6 +249,8 @@ class RequestState(ResponseProgress, Mortal):
                 self.in_flight.add_young(self)
             else:
                 self.arm()
+        if self.grace_limit is not None:
+            watcher.shorten_grace(self.grace_limit)
 
     def arm(self) -> None:
         """Start listening, and tell the watchers."""
