@@ -42,6 +42,7 @@ ON_PUBLIC_API = {
     "test_postgres.py",
     "test_request_block.py",
     "test_route.py",
+    "test_shorten_grace.py",
     "test_task_group.py",
     "test_token.py",
 }
