@@ -306,5 +306,4 @@ class Block(Observed):
             block = current.get() if block.loop is None else block.parent
         if block is None or block.ended is not None or block.cause is not None:
             return False
-        block.move_own_deadline(by)
-        return True
+        return block.move_own_deadline(by)

@@ -55,8 +55,8 @@ class Beat(NamedTuple):
     is_fenced: bool
     """Whether the lease of the caller had run out, so that others take it for dead: it needs a new name."""
 
-    has_forgotten: bool = False
-    """Whether the store did not know the caller any more without having given it up: it has lost what it held."""
+    has_lost: bool = False
+    """Whether the store has lost what it had, the lease of the caller or entries, without any call having failed."""
 
 
 class Holder(NamedTuple):
@@ -137,12 +137,16 @@ class OperationsBackend(Protocol):
     async def create(self, id: str, fields: Fields, *, ttl: float) -> Record:
         """Create a record of this worker, or return the one that has the id.
 
+        A call that is repeated because its answer was lost, by the same ``worker`` and ``created``, has created it.
+
         Fields that are looked at here: ``worker``, ``owner``, ``created`` (seconds), ``ended``.
         """
         ...
 
     async def change(self, id: str, fields: Mapping[str, Any], *, end_ttl: float | None = None) -> bool:
         """Change fields of a record of this worker that has not ended. Return whether it was there and could be.
+
+        A call that ends a record, and is repeated with the same ``ended``, returns true again.
 
         :param end_ttl: the operation has ended, and its record is kept for so many seconds.
         """
@@ -163,15 +167,18 @@ class OperationsBackend(Protocol):
         """Return the records of an owner (``None``: of all) that were created before a time, the newest first."""
         ...
 
-    async def enter(self, key: str, id: str, *, limit: int, queue: int, latest: bool, waits: bool) -> Entered:
+    async def enter(
+        self, key: str, id: str, *, limit: int, queue: int, latest: bool, waits: bool, again: bool = False
+    ) -> Entered:
         """Take one of ``limit`` places of a key, or one of ``queue`` places to wait for it, or neither; atomically.
 
-        Holders whose worker is dead are dropped first. An id that holds a place, or waits for one, keeps that, and the
-        answer says so: a call may be repeated.
+        Holders whose worker is dead are dropped first. A call for an id that holds a place, or waits for one, changes
+        nothing and returns how it is: it is repeated when an answer is lost, and by those that wait.
 
         :param latest: supersede all that have entered before; those that wait are removed, those that hold stay until
             they leave.
         :param waits: with ``latest``, whether to wait until those that hold have left.
+        :param again: the id had been admitted before the store lost its data: take a place whatever the limit is.
         """
         ...
 

@@ -58,6 +58,8 @@ _KEY_SCOPE: Final = "background"
 _MOST_ERRORS: Final = 1000
 _PROGRESS_SECONDS: Final = 0.25
 _PAUSE: Final = 1.0
+_DOUBT_SECONDS: Final = 60.0
+"""A call that has failed does not arrive after so long a time."""
 
 WHEN_BUSY: Final[dict[str, dict[str, Any]]] = {
     "refuse": {"queue": 0},
@@ -90,6 +92,9 @@ class Background:
         self._starting: dict[Job, None] = {}
         self._unwritten: dict[Job, None] = {}
         self._has_unwritten = anyio.Event()
+        self._doubtful: dict[str, float] = {}
+        """Records that calls were to create that have failed, and when."""
+
         self._errors: OrderedDict[str, tuple[float, BaseException]] = OrderedDict()
         self._sender, self._receiver = anyio.create_memory_object_stream[Job](math.inf)
         self._empty = anyio.Event()
@@ -124,6 +129,8 @@ class Background:
             raise OperationsUnavailable("The server is shutting down")
         self._starting[job] = None
         try:
+            if id in self._doubtful:
+                await self._clear(id)
             known = None if id is None else await self._join(id, job.owner)
             if known is not None:
                 return known
@@ -176,6 +183,8 @@ class Background:
         try:
             record = await self._exchange.calling(self._exchange.backend.create(job.id, fields, ttl=MOST_AGE))
         except BaseException:
+            # It may be there, or come yet, and nobody will work on it.
+            self._doubtful[job.id] = self._local.loop.time()
             self._local.discard(job)
             raise
         if not record.is_new:
@@ -185,6 +194,7 @@ class Background:
             if record.fields.get("owner") != job.owner:
                 raise OperationTaken
             return self._seen(record.id, record.fields)
+        self._doubtful.pop(job.id, None)
         self._jobs[job] = None
         self._sender.send_nowait(job)
         return job.view()
@@ -256,11 +266,19 @@ class Background:
         backend = self._exchange.backend
         try:
             is_kept = await self._exchange.calling(backend.change(job.id, fields, end_ttl=self._result_ttl))
+            if not is_kept and (await self._create_again(job)).is_new:
+                # The store had lost it, and nobody has noticed yet.
+                is_kept = await self._exchange.calling(backend.change(job.id, fields, end_ttl=self._result_ttl))
         except Unavailable:
             return False
         if not is_kept:
             logger.error("the result of the operation %s is refused: its worker was given up meanwhile", job.id)
         return True
+
+    async def _create_again(self, job: Job) -> Record:
+        fields = {**first_fields(job, self._result_ttl), **_progress_of(job)}
+        record: Record = await self._exchange.calling(self._exchange.backend.create(job.id, fields, ttl=MOST_AGE))
+        return record
 
     def _remember_error(self, job: Job) -> None:
         """Keep an error as it is, for callers in this process; without its frames, which hold all that the work had."""
@@ -361,11 +379,24 @@ class Background:
         :raises Unavailable: if the store cannot be reached.
         """
         for job in list(self._jobs):
-            fields = {**first_fields(job, self._result_ttl), **_progress_of(job)}
-            record = await self._exchange.calling(self._exchange.backend.create(job.id, fields, ttl=MOST_AGE))
-            mark = record.fields.get("cancel")
+            mark = (await self._create_again(job)).fields.get("cancel")
             if mark is not None:
                 job.stop(Cause(CancelationReason.MANUAL, mark.get("message")))
+
+    async def clear(self) -> None:
+        """Delete the records of work that was not started, as the store did not answer in time when they were created.
+
+        :raises Unavailable: if the store cannot be reached.
+        """
+        now = self._local.loop.time()
+        for id, at in list(self._doubtful.items()):
+            if await self._clear(id) or at < now - _DOUBT_SECONDS:
+                self._doubtful.pop(id, None)
+
+    async def _clear(self, id: str) -> bool:
+        fields = {"state": str(OperationState.FAILED), "ended": self._local.clock.now()}
+        done: bool = await self._exchange.calling(self._exchange.backend.change(id, fields, end_ttl=0.0))
+        return done
 
     def stop_everything(self, cause: Cause) -> None:
         """Stop all background work of this worker."""

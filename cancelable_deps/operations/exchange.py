@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections import OrderedDict
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import anyio
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 2.0
 _MOST_REMEMBERED: Final = 100_000
+_OLD: Final = 2.0
 CALL_SECONDS: Final = 1.0
 """The longest that one call of the store may take, except reading."""
 
@@ -110,6 +112,9 @@ class Exchange:
         self._missed = 0
         self._has_warned = False
         self._is_leaving = False
+        """Whether there has been a break since the last sign of life."""
+
+        self._began = clock.now()
 
     @property
     def others(self) -> list[str]:
@@ -241,6 +246,8 @@ class Exchange:
             # Mail is sent again by its sender, who is the only one that is sure to have it.
             self._lasting[entry.id] = _Sent(now, data, None)
         self._forget(now)
+        if entry.kind not in LASTING and entry.at < self._began - _OLD:
+            return  # The log remembers questions whose askers have long given up.
         handler = self._answering.get(entry.kind)
         if handler is not None:
             self._handle(entry, handler)
@@ -334,8 +341,12 @@ class Exchange:
             logger.info("the store of operations can be reached again")
         self.alive = {identity.name: identity for identity in beat.alive}
         self.alive.setdefault(self.identity.name, self.identity)
-        if beat.has_forgotten:
+        if beat.has_lost:
+            # No call has failed, so that nobody else notices.
             self._note_break()
+        if self.is_broken:
+            with suppress(Unavailable):
+                await self._repair()
         may_have_lost, self._may_have_lost = self._may_have_lost, False
         try:
             await self._on_beat(beat, may_have_lost)

@@ -258,12 +258,12 @@ class MemoryBackend:
         hub = self._hub
         # A lease that has run out is not enough: after an outage those of all have, and nobody was taken for dead.
         is_fenced = self._worker in hub.reaped
-        has_forgotten = not is_fenced and self._worker not in hub.workers
+        has_lost = not is_fenced and self._worker not in hub.workers
         if not is_fenced:
             hub.join(self._identity, self._lease)
         lost, granted = hub.reap() if may_reap else ([], [])
         alive = [identity for name, identity in hub.workers.items() if hub.is_alive(name)]
-        return Beat(alive, lost, granted, is_fenced, has_forgotten)
+        return Beat(alive, lost, granted, is_fenced, has_lost)
 
     async def broadcast(self, entry: bytes, id: str) -> Position:
         """Append an entry to the log."""
@@ -306,15 +306,18 @@ class MemoryBackend:
         """Create a record, or return the one that has the id."""
         known = self._hub.record(id)
         if known is not None:
-            return Record(id, dict(known))
+            is_repeated = known.get("ended") is None and _same(known, fields, "worker", "created")
+            return Record(id, dict(known), is_new=is_repeated)
         self._hub.add_record(id, dict(fields))
         return Record(id, fields, is_new=True)
 
     async def change(self, id: str, fields: Mapping[str, Any], *, end_ttl: float | None = None) -> bool:
         """Change fields of a record of this worker that has not ended."""
         known = self._hub.record(id)
-        if known is None or known.get("ended") is not None or known["worker"] != self._worker:
+        if known is None or known["worker"] != self._worker:
             return False
+        if known.get("ended") is not None:
+            return _same(known, fields, "ended")
         known.update(fields)
         if end_ttl is not None:
             self._hub.end(id, end_ttl)
@@ -347,13 +350,20 @@ class MemoryBackend:
                     break
         return found
 
-    async def enter(self, key: str, id: str, *, limit: int, queue: int, latest: bool, waits: bool) -> Entered:
+    async def enter(
+        self, key: str, id: str, *, limit: int, queue: int, latest: bool, waits: bool, again: bool = False
+    ) -> Entered:
         """Take a place of a key; see `OperationsBackend.enter`."""
-        return self._hub.keys.enter(key, Holder(self._worker, id), limit=limit, queue=queue, latest=latest, waits=waits)
+        holder = Holder(self._worker, id)
+        return self._hub.keys.enter(key, holder, limit=limit, queue=queue, latest=latest, waits=waits, again=again)
 
     async def leave(self, key: str, id: str) -> Sequence[Waiter]:
         """Give a place back."""
         return self._hub.keys.leave(key, id)
+
+
+def _same(known: Fields, fields: Mapping[str, Any], *names: str) -> bool:
+    return all(known.get(name) == fields.get(name) for name in names)
 
 
 def _without_result(fields: Fields) -> Fields:

@@ -47,12 +47,19 @@ class Keys:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def enter(self, name: str, holder: Holder, *, limit: int, queue: int, latest: bool, waits: bool) -> Entered:
+    def enter(
+        self, name: str, holder: Holder, *, limit: int, queue: int, latest: bool, waits: bool, again: bool = False
+    ) -> Entered:
         """Take a place of a key; see `OperationsBackend.enter`."""
         key = self._keys.setdefault(name, _Key())
         key.limit = limit
         key.drop(lambda other: not self._is_alive(other.worker))
         generation = next(self._generations)
+        if again:
+            key.holders.setdefault(holder.id, holder)
+        if holder.id in key.waiting and len(key.holders) < limit and next(iter(key.waiting)) == holder.id:
+            # Those before it have been dropped just now.
+            key.holders[holder.id] = key.waiting.pop(holder.id)
         if holder.id in key.holders:
             # A call that is repeated because its answer was lost.
             return Entered("admitted", generation, ())

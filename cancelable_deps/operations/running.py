@@ -208,7 +208,7 @@ def message_of(cause: Cause | None) -> str | None:
 
 @final
 class RunningRequest(Running):
-    """A request or WebSocket that runs in this worker; a handler gets its own by `RequestOperation`."""
+    """A request or WebSocket that runs in this worker."""
 
     is_listened_to = False
     """Whether the request is listened to for the sake of its operation."""
@@ -258,38 +258,6 @@ class RunningRequest(Running):
         self.request = None
         super().end(state)
 
-    def claim(self, owner: object) -> None:
-        """Make ``owner`` the one who may stop this request and read of it. A cancel that is waiting for it strikes now.
-
-        :param owner: a string, a number or a UUID, such as the id of the user.
-        :raises RuntimeError: if it has another owner already.
-        :raises TypeError: if ``owner`` is something else, such as ``None``.
-        :raises ValueError: if it is empty, longer than 256 characters, or has control characters.
-        """
-        claimed = checked_owner(owner)
-        if self.owner not in (None, claimed):
-            raise RuntimeError("this operation has another owner already, and can have one only")
-        self.owner = claimed
-        self.home.claimed(self)
-
-    def label(self, **labels: str) -> None:
-        """Add labels, by which it can be listed and stopped: ``operation.label(stage="render")``.
-
-        :raises TypeError: if one is no string, number or boolean.
-        :raises ValueError: if there are more than 16, or one is longer than 256 characters or has control characters.
-        """
-        self.labels = checked_labels({**self.labels, **labels})
-        self.home.changed(self, "state")
-
-    def progress(self, message: str | None = None, metadata: Mapping[str, Any] | None = None) -> None:
-        """Note how far the request has come, for those who list it.
-
-        :param metadata: what JSON can express; ``done`` and ``total`` make a progress bar of the page.
-        :raises TypeError: if it is something else.
-        :raises ValueError: if it has a number that JSON does not have, such as NaN.
-        """
-        self.report(message, metadata)
-
 
 class RefusedRequest(Running):
     """A request that was cancelled before it came, and has not been started."""
@@ -329,3 +297,68 @@ class RunningBlock(Running):
         if grace is not None:
             block_of(self.cancelable).shorten_grace(grace)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
         self.cancelable.token.cancel_because(cause)
+
+
+@final
+class RunningOperation:
+    """A request as an operation, which its handler gets by `RequestOperation`."""
+
+    def __init__(self, running: RunningRequest) -> None:
+        self._running = running
+
+    @property
+    def id(self) -> str:
+        """The id by which the request is stopped: its client's, or one that cannot be guessed."""
+        return self._running.id
+
+    @property
+    def owner(self) -> str | None:
+        """Who may stop it and read of it; ``None``: operators only."""
+        return self._running.owner
+
+    @property
+    def key(self) -> str | None:
+        """The key that `latest_only` or `at_most` has counted it under."""
+        return self._running.key
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        """The labels by which it is listed."""
+        return self._running.labels
+
+    def view(self) -> Operation:
+        """Return it as others see it at this moment."""
+        return self._running.view()
+
+    def claim(self, owner: object) -> None:
+        """Make ``owner`` the one who may stop this request and read of it. A cancel that is waiting for it strikes now.
+
+        :param owner: a string, a number or a UUID, such as the id of the user.
+        :raises RuntimeError: if it has another owner already.
+        :raises TypeError: if ``owner`` is something else, such as ``None``.
+        :raises ValueError: if it is empty, longer than 256 characters, or has control characters.
+        """
+        running, claimed = self._running, checked_owner(owner)
+        if running.owner not in (None, claimed):
+            raise RuntimeError("this operation has another owner already, and can have one only")
+        running.owner = claimed
+        running.home.claimed(running)
+
+    def label(self, **labels: str) -> None:
+        """Add labels, by which it can be listed and stopped: ``operation.label(stage="render")``.
+
+        :raises TypeError: if one is no string, number or boolean.
+        :raises ValueError: if there are more than 16, or one is longer than 256 characters or has control characters.
+        """
+        running = self._running
+        running.labels = checked_labels({**running.labels, **labels})
+        running.home.changed(running, "state")
+
+    def progress(self, message: str | None = None, metadata: Mapping[str, Any] | None = None) -> None:
+        """Note how far the request has come, for those who list it.
+
+        :param metadata: what JSON can express; ``done`` and ``total`` make a progress bar of the page.
+        :raises TypeError: if it is something else.
+        :raises ValueError: if it has a number that JSON does not have, such as NaN.
+        """
+        self._running.report(message, metadata)

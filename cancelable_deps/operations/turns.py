@@ -57,6 +57,8 @@ class Turns:
         self._exchange = exchange
         self._turns: dict[str, Turn] = {}
         self._unleft: dict[str, Turn] = {}
+        """Turns that have left, which the store may not know."""
+
         self._fallback = Keys(lambda worker: True)
 
     def __len__(self) -> int:
@@ -95,8 +97,9 @@ class Turns:
                 for holder in entered.earlier:
                     await self._supersede(holder, running)
         except BaseException:
-            # Also if this is cancelled: the place may have been taken.
+            # Also if this is cancelled: the place may have been taken, or the call may arrive after this one.
             await self.leave(turn)
+            self._unleft[turn.id] = turn
             raise
         return turn
 
@@ -109,6 +112,7 @@ class Turns:
             if not runs_alone:
                 raise
             turn.is_local = True
+            self._unleft[turn.id] = turn
             return self._fallback.enter(turn.key, Holder(self._exchange.identity.name, turn.id), **options)
 
     async def _supersede(self, holder: Holder, by: Running) -> None:
@@ -174,7 +178,7 @@ class Turns:
             is_entered = turn.status != "refused" and not turn.is_local and turn.id in self._turns
             if not is_entered or (only_waiting and not is_waiting):
                 continue
-            options: dict[str, Any] = {"limit": turn.limit, "queue": ENDLESS if is_waiting else 0}
+            options: dict[str, Any] = {"limit": turn.limit, "queue": ENDLESS, "again": not is_waiting}
             call = self._exchange.backend.enter(turn.key, turn.id, latest=False, waits=False, **options)
             entered: Entered = await self._exchange.calling(call)
             if turn.id not in self._turns:

@@ -147,6 +147,7 @@ class OpenWorker:
                     await self.background.write_again()
                 await self.turns.enter_again(only_waiting=not may_have_lost)
             await self.turns.leave_again()
+            await self.background.clear()
         finally:
             await self.turns.tell(beat.granted)
 

@@ -19,10 +19,13 @@ if TYPE_CHECKING:
 OPERATION_ID_KEY: Final = "cancelable_deps.operation_id"
 """The key in the ASGI scope of the id that a client has chosen for its request."""
 
-_ID: Final = re.compile(rb"[A-Za-z0-9._~:-]{1,128}")
+# Neither "." nor "..", which are no segments of a path.
+_ID: Final = re.compile(rb"(?!\.{1,2}\Z)[A-Za-z0-9._~:-]{1,128}")
 _HEADER: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _STARTS: Final = frozenset({"http.response.start", "websocket.accept", "websocket.http.response.start"})
-_ADVICE: Final = "An operation id has 1 to 128 of the characters A-Z a-z 0-9 . _ ~ : - and is given once"
+_ADVICE: Final = (
+    "An operation id has 1 to 128 of the characters A-Z a-z 0-9 . _ ~ : - (not . or .. alone) and is given once"
+)
 _POLICY_VIOLATION: Final = 1008
 
 

@@ -16,6 +16,7 @@ from ..kernel.unwrap import raise_as_it_is
 from .abort import abort_response
 
 if TYPE_CHECKING:
+    from starlette.exceptions import HTTPException
     from starlette.responses import Response
     from starlette.types import Message, Receive, Scope, Send
 
@@ -155,11 +156,16 @@ async def send_or_leave(send: Send, message: Message, state: RequestState) -> No
 
 
 async def failed_to_send(exc: BaseException, state: RequestState) -> None:
-    """Note a disconnect that the server's ``send()`` has raised; raise the error again unless it is to be dropped."""
+    """Note a disconnect that the server's ``send()`` has raised; raise the error again unless it is to be dropped.
+
+    If the disconnect stops the task, the cancellation is raised instead.
+    """
     is_deferred = left_by(exc, state)
     if state.ends_by_itself:
         await _let_listeners_end()
     elif not is_deferred:
+        # Here, and not in the cleanup that the error would begin.
+        await anyio.lowlevel.checkpoint()
         raise  # noqa: PLE0704 - it is being handled by the caller
 
 
@@ -169,7 +175,7 @@ async def _let_listeners_end() -> None:
         await anyio.lowlevel.checkpoint()
 
 
-async def answer(error: CancelationError, scope: Scope, receive: Receive, send: Send) -> None:
+async def answer(error: HTTPException, scope: Scope, receive: Receive, send: Send) -> None:
     """Send the response to ``error``: that of its policy's writer, or JSON with the error's ``detail``."""
     response = await written(error, Request(scope, receive))
     if response is None:

@@ -10,6 +10,7 @@ from ..kernel.errors import CancelationError
 from ..kernel.loops.current import current_loop
 from ..kernel.reasons import CancelationReason
 from ..kernel.unwrap import raise_as_it_is
+from .admission import admit
 from .blocks import DoorBlock
 from .first_door import WholeDoorBlock
 from .lifetime import Lifetime
@@ -18,6 +19,7 @@ from .state import SCOPE_KEY, RequestState
 from .websocket import SocketDoorBlock, SocketState
 
 if TYPE_CHECKING:
+    from starlette.exceptions import HTTPException
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from ..kernel.loops.base import EventLoop
@@ -41,6 +43,14 @@ async def run_through(
         await app(scope, receive, send)
     except BaseException as exc:
         outcome = exc
+    try:
+        return await _leave(block, outcome)
+    finally:
+        del outcome  # Its traceback refers to this frame: a reference cycle otherwise.
+
+
+async def _leave(block: DoorBlock, outcome: BaseException | None) -> BaseException | None:
+    """Leave ``block``, or its successor, and return the exception that leaves it."""
     still_open = block if not block.is_left else block.successor
     if still_open is not None:
         outcome = still_open.leave(outcome)
@@ -52,31 +62,62 @@ async def run_through(
         del outcome  # Its traceback refers to this frame: a reference cycle otherwise.
 
 
-async def run_request(
-    app: ASGIApp, scope: Scope, receive: Receive, send: Send, limits: Limits, cause: Cause | None = None
-) -> CancelationError | None:
-    """Run ``app``, and return the error of ours that the request is still to be answered with, if there is one.
+def first_door(scope: Scope, receive: Receive, send: Send, limits: Limits) -> WholeDoorBlock | None:
+    """Return the block of the first door of a request; ``None`` if it is to be run by `run_in_another_door`.
 
-    An error of the application is raised. If an error of ours comes after the response has started, the response is
-    aborted.
+    That is if the request has come by another door before, or if its client may give a time for it.
+
+    The middleware and the route class run the application in it in their own frames, as `run_through` does: each
+    coroutine around an application costs every request something, and `end_first_door` most requests do not need.
+    """
+    if SCOPE_KEY in scope or limits.client_timeout is not None:
+        return None
+    if not streams_listen(scope):
+        let_streams_listen(scope)
+    return WholeDoorBlock(scope, receive, send, current_loop(), limits)
+
+
+async def run_request(
+    app: ASGIApp, scope: Scope, receive: Receive, send: Send, limits: Limits, cause: Cause | None
+) -> HTTPException | None:
+    """Run ``app`` in its own coroutine, and return the error of ours that the request is still to be answered with.
 
     :param cause: the cause of a cancellation that has come before the request.
     """
-    if SCOPE_KEY in scope:
+    if limits.client_timeout is not None:
+        refusal, app, send, limits = admit(app, scope, send, limits)
+        if refusal is not None:
+            return refusal
+    block = first_door(scope, receive, send, limits)
+    if block is None:
         if cause is not None:
             scope[SCOPE_KEY].state.stop(cause)
-        return await _run_in_another_door(app, scope, receive, send, limits)
-    if not streams_listen(scope):
-        let_streams_listen(scope)
-    loop = current_loop()
-    block = WholeDoorBlock(scope, receive, send, loop, limits)
+        return await run_in_another_door(app, scope, receive, send, limits)
     if cause is not None:
         block.token.cancel_because(cause)
-    outcome = await run_through(block, loop, app, scope, block.receive, block.send)
-    if block.policy is not None:
-        block.policy.judge(scope, block.elapsed)
+    outcome: BaseException | None = None
+    try:
+        block.enter()
+        await app(scope, block.receive, block.send)
+    except BaseException as exc:
+        outcome = exc
     if outcome is None and block.has_ended_undisturbed():
         return None
+    try:
+        return await end_first_door(block, outcome)
+    finally:
+        del outcome, block  # Its traceback refers to this frame: a reference cycle otherwise.
+
+
+async def end_first_door(block: WholeDoorBlock, outcome: BaseException | None) -> CancelationError | None:
+    """Leave the block, end the request, and return the error of ours that it is still to be answered with, if any.
+
+    An error of the application is raised. If an error of ours comes after the response has started, the response is
+    aborted.
+    """
+    outcome = await _leave(block, outcome)
+    if block.policy is not None:
+        block.policy.judge(block.asgi_scope, block.elapsed)
     try:
         left = block.end_request()
         if left is not None:
@@ -91,9 +132,13 @@ async def run_request(
         block.forget()
 
 
-async def _run_in_another_door(
+async def run_in_another_door(
     app: ASGIApp, scope: Scope, receive: Receive, send: Send, limits: Limits
-) -> CancelationError | None:
+) -> HTTPException | None:
+    """Run ``app`` in a block of its own inside of another door; return and raise as `end_first_door`."""
+    if limits.client_timeout is not None:
+        # Perhaps the first one: the limits of this request have to be found out first.
+        return await run_request(app, scope, receive, send, limits, None)
     state: RequestState = scope[SCOPE_KEY].state
     block = _make_block(state, limits)
     watch = ResponseWatch(send, state, is_outermost=False)
@@ -113,8 +158,10 @@ def _make_block(state: RequestState, limits: Limits) -> DoorBlock:
     block.takes_groups_apart = False
     if state.default is None:
         state.default = block
-    elif limits.timeout is not None:
+    elif limits.replaces_default:
         state.set_default(block)
+    if limits.budget is not None:
+        block.budget = limits.budget
     if limits.policies:
         state.add_policies(limits.policies)
     if limits.policy is not None:

@@ -54,7 +54,10 @@ class Door(Watcher, Protocol):
         """Replace the timeout of the block by that of a `TimeoutPolicy`."""
 
     def drop_timeout(self) -> None:
-        """Remove the deadline of the block."""
+        """Remove the deadline of the block, but for that of the client."""
+
+    own_deadline: float
+    """When the block itself times out, on the clock of the loop."""
 
     @property
     def deadline(self) -> float:

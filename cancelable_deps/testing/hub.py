@@ -167,8 +167,11 @@ class _Connection(MemoryBackend):
     async def history(self, owner: str | None, *, before: float, limit: int) -> list[Record]:
         return await self._call(super().history(owner, before=before, limit=limit))
 
-    async def enter(self, key: str, id: str, *, limit: int, queue: int, latest: bool, waits: bool) -> Entered:
-        return await self._call(super().enter(key, id, limit=limit, queue=queue, latest=latest, waits=waits))
+    async def enter(
+        self, key: str, id: str, *, limit: int, queue: int, latest: bool, waits: bool, again: bool = False
+    ) -> Entered:
+        options: dict[str, Any] = {"limit": limit, "queue": queue, "latest": latest, "waits": waits, "again": again}
+        return await self._call(super().enter(key, id, **options))
 
     async def leave(self, key: str, id: str) -> Sequence[Waiter]:
         return await self._call(super().leave(key, id))

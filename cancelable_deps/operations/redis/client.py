@@ -1,0 +1,114 @@
+"""What is asked of a client library: to run a script, and to wait for the entries of streams."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+
+from ...kernel.log import logger
+from ..backend import Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
+
+CONNECT_SECONDS: Final = 1.0
+"""The longest that a connection may take to be made."""
+
+MOST_AT_ONCE: Final = 100
+"""So many entries of a stream are read together."""
+
+StreamEntries = list[tuple[str, str, bytes]]
+"""Stream, position and data of each entry."""
+
+
+class Script(NamedTuple):
+    """A Lua script, with the name by which Redis has it in its cache."""
+
+    text: str
+    sha: str
+
+    @classmethod
+    def of(cls, text: str) -> Script:
+        """Return the script of a text."""
+        return cls(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+class Client(Protocol):
+    """A client library, as far as the store uses it. Calls raise `Unavailable` when they fail."""
+
+    longest_block: float | None
+    """The seconds that a read may wait, if the client's own timeout allows no more."""
+
+    def opened(self) -> AbstractAsyncContextManager[None]:
+        """Hold the connections inside the ``async with``; closes those that are not the application's."""
+        ...
+
+    async def script(self, script: Script, keys: Sequence[str], args: Sequence[str | bytes | int]) -> Any:
+        """Run a script, and return what it returns."""
+        ...
+
+    async def xread(self, streams: Mapping[str, str], block: int) -> StreamEntries:
+        """Return entries after these positions, or wait for some, ``block`` ms at most. Uses a connection of its own."""
+        ...
+
+
+_PASSING: Final = frozenset(
+    {
+        "AskError",
+        "BusyLoadingError",
+        "ClusterDownError",
+        "MasterDownError",
+        "MovedError",
+        "OutOfMemoryError",
+        "ReadOnlyError",
+        "TryAgainError",
+        "UnblockedError",
+    }
+)
+"""Errors of a server that starts, fails over or is full; by name, because both libraries have them."""
+
+
+class Failures:
+    """The errors of a client library, as `Unavailable`. One that does not pass by itself is logged, once each."""
+
+    def __init__(self, *errors: type[Exception], answered: type[Exception], unknown_script: type[Exception]) -> None:
+        self._errors = (*errors, OSError, TimeoutError)
+        self._answered = answered
+        self._unknown_script = unknown_script
+        self._logged: set[str] = set()
+
+    @contextmanager
+    def translated(self) -> Iterator[None]:
+        """Raise `Unavailable` for an error of the library, of a socket or of time; not for a script that is unknown."""
+        try:
+            yield
+        except Exception as exc:
+            if isinstance(exc, self._unknown_script) or not isinstance(exc, self._errors):
+                raise
+            self._log(exc)
+            raise Unavailable(f"{type(exc).__name__}: {exc}") from exc
+
+    def _log(self, exc: Exception) -> None:
+        name = type(exc).__name__
+        if isinstance(exc, self._answered) and name not in _PASSING and name not in self._logged:
+            self._logged.add(name)
+            logger.warning("the store of operations refuses a call: %s: %.300s", name, exc)
+
+
+def entries_of(reply: Any) -> StreamEntries:
+    """Return the entries of an answer to XREAD, in whatever shape the libraries and protocols give it."""
+    entries: StreamEntries = []
+    for stream, found in reply.items() if isinstance(reply, dict) else reply or ():
+        # redis-py nests once more with RESP3.
+        for entry in found[0] if found and isinstance(found[0], list) else found:
+            position, fields = entry[:2]
+            data = next((value for name, value in fields.items() if text(name) == "d"), b"")
+            entries.append((text(stream), text(position), data.encode() if isinstance(data, str) else bytes(data)))
+    return entries
+
+
+def text(value: Any) -> str:
+    """Return what a client has returned as a string, whether it decodes or not."""
+    return value.decode() if isinstance(value, bytes) else str(value)
