@@ -89,7 +89,7 @@ class Background:
     async def run(self, tasks: TaskGroup) -> None:
         """Start the work that is handed over, in the context of this task: that of a request would be kept alive."""
         tasks.start_soon(self._keep_writing)
-        async with self._receiver:
+        with self._sender, self._receiver:
             async for job in self._receiver:
                 tasks.start_soon(self._run, job)
                 del job
