@@ -20,6 +20,7 @@
 #   naming                                                        the id that a client gives its request
 #   read_ahead http_reader websocket_reader                       the only code that awaits receive()
 #   blocks websocket postponed policies limits                    what is stopped, when, and after how long
+#   watchers defaults                                             what listens; the timeout that a route replaces
 #   run response abort sse                                        its way through a door, and its response
 # doors/      the ways into an application
 #   decorator options endpoint dress generators                   @with_cancelation
@@ -27,14 +28,14 @@
 #   dependencies streaming progress websocket lifespan            handles, responses, WebSockets, the shutdown
 # operations/ what runs, and stopping it from elsewhere
 #   operations model errors names dependencies keys               what users see
-#   running local remembered conditions listing                   what runs in this worker
-#   cancels watching turns background records accepted stoppable  what is done with it, here and in other workers
+#   running local remembered conditions listing clock             what runs in this worker
+#   cancels watching turns background records doubtful accepted stoppable  what is done with it, here and in other workers
 #   worker exchange outbox entries                                one worker, and what workers tell each other
 #   backend memory memory_keys                                    the store that they share
 #   redis/(store scripts layout graves choice client              the same in Redis,
 #     redis_py core_redis)                                        by either client library
 # testing/    a client that hangs up
-#   client calls websockets clock tasks
+#   client calls websockets clock tasks hub
 
 import sys
 import types

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from random import Random
 from typing import Annotated, Any
@@ -37,6 +38,7 @@ from cancelable_deps import (
     cancelable_with_timeout,
     with_cancelation,
 )
+from cancelable_deps.kernel.loops.current import current_loop
 from cancelable_deps.request.state import SCOPE_KEY
 from tests.leftovers import nothing_left
 from tests.runners import Runner, Work, run_in_group, run_plainly
@@ -428,12 +430,17 @@ class Exchange:
 
     async def run(self, app: ASGIApp) -> None:
         scope = self.scope()
-        async with anyio.create_task_group() as tg:
-            tg.start_soon(self._leave_in_time)
+
+        async def serve() -> None:
             try:
                 await app(scope, self.receive, self.send)
             except Exception as exc:
                 self.error = exc
+
+        async with anyio.create_task_group() as tg:
+            tg.start_soon(self._leave_in_time)
+            # As by a server: on asyncio without a scope of anyio around it.
+            await current_loop().spawn(serve, copy_context()).join()
             tg.cancel_scope.cancel()
         self.ended = anyio.current_time()
         if SCOPE_KEY in scope:

@@ -13,8 +13,8 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -328,11 +328,23 @@ def without_complaints(server: Server, *expected: str) -> Iterator[Server]:
     assert not complaints, f"{server.variant.name} complains: {''.join(complaints)}"
 
 
+@pytest.fixture(scope="session")
+def start_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Variant], Server]]:
+    """A function that starts a server for all modules: `conftest` gives the cases of one variant to one worker."""
+    with ExitStack() as stack:
+        running: dict[Variant, Server] = {}
+
+        def start(variant: Variant) -> Server:
+            if variant not in running:
+                running[variant] = stack.enter_context(started(variant, tmp_path_factory.mktemp("server")))
+            return running[variant]
+
+        yield start
+
+
 @pytest.fixture(scope="session", params=VARIANTS, ids=lambda variant: variant.name)
-def shared_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server for all modules that load this plugin: `conftest` gives the cases of one variant to one worker."""
-    with started(request.param, tmp_path_factory.mktemp("server")) as server:
-        yield server
+def shared_server(request: pytest.FixtureRequest, start_once: Callable[[Variant], Server]) -> Server:
+    return start_once(request.param)
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 import trio.testing
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 import cancelable_deps
+import cancelable_deps.operations
 import cancelable_deps.testing
 from cancelable_deps import CancelationReason, begin_shutdown, configure
-from cancelable_deps.testing import Call, SocketClosed, advance, assert_cancelled
-from tests.calls import connected, get, hang_up, movable_clock, running
+from cancelable_deps.testing import Call, CancelableClient, SocketClosed, advance, assert_cancelled
+from tests.calls import CEILING, connected, get, hang_up, movable_clock, running
 from tests.snippets import PAGES, ROOT, compiled, forgotten, run, snippets_of
 
 pytestmark = pytest.mark.anyio
@@ -63,6 +65,7 @@ def test_the_reference_has_every_public_name() -> None:
     found = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
     public = [f"cancelable_deps.{name}" for name in cancelable_deps.__all__]
     public += [f"cancelable_deps.testing.{name}" for name in cancelable_deps.testing.__all__]
+    public += [f"cancelable_deps.operations.{name}" for name in cancelable_deps.operations.__all__]
     assert sorted(found) == sorted(public)
 
 
@@ -73,7 +76,7 @@ def test_snippets_import_from_the_public_modules_alone() -> None:
         for snippet in snippets_of(page).values()
         for module in re.findall(r"(?:from|import) (cancelable_deps[\w.]*)", snippet)
     }
-    assert imports <= {"cancelable_deps", "cancelable_deps.testing"}
+    assert imports <= {"cancelable_deps", "cancelable_deps.testing", "cancelable_deps.operations"}
 
 
 # index.md, decorator.md, handles.md
@@ -337,6 +340,65 @@ async def test_testing_websockets() -> None:
 @pytest.mark.usefixtures("no_tasks_left")
 async def test_testing_with_fixtures(cancelable_client: Any) -> None:
     await run("testing.md", "For pytest")["test_hello"](cancelable_client)
+
+
+@mock_clock
+async def test_testing_operations() -> None:
+    await run("testing.md", "Operations of several workers")["test_a_worker_is_killed"]()
+
+
+# operations.md
+
+
+def served(names: dict[str, Any]) -> CancelableClient:
+    return CancelableClient(names["app"], ceiling=CEILING)
+
+
+async def test_operations() -> None:
+    names = run("operations.md", "Operations")
+    async with served(names) as client, client.start("GET", "/report", headers={"operation-id": "mine"}) as call:
+        await call.running()
+        stopped = await client.post("/stop/mine")
+        assert stopped.json()["outcome"] == "cancelled"
+        response = await call.response()
+    assert (response.status_code, response.headers["operation-id"]) == (499, "mine")
+    assert response.json() == {"detail": "stopped by its stop button"}
+
+
+async def test_operations_which_one() -> None:
+    names = run("operations.md", "Which one")
+    async with served(names) as client, client.start("GET", "/report") as call:
+        with anyio.fail_after(CEILING):
+            while (await client.get("/mine")).json() != 1:
+                pass
+        assert [each.outcome for each in await names["operations"].cancel_all(owner="ann")]
+        assert (await call.response()).status_code == 499
+
+
+async def test_operations_latest_wins() -> None:
+    names = run("operations.md", "Latest wins")
+    async with served(names) as client:
+        ann = {"user": "ann"}
+        async with client.start("GET", "/search?text=c", headers=ann) as first:
+            await first.running()
+            assert (await client.get("/search?text=ca", headers=ann)).json() == "ca"
+        assert (await first.response()).json() == {"detail": "superseded by a newer request"}
+        assert (await client.get("/export", headers=ann)).json() == "a file"
+
+
+async def test_operations_background() -> None:
+    names = run("operations.md", "Work that outlives its request")
+    async with served(names) as client:
+        accepted = await client.post("/reports")
+        assert (accepted.status_code, accepted.headers["retry-after"]) == (202, "1")
+        assert (await client.get(accepted.headers["location"])).json() == {"pages": 3}
+
+
+async def test_operations_of_a_queue() -> None:
+    names = run("operations.md", "Work that outlives its request (2)")
+    async with names["operations"] as operations:
+        await names["job"]("thumbnails-7")
+        assert (await operations.get("thumbnails-7")).state == "finished"
 
 
 # moving-from.md

@@ -23,8 +23,11 @@ import uvicorn
 from cancelable_deps import CancelationReason, CancelationToken, begin_shutdown
 from cancelable_deps.testing import CancelableClient, HangUp, SocketClosed, advance, assert_cancelled
 from examples import (
+    background_report,
     background_worker,
+    cancel_by_id,
     disconnect,
+    latest_wins,
     middleware,
     partial_result,
     policies,
@@ -42,7 +45,7 @@ from examples import (
 from tests.calls import CEILING, connected, movable_clock, running
 
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping
+    from collections.abc import Callable, MutableMapping
 
     from fastapi import FastAPI
 
@@ -293,3 +296,75 @@ async def test_streaming_events_and_report(capsys: pytest.CaptureFixture[str]) -
     report = await stay(streaming.app, "GET", "/report", after=1)
     assert report.text.count("event: progress\n") == 2
     assert report.text.endswith('event: result\ndata: {"pages": 2}\n\n')
+
+
+async def test_cancel_by_id() -> None:
+    async with CancelableClient(cancel_by_id.app, ceiling=CEILING) as client:
+        async with client.start("GET", "/report", headers={"operation-id": "my-report"}) as call:
+            await call.running()
+            assert [each["id"] for each in (await until(client, "/running", len))] == ["my-report"]
+            assert (await client.post("/stop/my-report")).json()["outcome"] == "cancelled"
+        assert (await call.response()).json() == {"detail": "stopped by its stop button"}
+        assert (await client.post("/stop/my-next-report")).json()["outcome"] == "unknown"
+        early = await client.get("/report", headers={"operation-id": "my-next-report"})
+    assert early.status_code == 499
+
+
+@movable_clock
+async def test_latest_wins() -> None:
+    ann, bob = {"user": "ann"}, {"user": "bob"}
+    async with CancelableClient(latest_wins.app, ceiling=CEILING) as client:
+        async with (
+            client.start("GET", "/search?text=c", headers=ann) as first,
+            client.start("GET", "/search?text=c", headers=bob) as other,
+        ):
+            await first.running()
+            await other.running()
+            async with client.start("GET", "/search?text=canv", headers=ann) as second:
+                assert (await first.response()).json() == {"detail": "superseded by a newer request"}
+                await second.running()
+                await advance(1.1)
+        assert (await second.response()).json() == ["canvas"]
+        assert (await other.response()).status_code == 200
+
+
+@movable_clock
+async def test_latest_wins_or_waits() -> None:
+    ann = {"user": "ann"}
+    async with CancelableClient(latest_wins.app, ceiling=CEILING) as client:
+        async with (
+            client.start("GET", "/export", headers=ann) as first,
+            client.start("GET", "/export", headers=ann) as second,
+        ):
+            await first.running()
+            await second.running()
+            await advance(1.1)
+            assert (await first.response()).status_code == 200
+            await advance(1.1)
+            assert (await second.response()).status_code == 200
+
+
+@movable_clock
+async def test_background_report() -> None:
+    async with CancelableClient(background_report.app, ceiling=CEILING) as client:
+        accepted = await client.post("/start-background-task", params={"pages": 2})
+        assert accepted.status_code == 202
+        await advance(1.1)
+        assert (await until(client, accepted.headers["location"], lambda task: task["progress"]))["state"] == "running"
+        await advance(1)
+        assert (await client.get(accepted.headers["location"] + "/result")).json() == {"pages": 2}
+
+        task = (await client.post("/start-background-task")).json()
+        assert (await client.post(f"/cancel-task/{task['id']}")).json()["outcome"] == "cancelled"
+        result = await client.get(f"/tasks/{task['id']}/result")
+        assert (result.status_code, result.json()) == (499, {"detail": "no longer needed"})
+        assert (await client.get("/tasks/unknown")).status_code == 404
+
+
+async def until(client: CancelableClient, path: str, is_there: Callable[[Any], object]) -> Any:
+    """The JSON at a path, once it has what the test waits for."""
+    with anyio.fail_after(CEILING):
+        while True:
+            found = (await client.get(path)).json()
+            if is_there(found):
+                return found

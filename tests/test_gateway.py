@@ -67,8 +67,11 @@ def application(seen: list[Any], place: str, **options: Any) -> FastAPI:
     ours = Middleware(RequestCancelationMiddleware, **options)
     app.user_middleware[:0] = [observer, ours] if place == "outside" else [ours, observer]
 
+    app.state.has_begun = anyio.Event()
+
     @app.get("/")
     async def work() -> None:
+        app.state.has_begun.set()
         await anyio.sleep_forever()
 
     return app
@@ -84,6 +87,8 @@ async def test_a_middleware_sees_the_same_wherever_it_stands(place: str, why: st
     app = application(seen, place, default_timeout=0.05 if why == "timeout" else None)
     async with nothing_left(), running(app, lifespan=True) as call:
         await call.listened_to()
+        if why != "timeout":
+            await app.state.has_begun.wait()
         if why == "disconnect":
             await call.hang_up()
         elif why == "shutdown":

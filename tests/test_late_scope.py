@@ -35,7 +35,8 @@ from cancelable_deps.kernel.block import Block
 from cancelable_deps.kernel.cancelable import block_of, cancelable_of
 from cancelable_deps.kernel.loops import asyncio_scopes as polite
 from cancelable_deps.request.blocks import RequestBlock
-from cancelable_deps.request.state import RequestState, Watcher
+from cancelable_deps.request.state import RequestState
+from cancelable_deps.request.watchers import Watcher
 
 from .calls import get, hang_up
 from .leftovers import nothing_left

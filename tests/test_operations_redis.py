@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import sys
 import time
@@ -24,7 +23,6 @@ from cancelable_deps.operations import (
     OperationsUnavailable,
     RedisBackend,
 )
-from cancelable_deps.operations.backend import Unavailable
 from cancelable_deps.operations.entries import decoded
 
 from .machine import scaled

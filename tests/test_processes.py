@@ -477,11 +477,12 @@ def run_script(path: Path, text: str, *how: str) -> subprocess.CompletedProcess[
     )
 
 
-@pytest.mark.parametrize("how", [(), ("-m", "script")])
+@pytest.mark.parametrize("how", [(), pytest.param(("-m", "script"), marks=pytest.mark.real)])
 def test_function_of_the_main_module(tmp_path: Path, how: tuple[str, ...]) -> None:
     assert run_script(tmp_path / "script.py", GUARDED, *how).stdout.split() == ["42", "8"]
 
 
+@pytest.mark.real
 def test_main_module_without_a_guard_is_told(tmp_path: Path) -> None:
     done = run_script(tmp_path / "script.py", GUARDED.replace('if __name__ == "__main__":', "if True:"))
     assert "Put the code that starts your program under `if __name__ == '__main__':`" in done.stderr

@@ -45,7 +45,8 @@ from cancelable_deps.kernel.loops.current import current_loop
 from cancelable_deps.kernel.settings import settings
 from cancelable_deps.request.http_reader import Reader
 from cancelable_deps.request.in_flight import in_flight_of
-from cancelable_deps.request.state import PROBE_KEY, SCOPE_KEY, WAITERS, RequestState
+from cancelable_deps.request.state import PROBE_KEY, SCOPE_KEY, RequestState
+from cancelable_deps.request.watchers import WAITERS
 from cancelable_deps.testing import Call, CancelableClient, advance
 from tests import asgi
 from tests.calls import get, hang_up, movable_clock, running

@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 
 import httpx
 import pytest
 
+from tests import servers
 from tests.machine import scaled
 from tests.servers import (
     DOORS,
-    HYPERCORN,
     PATIENCE,
     UVICORN,
     Http2Connection,
     Server,
     Variant,
     new_key,
-    started,
     without_complaints,
 )
 
+pytest_plugins = ["tests.servers"]
 pytestmark = pytest.mark.one_server("server")
 
 UVICORN_HTTP2 = f"{UVICORN} --http zttp --http2"
 VARIANTS = [
     Variant("uvicorn-asyncio", f"{UVICORN_HTTP2} --loop asyncio"),
     Variant("uvicorn-uvloop", f"{UVICORN_HTTP2} --loop uvloop"),
-    Variant("hypercorn-asyncio", f"{HYPERCORN} -k asyncio"),
-    Variant("hypercorn-trio", f"{HYPERCORN} -k trio"),
-    Variant("granian", "granian --interface asgi --workers-kill-timeout 5 --port {port}"),
+    # The others speak HTTP/2 as they are.
+    *(variant for variant in servers.VARIANTS if not variant.name.startswith("uvicorn")),
 ]
 CANCELLING = tuple(door for door in DOORS if door != "event")
 STACKS = ("", "/mounted", "/inside")
@@ -39,10 +38,10 @@ LIMIT = scaled(0.2)
 
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=lambda variant: variant.name)
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(request: pytest.FixtureRequest, start_once: Callable[[Variant], Server]) -> Iterator[Server]:
     if request.param.name.startswith("uvicorn"):
         pytest.importorskip("uvicorn.protocols.http.zttp_h2_impl", reason="HTTP/2 came with uvicorn 0.54 and zttp")
-    with started(request.param, tmp_path_factory.mktemp("server")) as running, without_complaints(running):
+    with without_complaints(start_once(request.param)) as running:
         yield running
 
 

@@ -13,6 +13,7 @@ def failed(after: Reading, findings: Findings | None = None, complaints: int = 0
     return [name for name, held, _ in soak.checks(BEFORE, after, findings or Findings(), complaints) if not held]
 
 
+@pytest.mark.real
 def test_a_few_hundred_requests_of_ill_behaved_clients_leave_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         soak.main(["--server=uvicorn", "--requests=300", "--clients=16"])

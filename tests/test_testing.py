@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from contextvars import ContextVar
 from typing import Annotated, Any
 
 import anyio
@@ -18,6 +19,7 @@ import anyio.to_thread
 import httpx
 import pytest
 import trio.testing
+from anyio._backends._asyncio import _task_states
 from fastapi import BackgroundTasks, Cookie, Depends, FastAPI, File, Form, Request, Response, UploadFile, WebSocket
 from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -39,6 +41,7 @@ from cancelable_deps.testing import (
     assert_cancelled,
     no_tasks_left,
 )
+from cancelable_deps.testing import client as testing_client
 
 pytestmark = pytest.mark.anyio
 on_asyncio = pytest.mark.parametrize("anyio_backend", ["asyncio"])
@@ -609,6 +612,48 @@ async def test_what_the_test_raises_ends_the_application() -> None:
                 raise LookupError
         await call.ended()
         assert call.outcome == "cancelled"
+
+
+@on_asyncio
+@pytest.mark.parametrize("kind", ["http", "websocket", "lifespan"])
+async def test_an_application_runs_in_a_task_as_on_a_server(kind: str) -> None:
+    chosen: ContextVar[str] = ContextVar("chosen", default="nothing")
+    seen: list[tuple[Any, str]] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        if scope["type"] == kind:
+            seen.append((_task_states.get(task), chosen.get()))
+        if scope["type"] == "http":
+            await Response()(scope, receive, send)
+
+    chosen.set("by the test")
+    async with CancelableClient(app) as client:
+        if kind == "http":
+            await client.get("/")
+        elif kind == "websocket":
+            async with client.websocket("/"):
+                pass
+    assert seen == [(None, "by the test")]
+
+
+@on_asyncio
+async def test_an_application_that_goes_on_is_cancelled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(testing_client, "_NEXT_CANCELLATION", 0.01)
+    cancelled: list[int] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        for number in range(3):
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(60)
+            cancelled.append(number)
+
+    async with CancelableClient(app, lifespan=False, ceiling=0.05) as client:
+        with suppress(LookupError):
+            async with client.start("GET", "/"):
+                raise LookupError
+    assert cancelled == [0, 1, 2]
 
 
 async def test_an_application_that_hangs_fails_the_test_with_a_message() -> None:

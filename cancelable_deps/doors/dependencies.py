@@ -17,7 +17,8 @@ from ..kernel.reasons import CancelationReason
 from ..kernel.task_group import CancelableTaskGroup
 from ..request.connection import connection_state, new_block
 from ..request.policies import POLICY_ATTRIBUTE, TimeoutPolicy, found
-from ..request.state import WAITERS, Listening, RequestState
+from ..request.state import RequestState
+from ..request.watchers import WAITERS, Listening
 
 
 @final

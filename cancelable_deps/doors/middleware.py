@@ -12,13 +12,15 @@ from ..request.limits import Limits
 from ..request.naming import CancelsByName, checked_naming, failing_without
 from ..request.policies import POLICY_ATTRIBUTE, TimeoutPolicy, named
 from ..request.response import answer
-from ..request.run import run_request, run_socket
+from ..request.run import end_first_door, first_door, run_in_another_door, run_request, run_socket
 from .base_http import put_inner_doors
 
 if TYPE_CHECKING:
     from datetime import timedelta
 
     from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from ..kernel.token import Cause
 
 _POLICIES_KEY = "cancelable_deps.policies"
 """The key in a lifespan's scope of the policies of all middleware further out."""
@@ -79,13 +81,10 @@ class RequestCancelationMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or (self._excluded and self._excludes(scope)):
             if scope["type"] == "websocket" and not self._excludes(scope):
-                cause = None
                 if self._naming is not None and self._naming.is_used_by(scope):
-                    named = await self._naming.open(scope, receive, send)
-                    if named is None:
-                        return
-                    send, cause = named
-                await run_socket(self.app, scope, receive, send, self._limits, cause)
+                    await self._naming.serve(self._serve_socket, scope, receive, send)
+                else:
+                    await self._serve_socket(scope, receive, send)
             else:
                 if scope["type"] == "lifespan":
                     await check_names_at_start(self.app, scope, receive, send, self._limits.policies or {})
@@ -93,18 +92,41 @@ class RequestCancelationMiddleware:
                         send = failing_without(self._operations, send)
                 await self.app(scope, receive, send)
             return
-        cause = None
         if self._naming is not None and self._naming.is_used_by(scope):
-            named = await self._naming.open(scope, receive, send)
-            if named is None:
+            await self._naming.serve(self._serve_named, scope, receive, send)
+            return
+        block = first_door(scope, receive, send, self._limits)
+        if block is None:
+            error = await run_in_another_door(self.app, scope, receive, send, self._limits)
+        else:
+            outcome: BaseException | None = None
+            try:
+                block.enter()
+                await self.app(scope, block.receive, block.send)
+            except BaseException as exc:
+                outcome = exc
+            if outcome is None and block.has_ended_undisturbed():
                 return
-            send, cause = named
-        error = await run_request(self.app, scope, receive, send, self._limits, cause)
+            try:
+                error = await end_first_door(block, outcome)
+            finally:
+                del outcome, block  # Its traceback refers to this frame: a reference cycle otherwise.
         if error is not None:
             try:
                 await answer(error, scope, receive, send)
             finally:
                 del error  # Its traceback refers to this frame, too: a reference cycle otherwise.
+
+    async def _serve_named(self, scope: Scope, receive: Receive, send: Send, cause: Cause | None) -> None:
+        error = await run_request(self.app, scope, receive, send, self._limits, cause)
+        if error is not None:
+            try:
+                await answer(error, scope, receive, send)
+            finally:
+                del error  # As above.
+
+    async def _serve_socket(self, scope: Scope, receive: Receive, send: Send, cause: Cause | None = None) -> None:
+        await run_socket(self.app, scope, receive, send, self._limits, cause)
 
     def _excludes(self, scope: Scope) -> bool:
         return any(matches(scope) for matches in self._excluded)

@@ -14,7 +14,7 @@ from ..kernel.loops.current import current_loop
 from ..kernel.options import checked_status, seconds, takes
 from ..kernel.reasons import CancelationReason
 from ..request.connection import PREDECESSORS, connection_state, new_door
-from ..request.first_door import HandlerBlock
+from ..request.first_door import HandlerBlock, JoinedBlock, WholeDoorBlock
 from ..request.lifetime import Lifetime
 from ..request.policies import TimeoutPolicy, found
 from ..request.state import SCOPE_KEY, RequestState
@@ -64,6 +64,7 @@ class Options:
             raise TypeError(f"on_cancel must be a function that takes the Cancelable, not {on_cancel!r}")
         self.on_cancel = on_cancel
         self.cleanup_grace = None if cleanup_grace is None else seconds(cleanup_grace, "cleanup_grace")
+        self._sets_something = self.replaces_default or on_cancel is not None or cleanup_grace is not None
 
     def open_door(
         self, connection: HTTPConnection, endpoint: object
@@ -82,6 +83,10 @@ class Options:
                 if self.on_cancel is not None or self.policy is not None:
                     self._equip(first, None)
                 return first, first
+        elif not made and not self._sets_something and scope.get("endpoint") is endpoint:
+            first = scope[SCOPE_KEY]
+            if isinstance(first, WholeDoorBlock) and first.can_be_joined():
+                return JoinedBlock(first), None
         state = connection_state(connection, lifetime=Lifetime.HANDLER)
         if made and scope.get("endpoint") is not endpoint:
             # Perhaps a dependency, or one step of a handler: listening must go on after it.

@@ -8,7 +8,7 @@ from fastapi.routing import APIRoute
 
 from ..request.limits import Limits
 from ..request.response import answer
-from ..request.run import run_request
+from ..request.run import end_first_door, first_door, run_in_another_door
 from .decorator import cover_generator
 
 if TYPE_CHECKING:
@@ -69,7 +69,22 @@ class CancelableRoute(APIRoute):
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the route for one request, as Starlette calls it."""
-        error = await run_request(super().handle, scope, receive, send, self._limits)
+        block = first_door(scope, receive, send, self._limits)
+        if block is None:
+            error = await run_in_another_door(super().handle, scope, receive, send, self._limits)
+        else:
+            outcome: BaseException | None = None
+            try:
+                block.enter()
+                await super().handle(scope, block.receive, block.send)
+            except BaseException as exc:
+                outcome = exc
+            if outcome is None and block.has_ended_undisturbed():
+                return
+            try:
+                error = await end_first_door(block, outcome)
+            finally:
+                del outcome, block  # Its traceback refers to this frame: a reference cycle otherwise.
         if error is not None:
             try:
                 if error.policy is None:

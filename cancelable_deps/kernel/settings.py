@@ -16,11 +16,10 @@ class Observer(Protocol):
 
 
 class _Settings:
-    cleanup_grace = 5.0
-    listen_after = 0.005
-    timeouts_under_debugger = False
-
     def __init__(self) -> None:
+        self.cleanup_grace = 5.0
+        self.listen_after = 0.005
+        self.timeouts_under_debugger = False
         self.observers: WeakSet[Observer] = WeakSet()
 
 

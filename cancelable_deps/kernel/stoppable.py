@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from threading import RLock
+from typing import TYPE_CHECKING, Any, Final
 
 from .members import Members, with_one_more, without
 from .reasons import CancelationReason
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
     from .loops.base import MemberScope, PoliteScope, Timer
     from .token import Listener
+
+# One that can be taken twice, because a signal handler may ask for a token while its own thread makes one.
+_making: Final = RLock()
 
 
 class Stoppable(Timed):
@@ -46,8 +50,11 @@ class Stoppable(Timed):
             made = CancelationToken()
             if self.ended is None:
                 made.listen(self)
-            # Two threads may come at the same time: `setdefault` is atomic.
-            token = vars(self).setdefault("_token", made)
+            # Two threads may come at the same time.
+            with _making:
+                token = self._token
+                if token is None:
+                    token = self._token = made
         return token
 
     @property

@@ -20,3 +20,30 @@ from .model import Worker as Worker
 from .names import ANYONE as ANYONE
 from .operations import Operations as Operations
 from .redis import RedisBackend as RedisBackend
+from .router import operations_router as operations_router
+from .running import RunningOperation as RunningOperation
+
+__all__ = [
+    "ANYONE",
+    "Cancelation",
+    "MemoryBackend",
+    "Operation",
+    "OperationBusy",
+    "OperationEvent",
+    "OperationFailed",
+    "OperationList",
+    "OperationLost",
+    "OperationState",
+    "OperationTaken",
+    "OperationUnknown",
+    "Operations",
+    "OperationsUnavailable",
+    "RedisBackend",
+    "RequestOperation",
+    "RequestOperations",
+    "RunningOperation",
+    "Worker",
+    "at_most",
+    "latest_only",
+    "operations_router",
+]

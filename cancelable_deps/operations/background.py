@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import math
-import time
 from collections import OrderedDict
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
+from starlette.exceptions import HTTPException
 
 from ..kernel.cancelable import Cancelable
 from ..kernel.errors import CancelationError
@@ -19,10 +19,22 @@ from ..kernel.reasons import CancelationReason
 from ..kernel.token import Cause
 from .backend import Unavailable
 from .conditions import Conditions, has_been
+from .doubtful import DoubtfulRecords
 from .errors import OperationBusy, OperationsUnavailable, OperationTaken
 from .model import Operation, OperationList, OperationState
 from .names import ANYONE
-from .records import Outcome, TooLarge, cancelled, failed, finished, first_fields, is_of, operation_of
+from .records import (
+    Outcome,
+    TooLarge,
+    cancelled,
+    copied,
+    failed,
+    finished,
+    first_fields,
+    is_of,
+    operation_of,
+    without_frames,
+)
 from .running import Running, RunningBlock
 from .turns import ENDLESS, Turn, Turns, key_name
 
@@ -46,8 +58,6 @@ _KEY_SCOPE: Final = "background"
 _MOST_ERRORS: Final = 1000
 _PROGRESS_SECONDS: Final = 0.25
 _PAUSE: Final = 1.0
-_DOUBT_SECONDS: Final = 60.0
-"""A call that has failed does not arrive after so long a time."""
 
 WHEN_BUSY: Final[dict[str, dict[str, Any]]] = {
     "refuse": {"queue": 0},
@@ -77,14 +87,15 @@ class Background:
         self._result_ttl = result_ttl
         self._max_result = max_result
         self._jobs: dict[Job, None] = {}
+        self._starting: dict[Job, None] = {}
         self._unwritten: dict[Job, None] = {}
-        self._doubtful: dict[str, float] = {}
-        """Records that calls were to create that have failed, and when."""
+        self.doubtful = DoubtfulRecords(local, exchange)
 
+        self._has_unwritten = anyio.Event()
         self._errors: OrderedDict[str, tuple[float, BaseException]] = OrderedDict()
         self._sender, self._receiver = anyio.create_memory_object_stream[Job](math.inf)
         self._empty = anyio.Event()
-        self.is_closing = False
+        self._is_closing = self._has_given_up = False
 
     async def run(self, tasks: TaskGroup) -> None:
         """Start the work that is handed over, in the context of this task: that of a request would be kept alive."""
@@ -101,11 +112,12 @@ class Background:
         :raises OperationTaken: if the id belongs to another owner's operation.
         :raises OperationsUnavailable: if the store cannot be reached.
         """
-        if self.is_closing:
+        if self._is_closing:
             raise OperationsUnavailable("The server is shutting down")
+        self._starting[job] = None
         try:
-            if id in self._doubtful:
-                await self._clear(id)
+            if id is not None and id in self.doubtful:
+                await self.doubtful.delete(id)
             known = None if id is None else await self._join(id, job.owner)
             if known is not None:
                 return known
@@ -117,6 +129,9 @@ class Background:
         except BaseException:
             await self._give_turn_back(job)
             raise
+        finally:
+            self._starting.pop(job, None)
+            self._look_if_empty()
 
     async def _join(self, id: str, owner: str | None) -> Operation | None:
         [record] = await self._exchange.calling(self._exchange.backend.load([id]))
@@ -131,7 +146,7 @@ class Background:
         for running in self._local.find(id, ANYONE):
             if isinstance(running, Job):
                 return running.view()
-        return operation_of(id, fields)
+        return operation_of(id, fields, self._local.clock.now())
 
     async def _take_turn(self, job: Job, when_busy: str) -> None:
         if job.key is None or when_busy == "run":
@@ -150,12 +165,12 @@ class Background:
     async def _create(self, job: Job, id: str | None) -> Operation:
         # Known here before its record is: who reads of it may stop it at once.
         self._local.add(job, id)
-        fields = first_fields(job, self._exchange.identity.name, self._result_ttl)
+        fields = first_fields(job, self._result_ttl)
         try:
             record = await self._exchange.calling(self._exchange.backend.create(job.id, fields, ttl=MOST_AGE))
         except BaseException:
             # It may be there, or come yet, and nobody will work on it.
-            self._doubtful[job.id] = self._local.loop.time()
+            self.doubtful.add(job.id)
             self._local.discard(job)
             raise
         if not record.is_new:
@@ -165,7 +180,7 @@ class Background:
             if record.fields.get("owner") != job.owner:
                 raise OperationTaken
             return self._seen(record.id, record.fields)
-        self._doubtful.pop(job.id, None)
+        self.doubtful.discard(job.id)
         self._jobs[job] = None
         self._sender.send_nowait(job)
         return job.view()
@@ -188,16 +203,17 @@ class Background:
                 result = await job.work(job.cancelable, *job.args)
             return finished(result, self._max_result)
         except TooLarge as exc:
-            logger.error("the result of the operation %s (%s) is lost: %s", job.id, job.name, exc)
+            logger.error("the result of the operation %s (%s) is dropped: %s", job.id, job.name, exc)
             return Outcome(OperationState.FAILED, {"message": str(exc), "status": 500})
         except CancelationError as exc:
             if exc.reason is job.cancelable.reason:
-                return cancelled(exc)
+                return cancelled(exc, job.cause)
             return failed(exc)
         except BaseException as exc:
             if this_task.is_ended_by(exc):
                 raise
-            logger.exception("the operation %s (%s) failed", job.id, job.name)
+            if not isinstance(exc, HTTPException):
+                logger.exception("the operation %s (%s) failed", job.id, job.name)
             return failed(exc)
 
     async def _wait_for_turn(self, job: Job, turn: Turn) -> None:
@@ -207,24 +223,28 @@ class Background:
 
     async def _end(self, job: Job, outcome: Outcome) -> None:
         self._unwritten.pop(job, None)
-        job.error = outcome.error
+        if outcome.state is OperationState.FAILED:
+            job.error = outcome.error
         if outcome.state is OperationState.FAILED:
             job.failure = outcome.fields["message"]
         self._remember_error(job)
-        fields = {**outcome.fields, "state": str(outcome.state), "ended": time.time(), **_progress_of(job)}
+        fields = {**outcome.fields, "state": str(outcome.state), "ended": self._local.clock.now(), **_progress_of(job)}
         # First, so that the result is there when its end is noticed.
         is_written = await self._write_end(job, fields)
         self._local.remove(job, outcome.state)
         job.work, job.args = _nothing, ()
         if job.turn is not None:
             await self._turns.leave(job.turn)
-        while not is_written and not self.is_closing:
+        while not is_written and not self._has_given_up:
             await anyio.sleep(_PAUSE)
             is_written = await self._write_end(job, fields)
         if not is_written:
             logger.error("the end of the operation %s could not be written: the store is away", job.id)
         self._jobs.pop(job, None)
-        if not self._jobs:
+        self._look_if_empty()
+
+    def _look_if_empty(self) -> None:
+        if not self._jobs and not self._starting:
             self._empty.set()
 
     async def _write_end(self, job: Job, fields: dict[str, Any]) -> bool:
@@ -242,7 +262,7 @@ class Background:
         return True
 
     async def _create_again(self, job: Job) -> Record:
-        fields = {**first_fields(job, self._exchange.identity.name, self._result_ttl), **_progress_of(job)}
+        fields = {**first_fields(job, self._result_ttl), **_progress_of(job)}
         record: Record = await self._exchange.calling(self._exchange.backend.create(job.id, fields, ttl=MOST_AGE))
         return record
 
@@ -251,16 +271,15 @@ class Background:
         now = self._local.loop.time()
         while self._errors and (next(iter(self._errors.values()))[0] <= now or len(self._errors) >= _MOST_ERRORS):
             self._errors.popitem(last=False)
-        if job.error is not None and not isinstance(job.error, CancelationError):
-            error = job.error.with_traceback(None)
-            error.__context__ = error.__cause__ = None
-            self._errors[job.id] = (now + self._result_ttl, error)
+        if job.error is not None:
+            self._errors[job.id] = (now + self._result_ttl, without_frames(job.error))
         job.error = None
 
     def error_here(self, id: str) -> BaseException | None:
-        """Return the exception that work of this process has raised."""
+        """Return a copy of the exception that work of this process has raised."""
         until, error = self._errors.get(id, (0.0, None))
-        return error if until > self._local.loop.time() else None
+        # A copy, because who raises it adds its own frames.
+        return copied(error) if error is not None and until > self._local.loop.time() else None
 
     # Records.
 
@@ -270,7 +289,10 @@ class Background:
         :raises Unavailable: if the store cannot be reached.
         """
         [record] = await self._exchange.calling(self._exchange.backend.load([id]))
-        return None if record is None or not is_of(record.fields, owner) else operation_of(id, record.fields)
+        return None if record is None or not is_of(record.fields, owner) else self._as_read(record)
+
+    def _as_read(self, record: Record) -> Operation:
+        return operation_of(record.id, record.fields, self._local.clock.now())
 
     async def fields(self, id: str, owner: Owner) -> dict[str, Any] | None:
         """Return the record of an operation of ``owner`` with its result.
@@ -288,9 +310,9 @@ class Background:
         known = await self.recorded(id, owner)
         if known is None or known.state.is_final:
             return known
-        mark = {"cancel": {"message": message, "at": time.time()}}
+        mark = {"cancel": {"message": message, "at": self._local.clock.now()}}
         record = await self._exchange.calling(self._exchange.backend.mark(id, mark))
-        return None if record is None else operation_of(id, record.fields)
+        return None if record is None else self._as_read(record)
 
     async def history(self, owner: str | None, *, limit: int) -> list[Operation]:
         """Return the operations that there are records of, the newest first.
@@ -298,7 +320,7 @@ class Background:
         :raises Unavailable: if the store cannot be reached.
         """
         records = await self._exchange.calling(
-            self._exchange.backend.history(owner, before=time.time() + MOST_AGE, limit=limit)
+            self._exchange.backend.history(owner, before=self._local.clock.now() + MOST_AGE, limit=limit)
         )
         return [self._seen(record.id, record.fields) for record in records]
 
@@ -308,7 +330,7 @@ class Background:
         :raises Unavailable: if the store cannot be reached.
         """
         owner = None if conditions.owner is ANYONE else conditions.owner
-        now = time.time()
+        now = self._local.clock.now()
         found = [each for each in await self.history(owner, limit=MOST_READ) if has_been(conditions, each, now)]
         return OperationList(items=found[:limit], total=len(found), unreachable=[])
 
@@ -316,12 +338,15 @@ class Background:
 
     def note_change(self, running: Running, kind: str) -> None:
         """Have the progress of work written, for those who read of it in other workers."""
-        if isinstance(running, Job) and running in self._jobs:
+        if kind != "end" and isinstance(running, Job) and running in self._jobs:
             self._unwritten[running] = None
+            self._has_unwritten.set()
 
     async def _keep_writing(self) -> None:
         while True:
+            await self._has_unwritten.wait()
             await anyio.sleep(_PROGRESS_SECONDS)
+            self._has_unwritten = anyio.Event()
             while self._unwritten:
                 job = next(iter(self._unwritten))
                 del self._unwritten[job]
@@ -329,6 +354,9 @@ class Background:
                 try:
                     await self._exchange.calling(self._exchange.backend.change(job.id, fields))
                 except Unavailable:
+                    # Also what could not be written now.
+                    self._unwritten[job] = None
+                    self._has_unwritten.set()
                     break
 
     async def write_again(self) -> None:
@@ -341,29 +369,22 @@ class Background:
             if mark is not None:
                 job.stop(Cause(CancelationReason.MANUAL, mark.get("message")))
 
-    async def clear(self) -> None:
-        """Delete the records of work that was not started, as the store did not answer in time when they were created.
-
-        :raises Unavailable: if the store cannot be reached.
-        """
-        now = self._local.loop.time()
-        for id, at in list(self._doubtful.items()):
-            if await self._clear(id) or at < now - _DOUBT_SECONDS:
-                self._doubtful.pop(id, None)
-
-    async def _clear(self, id: str) -> bool:
-        fields = {"state": str(OperationState.FAILED), "ended": time.time()}
-        done: bool = await self._exchange.calling(self._exchange.backend.change(id, fields, end_ttl=0.0))
-        return done
-
     def stop_everything(self, cause: Cause) -> None:
         """Stop all background work of this worker."""
         for job in list(self._jobs):
             job.stop(cause)
 
+    def close(self) -> None:
+        """Start nothing any more."""
+        self._is_closing = True
+
+    def give_up(self) -> None:
+        """Do not wait any more for a store that cannot be reached."""
+        self._has_given_up = True
+
     async def wait_empty(self) -> None:
         """Wait until no background work is left."""
-        while self._jobs:
+        while self._jobs or self._starting:
             self._empty = anyio.Event()
             await self._empty.wait()
 

@@ -9,9 +9,10 @@ import anyio.lowlevel
 
 from ..kernel.reasons import CancelationReason
 from ..kernel.token import Cause, telling_everybody
+from .backend import Unavailable
 from .conditions import Conditions
 from .exchange import Answers
-from .listing import MOST, as_running, everything_that
+from .listing import MOST, as_running, everything_that, runs
 from .model import Cancelation, Operation, OperationState
 from .names import ANYONE, worker_of
 
@@ -52,8 +53,10 @@ class Cancels:
     async def cancel(self, id: str, owner: Owner, message: str | None, wait: float, grace: float | None) -> Cancelation:
         """Stop an operation; see `Operations.cancel`."""
         running = self._local.find(id, owner)
+        cause = Cause(CancelationReason.MANUAL, message)
+        self._remember(id, owner, cause)
         if running:
-            stop_all(running, Cause(CancelationReason.MANUAL, message), grace)
+            stop_all(running, cause, grace)
             return await until_ended(running, wait)
         ended = self._local.find_ended(id, owner)
         if ended is not None:
@@ -70,19 +73,23 @@ class Cancels:
             return await self._cancel_recorded(marked, data)
         worker = worker_of(id)
         if worker is None:
-            return await self._cancel_named(id, owner, data)
+            return _sum_of(await self._exchange.ask("cancel", data, to=None, timeout=wait))
         if worker == self._exchange.identity.name:
             return Cancelation(outcome="unknown")
         if worker not in self._exchange.alive:
-            # Without its record nobody can say whose it was.
-            return Cancelation(outcome="lost" if owner is ANYONE else "unknown")
-        return await self._ask(data, worker)
+            return _lost(owner)
+        return await self._ask(data, worker, owner)
+
+    def _remember(self, id: str, owner: Owner, cause: Cause) -> None:
+        """Stop whatever gets an id of a client's choice later: it names one operation only."""
+        if worker_of(id) is None:
+            self._local.early.add(owner, id, cause)
 
     async def _cancel_recorded(self, operation: Operation, data: dict[str, Any]) -> Cancelation:
         """Stop background work of another worker, whose record says by now that it is to stop."""
         if operation.state.is_final:
             return Cancelation(outcome=outcome_of(operation.state), operation=operation)
-        answered = await self._ask(data, operation.worker)
+        answered = await self._ask(data, operation.worker, ANYONE)
         if answered.outcome in ("unknown", "lost"):
             # Its worker is gone, or has just ended it. The record knows.
             now = await self._background.recorded(operation.id, ANYONE)
@@ -91,17 +98,10 @@ class Cancels:
                 return Cancelation(outcome=outcome, operation=now)
         return answered if answered.operation is not None else answered.model_copy(update={"operation": operation})
 
-    async def _cancel_named(self, id: str, owner: Owner, data: dict[str, Any]) -> Cancelation:
-        """Stop what has an id of a client's choice, now or when it comes."""
-        self._local.early.add(owner, id, Cause(CancelationReason.MANUAL, data["message"]))
-        answers = await self._exchange.ask("cancel", data, to=None, timeout=data["wait"])
-        return _sum_of(answers)
-
-    async def _ask(self, data: dict[str, Any], worker: str) -> Cancelation:
+    async def _ask(self, data: dict[str, Any], worker: str, owner: Owner) -> Cancelation:
         answers = await self._exchange.ask("cancel", data, to=[worker], timeout=data["wait"])
-        if not answers.of and worker not in self._exchange.alive:
-            return Cancelation(outcome="lost")
-        return _sum_of(answers)
+        is_dead = worker in answers.dead or worker not in self._exchange.alive
+        return _lost(owner) if is_dead and not answers.of else _sum_of(answers)
 
     def asked(self, entry: Entry) -> Any:
         """Stop an operation for another worker, and answer it."""
@@ -110,6 +110,7 @@ class Cancels:
         owner: Owner = ANYONE if data.get("owner") is None else str(data["owner"])
         cause = Cause(CancelationReason.MANUAL, data.get("message"))
         running = self._local.find(id, owner)
+        self._remember(id, owner, cause)
         if running:
             stop_all(running, cause, data.get("grace"))
             self._exchange.answer(
@@ -119,8 +120,6 @@ class Cancels:
         ended = self._local.find_ended(id, owner)
         if ended is not None:
             return _as_data(Cancelation(outcome=outcome_of(ended.state), operation=ended.view()))
-        if worker_of(id) is None:
-            self._local.early.add(owner, id, cause)
         return {"no": True}
 
     async def _answer_at_end(self, running: list[Running], wait: float) -> dict[str, Any]:
@@ -130,22 +129,33 @@ class Cancels:
         """Stop all that fulfil the conditions; see `Operations.cancel_all`."""
         data = {"conditions": conditions.as_data(), "message": message}
         results: list[Cancelation] = []
-        answers = Answers({}, [])
+        answers = Answers({}, [], [])
+        failure: Unavailable | None = None
         async with anyio.create_task_group() as tasks:
             # Beside each other: neither is to wait for the other.
             tasks.start_soon(self._stop_here, conditions, message, results)
-            answers = await self._exchange.ask("cancel_all", data, to=None, timeout=timeout)
+            try:
+                answers = await self._exchange.ask("cancel_all", data, to=None, timeout=timeout)
+            except Unavailable as exc:
+                # Not in the group, which would cancel the other.
+                failure = exc
+        if failure is not None:
+            raise failure
         for answer in answers.of.values():
             results += [Cancelation.model_validate(each) for each in answer.get("stopped", ())]
         return results
 
     async def _stop_here(self, conditions: Conditions, message: str | None, results: list[Cancelation]) -> None:
+        # The caller may be among those that are stopped, and all the others are to be stopped as well.
+        with anyio.CancelScope(shield=True):
+            await self._stop_those(conditions, message, results)
+
+    async def _stop_those(self, conditions: Conditions, message: str | None, results: list[Cancelation]) -> None:
         cause = Cause(CancelationReason.MANUAL, message)
         stopped: list[Running] = []
         async for part in everything_that(self._local, conditions):
             for begin in range(0, len(part), _PART):
-                running = [as_running(self._local, each) for each in part[begin : begin + _PART]]
-                running = [each for each in running if not each.has_ended]
+                running = [as_running(self._local, each) for each in part[begin : begin + _PART] if runs(each)]
                 stop_all(running, cause, None)
                 stopped += running
                 await anyio.lowlevel.checkpoint()
@@ -191,6 +201,11 @@ async def until_ended(running: list[Running], wait: float) -> Cancelation:
             each.listeners.remove(look)
     last = max(running, key=lambda each: (not each.has_ended, each.ended_at or 0.0))
     return Cancelation(outcome=outcome_of(last.state), operation=last.view())
+
+
+def _lost(owner: Owner) -> Cancelation:
+    """Return the outcome for the id of a dead worker; without a record nobody can say whose it was."""
+    return Cancelation(outcome="lost" if owner is ANYONE else "unknown")
 
 
 def _as_data(cancelation: Cancelation) -> dict[str, Any]:

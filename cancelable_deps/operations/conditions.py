@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from ..hosts.starlette import route_template
 from ..kernel.options import seconds
-from .model import Operation, OperationState
+from .model import Kind, Operation, OperationState
 from .names import ANYONE, checked_key, checked_labels, checked_owners
 from .running import Running
 
@@ -70,6 +69,10 @@ def checked(
     :raises TypeError: if one has a wrong type.
     :raises ValueError: if one has a wrong value.
     """
+    if kind is not None and kind not in get_args(Kind):
+        raise ValueError(f"kind is one of {', '.join(get_args(Kind))}, not {kind!r}")
+    if route is not None and not isinstance(route, str):
+        raise TypeError(f"route is the path template of a route, not {route!r}")
     from_seconds = None if older_than is None else seconds(older_than, "older_than")
     return Conditions(
         owner=checked_owners(owner),
@@ -82,16 +85,19 @@ def checked(
     )
 
 
-def matcher(conditions: Conditions, now: float) -> Callable[[RequestState | RunningBlock], bool] | None:
+def matcher(
+    conditions: Conditions, now: float, today: float = 0.0
+) -> Callable[[RequestState | RunningBlock], bool] | None:
     """Return a function that tells whether something that runs fulfils the conditions; ``None`` if everything does.
 
     :param now: the time of the loop, from which ages count.
+    :param today: the same in seconds since the epoch.
     """
     if conditions.are_none:
         return None
     youngest = now - (conditions.older_than or 0.0)
     if conditions.before is not None:
-        youngest = min(youngest, now - (time.time() - conditions.before))
+        youngest = min(youngest, now - (today - conditions.before))
     if conditions._replace(older_than=None, before=None).are_none:
         return lambda each: each.started <= youngest
 

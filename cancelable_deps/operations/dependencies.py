@@ -8,10 +8,11 @@ from starlette.types import Scope
 
 from ..kernel.loops.current import current_loop
 from ..request.connection import connection_state
-from ..request.state import Listening, RequestState
+from ..request.state import RequestState
+from ..request.watchers import Listening
 from .local import STATE_KEY, only_one_in
 from .operations import Operations
-from .running import RunningRequest
+from .running import RunningOperation, RunningRequest
 from .stoppable import stoppable_handler
 
 
@@ -50,14 +51,14 @@ async def request_operations(connection: HTTPConnection) -> Operations:
 
 async def request_operation(
     connection: HTTPConnection, _: Annotated[None, Depends(stoppable_handler, scope="function")]
-) -> RunningRequest:
+) -> RunningOperation:
     """Provide the request itself as an operation: its ``id``, ``claim(owner)``, ``label()`` and ``progress()``.
 
     Stopping the operation stops the handler, also if no door is around it.
 
     :raises RuntimeError: if the application has no operations, or they are not open.
     """
-    return operation_of(connection)[0]
+    return RunningOperation(operation_of(connection)[0])
 
 
 _LISTENING = Listening()
@@ -65,5 +66,5 @@ _LISTENING = Listening()
 RequestOperations = Annotated[Operations, Depends(request_operations)]
 """A parameter's type that gives a handler the `Operations` of its application."""
 
-RequestOperation = Annotated[RunningRequest, Depends(request_operation)]
+RequestOperation = Annotated[RunningOperation, Depends(request_operation)]
 """A parameter's type that gives a handler its own request as an operation."""

@@ -21,10 +21,21 @@ class Entry(NamedTuple):
     """Seconds since the epoch, by the clock of the sender."""
 
     data: dict[str, Any]
+    to: str | None = None
+    """The worker whose mail it is; ``None`` if it is for all."""
 
     def encoded(self) -> bytes:
         """Return the entry as bytes."""
-        fields = {"v": VERSION, "kind": self.kind, "id": self.id, "from": self.sender, "at": self.at, "data": self.data}
+        fields: dict[str, Any] = {
+            "v": VERSION,
+            "kind": self.kind,
+            "id": self.id,
+            "from": self.sender,
+            "at": self.at,
+            "data": self.data,
+        }
+        if self.to is not None:
+            fields["to"] = self.to
         return json.dumps(fields, separators=(",", ":")).encode()
 
 
@@ -46,7 +57,9 @@ def decoded(data: bytes) -> Entry | None:
         body = fields["data"]
         if not isinstance(body, dict):
             return None
-        return Entry(str(fields["kind"]), str(fields["id"]), str(fields["from"]), float(fields["at"]), body)
+        return Entry(
+            str(fields["kind"]), str(fields["id"]), str(fields["from"]), float(fields["at"]), body, fields.get("to")
+        )
     except (ValueError, KeyError, TypeError, RecursionError):
         logger.warning("an entry of the operations cannot be read, and is ignored: %.100r", data)
         return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import random
-import time
 from collections import OrderedDict
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
     from .backend import Beat, Identity, OperationsBackend
+    from .clock import Clock
 
     Handler = Callable[[Entry], Any]
 
@@ -44,6 +44,9 @@ class Answers(NamedTuple):
 
     silent: list[str]
     """The workers that have not."""
+
+    dead: list[str]
+    """Those among the silent that the store does not know, or not any more."""
 
 
 class _Question:
@@ -71,7 +74,8 @@ class Exchange:
     """One worker's part in the exchange.
 
     :param answering: functions by kind of entry. One returns the answer or an awaitable of it; ``None`` is no answer.
-    :param on_beat: called with each successful sign of life, and whether the store may have lost what it had.
+    :param on_beat: called with each successful sign of life, and whether the store may have lost something since the
+        last one that this function has returned from.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class Exchange:
         backend: OperationsBackend,
         identity: Identity,
         *,
+        clock: Clock,
         memory: float,
         lease: float,
         answering: dict[str, Handler],
@@ -88,6 +93,8 @@ class Exchange:
         self.identity = identity
         self.alive: dict[str, Identity] = {identity.name: identity}
         self.is_broken = False
+        self._may_have_lost = False
+        self._clock = clock
         self._memory = memory
         self._lease = lease
         self._answering = {
@@ -105,10 +112,7 @@ class Exchange:
         self._missed = 0
         self._has_warned = False
         self._is_leaving = False
-        self._was_away = False
-        """Whether there has been a break since the last sign of life."""
-
-        self._began = time.time()
+        self._began = clock.now()
 
     @property
     def others(self) -> list[str]:
@@ -152,19 +156,20 @@ class Exchange:
 
         :raises Unavailable: as `broadcast` does.
         """
-        entry = self._new(kind, {**data, "to": worker}, id)
+        entry = self._new(kind, data, id)._replace(to=worker)
         is_there: bool = await self.calling(self.backend.send(worker, entry.encoded(), entry.id))
         if is_there:
             self._note(entry, worker)
         return is_there
 
     def _new(self, kind: str, data: dict[str, Any], id: str | None) -> Entry:
-        return Entry(kind, id or new_entry_id(), self.identity.name, time.time(), data)
+        return Entry(kind, id or new_entry_id(), self.identity.name, self._clock.now(), data)
 
     def _note(self, entry: Entry, to: str | None) -> None:
-        self._seen[entry.id] = entry.at
+        now = self._seen[entry.id] = self._clock.now()
         if entry.kind in LASTING:
-            self._lasting[entry.id] = _Sent(entry.at, entry.encoded(), to)
+            self._lasting[entry.id] = _Sent(now, entry.encoded(), to)
+        self._forget(now)
 
     async def ask(self, kind: str, data: dict[str, Any], *, to: list[str] | None, timeout: float) -> Answers:
         """Ask workers, all others by default, and return their answers when all have come or ``timeout`` is over.
@@ -173,6 +178,7 @@ class Exchange:
         :raises Unavailable: if the store cannot be reached.
         """
         asked = self.others if to is None else to
+        dead: list[str] = []
         id = new_entry_id()
         question = self._questions[id] = _Question(asked)
         try:
@@ -182,13 +188,14 @@ class Exchange:
             else:
                 for worker in to:
                     if not await self.send(worker, kind, data, id):
+                        dead.append(worker)
                         question.waiting.discard(worker)
             if question.waiting:
                 with anyio.move_on_after(timeout):
                     await question.is_answered.wait()
         finally:
             del self._questions[id]
-        return Answers(question.answers, [name for name in asked if name not in question.answers])
+        return Answers(question.answers, [name for name in asked if name not in question.answers], dead)
 
     async def calling(self, call: Awaitable[Any]) -> Any:
         """Await a call of the store, for a second at most.
@@ -211,9 +218,10 @@ class Exchange:
         pause = _FIRST_PAUSE
         while True:
             try:
-                entries = await self.backend.receive()
                 if self.is_broken:
                     await self._repair()
+                # Nothing may fail after this one: what it has returned is not read again.
+                entries = await self.backend.receive()
                 pause = _FIRST_PAUSE
             except Gap:
                 logger.warning("this worker has been away for longer than the operations are remembered")
@@ -231,10 +239,10 @@ class Exchange:
         entry = decoded(data)
         if entry is None or entry.id in self._seen:
             return
-        now = time.time()
-        self._seen[entry.id] = now
-        if entry.kind in LASTING:
-            self._lasting[entry.id] = _Sent(now, data, None if entry.data.get("to") is None else self.identity.name)
+        now = self._seen[entry.id] = self._clock.now()
+        if entry.kind in LASTING and entry.to is None:
+            # Mail is sent again by its sender, who is the only one that is sure to have it.
+            self._lasting[entry.id] = _Sent(now, data, None)
         self._forget(now)
         if entry.kind not in LASTING and entry.at < self._began - _OLD:
             return  # The log remembers questions whose askers have long given up.
@@ -301,7 +309,7 @@ class Exchange:
     def _welcome(self, entry: Entry) -> None:
         name, host, pid, version, started = entry.data["identity"][:5]
         identity = type(self.identity)(str(name), str(host), int(pid), str(version), float(started))
-        if time.time() - entry.at < self._lease:
+        if self._clock.now() - entry.at < self._lease:
             self.alive[identity.name] = identity
 
     def _take_leave(self, entry: Entry) -> None:
@@ -332,14 +340,18 @@ class Exchange:
             logger.info("the store of operations can be reached again")
         self.alive = {identity.name: identity for identity in beat.alive}
         self.alive.setdefault(self.identity.name, self.identity)
-        if beat.has_lost:
+        if beat.has_forgotten:
             # No call has failed, so that nobody else notices.
             self._note_break()
         if self.is_broken:
             with suppress(Unavailable):
                 await self._repair()
-        was_away, self._was_away = self._was_away, False
-        await self._on_beat(beat, was_away)
+        may_have_lost, self._may_have_lost = self._may_have_lost, False
+        try:
+            await self._on_beat(beat, may_have_lost)
+        except Unavailable:
+            # The next sign of life repeats it.
+            self._may_have_lost = self._may_have_lost or may_have_lost
 
     def rename(self, identity: Identity) -> None:
         """Go on under a new name."""
@@ -351,11 +363,12 @@ class Exchange:
     # Repair.
 
     def _note_break(self) -> None:
-        self.is_broken = self._was_away = True
+        self.is_broken = self._may_have_lost = True
 
     async def _repair(self) -> None:
         """Append again what the store has lost of the last ``memory`` seconds: those who know it do nothing twice."""
-        self._forget(time.time())
+        self._forget(self._clock.now())
+        self.is_broken = False
         logged = {id: sent for id, sent in self._lasting.items() if sent.to is None}
         if logged:
             for id in await self.calling(self.backend.missing(list(logged))):
@@ -363,4 +376,3 @@ class Exchange:
         for id, sent in list(self._lasting.items()):
             if sent.to is not None and sent.to != self.identity.name:
                 await self.calling(self.backend.send(sent.to, sent.data, id))
-        self.is_broken = False

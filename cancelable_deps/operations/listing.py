@@ -27,10 +27,11 @@ MOST: Final = 1000
 
 async def everything_that(local: Local, conditions: Conditions) -> AsyncIterator[list[RequestState | RunningBlock]]:
     """Yield what runs here and fulfils the conditions, the oldest first, in parts; others get their turn in between."""
-    fulfils = matcher(conditions, local.loop.time())
+    fulfils = matcher(conditions, local.loop.time(), local.clock.now())
     found = local.everything()
     for begin in range(0, len(found), CHUNK):
-        part = found[begin : begin + CHUNK]
+        # Some may have ended since the last part.
+        part = [each for each in found[begin : begin + CHUNK] if runs(each)]
         yield part if fulfils is None else list(filter(fulfils, part))
         await anyio.lowlevel.checkpoint()
 
@@ -66,7 +67,7 @@ class Listing:
         total = 0
         async for part in everything_that(self._local, conditions):
             total += len(part)
-            found += [as_running(self._local, each).view() for each in part[: limit - len(found)] if _runs(each)]
+            found += [as_running(self._local, each).view() for each in part[: limit - len(found)]]
         return found, total
 
     async def answer(self, entry: Entry) -> dict[str, Any]:
@@ -79,6 +80,6 @@ class Listing:
         return {"items": [item.model_dump(mode="json") for item in items], "total": total}
 
 
-def _runs(each: RequestState | RunningBlock) -> bool:
-    """Return whether it has not ended while the list was made."""
-    return not each.has_ended if isinstance(each, Running) else not (each.operation and each.operation.has_ended)
+def runs(each: RequestState | RunningBlock) -> bool:
+    """Return whether it has not ended."""
+    return not each.has_ended if isinstance(each, Running) else each.is_old

@@ -10,6 +10,8 @@ from ..kernel.token import Cause
 from ..request.in_flight import in_flight_of
 from ..request.lifetime import Lifetime
 from ..request.naming import OPERATION_ID_KEY
+from ..request.state import SCOPE_KEY
+from .clock import clock_of
 from .model import OperationState
 from .names import ANYONE, new_id
 from .remembered import EarlyCancels, EndedOperations
@@ -43,12 +45,14 @@ class Local:
     def __init__(self, operations: object, worker: str, loop: EventLoop, memory: float) -> None:
         self.worker = worker
         self.loop = loop
+        self.clock = clock_of(loop)
         self.early = EarlyCancels(memory, loop.time)
         self.ended = EndedOperations(memory, loop.time)
         self.ends: Counter[str] = Counter()
         self.observers: list[Callable[[Running, str], object]] = []
         self._operations = operations
         self._by_id: dict[str, list[Running]] = {}
+        self._arrived: dict[str, list[Scope]] = {}
         self._blocks: dict[RunningBlock, None] = {}
         self._in_flight = in_flight_of(loop)
 
@@ -160,7 +164,11 @@ class Local:
         self.changed(running, "state")
 
     def changed(self, running: Running, kind: str) -> None:
-        """Tell the observers, and those that listen to this operation."""
+        """Tell the observers, and those that listen to this operation. May be called in any thread."""
+        if not self.loop.is_running_here():
+            # A plain `def` handler has changed it.
+            self.loop.call_from_thread(self.changed, running, kind)
+            return
         for listener in [*running.listeners, *self.observers]:
             listener(running, kind)
 
@@ -169,14 +177,30 @@ class Local:
         if cause is not None:
             running.stop(cause)
 
-    def refuse(self, id: str, cause: Cause) -> None:
-        """Note that a request has come that was cancelled before, and is not started."""
+    def arrive(self, id: str, scope: Scope) -> Cause | None:
+        """Note a request whose client has named it; return the cause if that was cancelled before, and is not to start."""
+        cause = self.early.find(ANYONE, id) if self.early else None
+        if cause is None:
+            self._arrived.setdefault(id, []).append(scope)
+            return None
         running = RefusedRequest(self, cause)
         running.use_id(id)
         self._end(running, OperationState.CANCELLED, cause.reason)
+        return cause
+
+    def depart(self, id: str, scope: Scope) -> None:
+        """Note the end of a request whose client has named it."""
+        same = [other for other in self._arrived.pop(id, ()) if other is not scope]
+        if same:
+            self._arrived[id] = same
 
     def find(self, id: str, owner: Owner) -> list[Running]:
         """Return the operations of an id that run, and belong to ``owner``."""
+        for scope in self._arrived.get(id, ()):
+            # One that is too young to be known otherwise.
+            request = scope.get(SCOPE_KEY)
+            if request is not None:
+                self.of_request(request.state)
         return [running for running in self._by_id.get(id, ()) if running.belongs_to(owner)]
 
     def find_ended(self, id: str, owner: Owner) -> Running | None:
@@ -210,11 +234,18 @@ def _end_of(request: RequestState, running: RunningRequest | None) -> str:
         return OperationState.FINISHED
     if running is not None and running.was_stopped_late:
         return cause.reason
-    # A line in the log says that the error of the cancellation has left the handler. Where only blocks are known, and
-    # not the handler's end, this is asked before the last block raises its error.
-    left_by_error = request.reason is not None or request.lifetime is Lifetime.BLOCKS
-    was_stopped = left_by_error and not request.is_finished
-    return cause.reason if was_stopped else OperationState.FINISHED
+    return cause.reason if _was_stopped(request) else OperationState.FINISHED
+
+
+def _was_stopped(request: RequestState) -> bool:
+    """Return whether a request that has ended, and was cancelled, has ended because of that."""
+    if request.is_finished:
+        # The answer is that of the error, or of a handler that has finished all the same.
+        return request.was_stopped and request.status >= 400
+    if request.was_stopped or request.lifetime is Lifetime.BLOCKS:
+        # Where only blocks are known, and not the handler's end, this is asked before the last block raises its error.
+        return True
+    return request.lifetime is Lifetime.DOOR and not request.response_is_complete
 
 
 def only_one_in(loop: EventLoop) -> object:

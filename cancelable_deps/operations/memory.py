@@ -25,7 +25,9 @@ REMEMBERED = 3600
 _OPEN = math.inf
 
 
-class _Entry(NamedTuple):
+class Read(NamedTuple):
+    """An entry of the log or of the mail."""
+
     number: int
     at: float
     id: str
@@ -46,16 +48,16 @@ class MemoryHub:
     def __init__(self) -> None:
         self.workers: dict[str, Identity] = {}
         self.leases: dict[str, float] = {}
-        self.log: deque[_Entry] = deque()
-        self.mail: dict[str, deque[_Entry]] = {}
+        self.log: deque[Read] = deque()
+        self.mail: dict[str, deque[Read]] = {}
         self.keys = Keys(self.is_alive)
         self.reaped: dict[str, float] = {}
         """The workers that were taken for dead, and when."""
 
         self._records: OrderedDict[str, _Kept] = OrderedDict()
         self._ending: deque[tuple[float, str]] = deque()
-        self._number = 0
-        self._trimmed_to = 0
+        self.last_number = 0
+        self.trimmed_to = 0
         self._wake: dict[str, anyio.Event] = {}
 
     def is_alive(self, worker: str) -> bool:
@@ -93,8 +95,8 @@ class MemoryHub:
         self.log.append(entry)
         oldest = entry.at - memory
         while self.log and (self.log[0].at < oldest or len(self.log) > MOST_ENTRIES):
-            self._trimmed_to = self.log.popleft().number
-        for worker in self.workers:
+            self.trimmed_to = self.log.popleft().number
+        for worker in list(self._wake):
             self.wake(worker)
         return str(entry.number)
 
@@ -106,23 +108,23 @@ class MemoryHub:
         self.wake(worker)
         return True
 
-    def _entry(self, data: bytes, id: str) -> _Entry:
-        self._number += 1
-        return _Entry(self._number, anyio.current_time(), id, data)
+    def _entry(self, data: bytes, id: str) -> Read:
+        self.last_number += 1
+        return Read(self.last_number, anyio.current_time(), id, data)
 
     def first_position(self, memory: float) -> int:
         """Return the position before the entries of the last ``memory`` seconds."""
         oldest = anyio.current_time() - memory
-        return next((entry.number - 1 for entry in self.log if entry.at >= oldest), self._number)
+        return next((entry.number - 1 for entry in self.log if entry.at >= oldest), self.last_number)
 
-    def read(self, worker: str, after: int) -> list[_Entry]:
+    def read(self, worker: str, after: int) -> list[Read]:
         """Return the entries of the log after a position, and the mail of a worker, which is removed.
 
         :raises Gap: if an entry after that position has been trimmed.
         """
-        if after < self._trimmed_to:
+        if after < self.trimmed_to:
             raise Gap
-        entries: list[_Entry] = []
+        entries: list[Read] = []
         for entry in reversed(self.log):
             if entry.number <= after:
                 break
@@ -238,8 +240,12 @@ class MemoryBackend:
         try:
             yield
         finally:
-            self._hub.keys.drop_worker(self._worker)
-            self._hub.part(self._worker)
+            self.part()
+
+    def part(self) -> None:
+        """Leave the others in good order."""
+        self._hub.keys.drop_worker(self._worker)
+        self._hub.part(self._worker)
 
     def rename(self, worker: Identity) -> None:
         """Go on under a new name."""
@@ -252,12 +258,12 @@ class MemoryBackend:
         hub = self._hub
         # A lease that has run out is not enough: after an outage those of all have, and nobody was taken for dead.
         is_fenced = self._worker in hub.reaped
-        has_lost = not is_fenced and self._worker not in hub.workers
+        has_forgotten = not is_fenced and self._worker not in hub.workers
         if not is_fenced:
             hub.join(self._identity, self._lease)
         lost, granted = hub.reap() if may_reap else ([], [])
         alive = [identity for name, identity in hub.workers.items() if hub.is_alive(name)]
-        return Beat(alive, lost, granted, is_fenced, has_lost)
+        return Beat(alive, lost, granted, is_fenced, has_forgotten)
 
     async def broadcast(self, entry: bytes, id: str) -> Position:
         """Append an entry to the log."""
@@ -269,15 +275,28 @@ class MemoryBackend:
 
     async def receive(self) -> list[tuple[Position, bytes]]:
         """Wait for entries, and return them; see `OperationsBackend.receive`."""
-        entries = self._read()
+        entries = self.read()
         if not entries:
             await self._hub.wait(self._worker, self._lease / 3)
-            entries = self._read()
+            entries = self.read()
         return [(str(entry.number), entry.data) for entry in entries]
 
-    def _read(self) -> list[_Entry]:
-        after, self._read_to = self._read_to, self._hub._number
-        return self._hub.read(self._worker, after)
+    def read(self) -> list[Read]:
+        """Return the entries that there are.
+
+        :raises Gap: if the log has been trimmed beyond those that were read last.
+        """
+        after, self._read_to = self._read_to, self._hub.last_number
+        try:
+            return self._hub.read(self._worker, after)
+        except Gap:
+            # What the log still holds is read next.
+            self._read_to = self._hub.trimmed_to
+            raise
+
+    def wake(self) -> None:
+        """Let `receive` look for entries."""
+        self._hub.wake(self._worker)
 
     async def missing(self, ids: Sequence[str]) -> set[str]:
         """Return which of these entries the log does not hold."""

@@ -15,9 +15,11 @@ MOST_LABELS = 16
 MOST_LABEL_NAME = 64
 MOST_MESSAGE = 1000
 
-_ID: Final = re.compile(rf"[A-Za-z0-9._~:-]{{1,{MOST_ID}}}")
+# Not a segment of a path that clients leave out: a cancel of ".." would go to another route.
+_ID: Final = re.compile(rf"(?!\.{{1,2}}\Z)[A-Za-z0-9._~:-]{{1,{MOST_ID}}}")
 _MINTED: Final = re.compile(r"(w[A-Za-z0-9_-]{11})\.[A-Za-z0-9_-]{16}")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
+_BREAKS: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class Anyone(Enum):
@@ -66,7 +68,8 @@ def checked_id(value: object) -> str:
         raise TypeError(f"the id of an operation is a string, not {value!r}")
     if not is_id(value):
         raise ValueError(
-            f"the id of an operation has 1 to {MOST_ID} of the characters A-Z a-z 0-9 . _ ~ : - and not {_shown(value)}"
+            f"the id of an operation has 1 to {MOST_ID} of the characters A-Z a-z 0-9 . _ ~ : - (not . or .. alone) and "
+            f"not {_shown(value)}"
         )
     return value
 
@@ -113,13 +116,17 @@ def checked_labels(values: object) -> dict[str, str]:
 
 
 def checked_message(value: Any) -> str | None:
-    """Return the message of a cancel, cut off where it is too long.
+    """Return the message of a cancel, cut off where it is too long, on one line, and as text that can be encoded.
+
+    It goes to logs, and into the response of what it stops.
 
     :raises TypeError: if it is neither a string nor ``None``.
     """
     if value is not None and not isinstance(value, str):
         raise TypeError(f"message must be a string, or None for the sentence of the reason, not {value!r}: use str()")
-    return None if not value else value[:MOST_MESSAGE]
+    if not value:
+        return None
+    return _BREAKS.sub(" ", value[:MOST_MESSAGE]).encode(errors="replace").decode()
 
 
 def _label(value: object) -> str:

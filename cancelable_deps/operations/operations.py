@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from datetime import timedelta
     from types import TracebackType
 
+    from starlette.types import Scope
+
     from ..kernel.token import Cause
     from .backend import OperationsBackend
     from .running import Running
@@ -189,13 +191,14 @@ class Operations:
         except Exception:
             logger.exception("on_event failed")
 
-    def cancelled_early(self, id: str) -> Cause | None:
-        """Return the cause of an operator's cancel that has arrived before the request of that id; for doors."""
-        local = self.worker.local
-        cause = local.early.find(ANYONE, id) if local.early else None
-        if cause is not None:
-            local.refuse(id, cause)
-        return cause
+    def request_arrived(self, id: str, scope: Scope) -> Cause | None:
+        """Note a request with an id, for doors; return the cause of an operator's cancel that has come before it."""
+        return self.worker.local.arrive(id, scope)
+
+    def request_left(self, id: str, scope: Scope) -> None:
+        """Note that a request with an id has ended, for doors."""
+        if self._worker is not None:
+            self._worker.local.depart(id, scope)
 
     # Work.
 
@@ -370,8 +373,9 @@ class Operations:
         limit = seconds(timeout, "timeout")
         last: Operation | None = None
         with anyio.move_on_after(limit):
-            async for event in self.events(id, owner=owner):
-                last = event.operation
+            async with aclosing(self.events(id, owner=owner)) as events:
+                async for event in events:
+                    last = event.operation
         if last is None or not last.state.is_final:
             last = await self.get(id, owner=owner) or last
         if last is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
+from contextlib import suppress
+from copy import copy
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,10 +16,12 @@ from ..kernel.reasons import CancelationReason
 from .errors import OperationFailed, OperationLost
 from .model import Operation, OperationState, Progress
 from .names import ANYONE
+from .running import message_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ..kernel.token import Cause
     from .backend import Fields
     from .names import Owner
     from .running import RunningBlock
@@ -39,7 +42,7 @@ class TooLarge(Exception):
     """A result has more bytes than are kept."""
 
 
-def first_fields(running: RunningBlock, worker: str, result_ttl: float) -> Fields:
+def first_fields(running: RunningBlock, result_ttl: float) -> Fields:
     """Return the record of work that is about to start."""
     return {
         "kind": running.kind,
@@ -47,15 +50,18 @@ def first_fields(running: RunningBlock, worker: str, result_ttl: float) -> Field
         "owner": running.owner,
         "key": running.key,
         "labels": dict(running.labels),
-        "worker": worker,
+        "worker": running.home.worker,
         "state": str(running.state),
         "created": running.started_at.timestamp(),
         "result_ttl": result_ttl,
     }
 
 
-def operation_of(id: str, fields: Mapping[str, Any]) -> Operation:
-    """Return the operation that a record tells of."""
+def operation_of(id: str, fields: Mapping[str, Any], now: float) -> Operation:
+    """Return the operation that a record tells of.
+
+    :param now: seconds since the epoch.
+    """
     created, ended = fields["created"], fields.get("ended")
     state = OperationState(fields["state"])
     if fields.get("cancel") is not None and not state.is_final:
@@ -72,7 +78,7 @@ def operation_of(id: str, fields: Mapping[str, Any]) -> Operation:
         state=state,
         started=datetime.fromtimestamp(created, UTC),
         ended=None if ended is None else datetime.fromtimestamp(ended, UTC),
-        elapsed=max(0.0, (time.time() if ended is None else ended) - created),
+        elapsed=max(0.0, (now if ended is None else ended) - created),
         reason=None if reason is None else CancelationReason(reason),
         message=fields.get("message"),
         progress=None if progress is None else Progress.model_validate(progress),
@@ -113,10 +119,32 @@ def failed(exc: BaseException) -> Outcome:
     return Outcome(OperationState.FAILED, fields, exc)
 
 
-def cancelled(error: CancelationError) -> Outcome:
-    """Return the outcome of work that was stopped."""
-    fields = {"reason": str(error.reason), "message": error.detail, "status": error.status_code}
+def cancelled(error: CancelationError, cause: Cause | None = None) -> Outcome:
+    """Return the outcome of work that was stopped for ``cause``."""
+    fields = {"reason": str(error.reason), "message": message_of(cause), "status": error.status_code}
     return Outcome(OperationState.CANCELLED, fields, error)
+
+
+def without_frames(exc: BaseException) -> BaseException:
+    """Return an exception without its frames, which would keep alive all that the work had."""
+    if isinstance(exc, BaseExceptionGroup):
+        for part in exc.exceptions:
+            without_frames(part)
+    exc.__context__ = exc.__cause__ = None
+    return exc.with_traceback(None)
+
+
+def copied(exc: BaseException) -> BaseException:
+    """Return a copy of an exception, or itself if it cannot be copied."""
+    with suppress(Exception):
+        return copy(exc)
+    # `copy` calls the class with `args`, which not every class takes.
+    try:
+        other: BaseException = type(exc).__new__(type(exc), *exc.args)
+        other.__dict__.update(vars(exc))
+    except Exception:
+        return exc
+    return other
 
 
 def result_of(fields: Mapping[str, Any]) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Protocol, final
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
 from ..hosts.starlette import route_template
 from ..kernel.cancelable import Cancelable, block_of
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from ..kernel.loops.base import EventLoop
     from ..kernel.token import Cause
     from ..request.state import RequestState
+    from .clock import Clock
     from .names import Owner
+
+_STOPPED: Final = (OperationState.STOPPING, OperationState.CANCELLED)
 
 
 class Home(Protocol):
@@ -31,6 +35,9 @@ class Home(Protocol):
 
     @property
     def loop(self) -> EventLoop: ...
+
+    @property
+    def clock(self) -> Clock: ...
 
     def name(self, running: Running) -> str:
         """Return a new id for an operation, by which it is found from now on."""
@@ -73,7 +80,7 @@ class Running:
     def __init__(self, home: Home, started: float) -> None:
         self.home = home
         self.started = started
-        self.started_at = datetime.now(UTC) - timedelta(seconds=home.loop.time() - started)
+        self.started_at = home.clock.today() - timedelta(seconds=home.loop.time() - started)
         self.listeners: list[Any] = []
         """Called with the operation when it changes."""
 
@@ -145,8 +152,15 @@ class Running:
         self.end_state = state
 
     def report(self, message: str | None, metadata: Mapping[str, Any] | None) -> None:
-        """Note its progress."""
-        self.progress_so_far = Progress(message=message, metadata=dict(metadata or {}))
+        """Note its progress.
+
+        :raises TypeError: if it is not what JSON can express.
+        :raises ValueError: if it is a number that JSON does not have, such as NaN.
+        """
+        progress = Progress(message=message, metadata=dict(metadata or {}))
+        # Now, and not when it is sent: by then nobody knows whose mistake it was.
+        json.dumps([progress.message, progress.metadata], allow_nan=False)
+        self.progress_so_far = progress
         self.home.changed(self, "progress")
 
     @property
@@ -156,8 +170,9 @@ class Running:
 
     def view(self) -> Operation:
         """Return what it is at this moment."""
-        now, clock = datetime.now(UTC), self.home.loop.time()
-        cause = self.cause
+        now, clock = self.home.clock.today(), self.home.loop.time()
+        state = self.state
+        cause = self.cause if state in _STOPPED else None
         ended = None if self.ended_at is None else now - timedelta(seconds=clock - self.ended_at)
         deadline = self.deadline
         route = self.route  # It brings the name along.
@@ -172,18 +187,19 @@ class Running:
             method=self.method,
             route=route,
             worker=self.home.worker,
-            state=self.state,
+            state=state,
             started=self.started_at,
             ended=ended,
             elapsed=self.elapsed,
             deadline=None if deadline == math.inf or ended else now + timedelta(seconds=deadline - clock),
-            reason=None if cause is None or self.end_state is OperationState.FINISHED else cause.reason,
-            message=self.failure or _message_of(cause),
+            reason=None if cause is None else cause.reason,
+            message=self.failure or message_of(cause),
             progress=self.progress_so_far,
         )
 
 
-def _message_of(cause: Cause | None) -> str | None:
+def message_of(cause: Cause | None) -> str | None:
+    """Return the text of a cause that others may read."""
     if cause is None:
         return None
     # The texts of these two may show internals; the client of the request does not see them either.
@@ -192,7 +208,7 @@ def _message_of(cause: Cause | None) -> str | None:
 
 @final
 class RunningRequest(Running):
-    """A request or WebSocket that runs in this worker; a handler gets its own by `RequestOperation`."""
+    """A request or WebSocket that runs in this worker."""
 
     is_listened_to = False
     """Whether the request is listened to for the sake of its operation."""
@@ -228,7 +244,7 @@ class RunningRequest(Running):
         if request is None:
             return
         if grace is not None:
-            request.shorten_grace(grace)  # type: ignore[attr-defined]  # pyright: ignore
+            request.shorten_grace(grace)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
         if request.is_closed:
             self.was_stopped_late = True
             request.stop_all(cause)
@@ -241,36 +257,6 @@ class RunningRequest(Running):
         self._cause = self.cause
         self.request = None
         super().end(state)
-
-    def claim(self, owner: object) -> None:
-        """Make ``owner`` the one who may stop this request and read of it. A cancel that is waiting for it strikes now.
-
-        :param owner: a string, a number or a UUID, such as the id of the user.
-        :raises RuntimeError: if it has another owner already.
-        :raises TypeError: if ``owner`` is something else, such as ``None``.
-        :raises ValueError: if it is empty, longer than 256 characters, or has control characters.
-        """
-        claimed = checked_owner(owner)
-        if self.owner not in (None, claimed):
-            raise RuntimeError("this operation has another owner already, and can have one only")
-        self.owner = claimed
-        self.home.claimed(self)
-
-    def label(self, **labels: str) -> None:
-        """Add labels, by which it can be listed and stopped: ``operation.label(stage="render")``.
-
-        :raises TypeError: if one is no string, number or boolean.
-        :raises ValueError: if there are more than 16, or one is longer than 256 characters or has control characters.
-        """
-        self.labels = checked_labels({**self.labels, **labels})
-        self.home.changed(self, "state")
-
-    def progress(self, message: str | None = None, metadata: Mapping[str, Any] | None = None) -> None:
-        """Note how far the request has come, for those who list it.
-
-        :param metadata: what JSON can express; ``done`` and ``total`` make a progress bar of the page.
-        """
-        self.report(message, metadata)
 
 
 class RefusedRequest(Running):
@@ -309,5 +295,70 @@ class RunningBlock(Running):
 
     def stop(self, cause: Cause, grace: float | None = None) -> None:
         if grace is not None:
-            block_of(self.cancelable).shorten_grace(grace)  # type: ignore[attr-defined]  # pyright: ignore
+            block_of(self.cancelable).shorten_grace(grace)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
         self.cancelable.token.cancel_because(cause)
+
+
+@final
+class RunningOperation:
+    """A request as an operation, which its handler gets by `RequestOperation`."""
+
+    def __init__(self, running: RunningRequest) -> None:
+        self._running = running
+
+    @property
+    def id(self) -> str:
+        """The id by which the request is stopped: its client's, or one that cannot be guessed."""
+        return self._running.id
+
+    @property
+    def owner(self) -> str | None:
+        """Who may stop it and read of it; ``None``: operators only."""
+        return self._running.owner
+
+    @property
+    def key(self) -> str | None:
+        """The key that `latest_only` or `at_most` has counted it under."""
+        return self._running.key
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        """The labels by which it is listed."""
+        return self._running.labels
+
+    def view(self) -> Operation:
+        """Return it as others see it at this moment."""
+        return self._running.view()
+
+    def claim(self, owner: object) -> None:
+        """Make ``owner`` the one who may stop this request and read of it. A cancel that is waiting for it strikes now.
+
+        :param owner: a string, a number or a UUID, such as the id of the user.
+        :raises RuntimeError: if it has another owner already.
+        :raises TypeError: if ``owner`` is something else, such as ``None``.
+        :raises ValueError: if it is empty, longer than 256 characters, or has control characters.
+        """
+        running, claimed = self._running, checked_owner(owner)
+        if running.owner not in (None, claimed):
+            raise RuntimeError("this operation has another owner already, and can have one only")
+        running.owner = claimed
+        running.home.claimed(running)
+
+    def label(self, **labels: str) -> None:
+        """Add labels, by which it can be listed and stopped: ``operation.label(stage="render")``.
+
+        :raises TypeError: if one is no string, number or boolean.
+        :raises ValueError: if there are more than 16, or one is longer than 256 characters or has control characters.
+        """
+        running = self._running
+        running.labels = checked_labels({**running.labels, **labels})
+        running.home.changed(running, "state")
+
+    def progress(self, message: str | None = None, metadata: Mapping[str, Any] | None = None) -> None:
+        """Note how far the request has come, for those who list it.
+
+        :param metadata: what JSON can express; ``done`` and ``total`` make a progress bar of the page.
+        :raises TypeError: if it is something else.
+        :raises ValueError: if it has a number that JSON does not have, such as NaN.
+        """
+        self._running.report(message, metadata)

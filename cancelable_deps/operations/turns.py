@@ -57,12 +57,10 @@ class Turns:
         self._exchange = exchange
         self._turns: dict[str, Turn] = {}
         self._unleft: dict[str, Turn] = {}
-        """Turns that have left, which the store may not know."""
-
         self._fallback = Keys(lambda worker: True)
 
     def __len__(self) -> int:
-        return len(self._turns)
+        return len(self._turns) + len(self._unleft)
 
     async def enter(
         self,
@@ -85,18 +83,22 @@ class Turns:
         self._turns[turn.id] = turn
         try:
             entered = await self._enter(turn, queue=queue, latest=latest, waits=waits, runs_alone=runs_alone)
+            if turn.status != "admitted":
+                # It may have been admitted while the answer was on its way.
+                turn.status = entered.status
+            if entered.status == "admitted":
+                turn.admit()
+            elif entered.status == "refused":
+                del self._turns[turn.id]
+            with anyio.CancelScope(shield=True):
+                # Nobody else will tell them.
+                for holder in entered.earlier:
+                    await self._supersede(holder, running)
         except BaseException:
             # Also if this is cancelled: the place may have been taken, or the call may arrive after this one.
             await self.leave(turn)
             self._unleft[turn.id] = turn
             raise
-        turn.status = entered.status
-        if entered.status == "admitted":
-            turn.admit()
-        elif entered.status == "refused":
-            del self._turns[turn.id]
-        for holder in entered.earlier:
-            await self._supersede(holder)
         return turn
 
     async def _enter(self, turn: Turn, *, queue: int, latest: bool, waits: bool, runs_alone: bool) -> Entered:
@@ -111,10 +113,11 @@ class Turns:
             self._unleft[turn.id] = turn
             return self._fallback.enter(turn.key, Holder(self._exchange.identity.name, turn.id), **options)
 
-    async def _supersede(self, holder: Holder) -> None:
+    async def _supersede(self, holder: Holder, by: Running) -> None:
         turn = self._turns.get(holder.id)
         if turn is not None:
-            turn.running.stop(superseded())
+            if turn.running is not by:
+                turn.running.stop(superseded())
             return
         try:
             await self._exchange.send(holder.worker, "supersede", {"turn": holder.id})
@@ -140,6 +143,7 @@ class Turns:
                 await self.tell(await self._exchange.calling(backend.leave(turn.key, turn.id)))
             except Unavailable:
                 self._unleft[turn.id] = turn
+                logger.info("a key could not be given back yet: the store is away")
 
     async def tell(self, granted: list[Waiter] | tuple[Waiter, ...] | Any) -> None:
         """Tell those whose turn has come."""
@@ -160,39 +164,36 @@ class Turns:
         if turn is not None:
             turn.admit()
 
-    async def enter_again(self) -> None:
+    async def enter_again(self, *, only_waiting: bool) -> None:
         """Enter the turns once more that the store may have lost. A limit may be exceeded for a moment.
 
+        Those that wait are asked for at each sign of life: who gave them their place may have failed to tell.
+
         :raises Unavailable: if the store cannot be reached.
         """
         for turn in list(self._turns.values()):
-            if turn.status == "admitted" and not turn.is_local:
-                await self._repeat(turn, again=True)
+            is_waiting = turn.status == "waiting"
+            is_entered = turn.status != "refused" and not turn.is_local and turn.id in self._turns
+            if not is_entered or (only_waiting and not is_waiting):
+                continue
+            options: dict[str, Any] = {"limit": turn.limit, "queue": ENDLESS, "again": not is_waiting}
+            call = self._exchange.backend.enter(turn.key, turn.id, latest=False, waits=False, **options)
+            entered: Entered = await self._exchange.calling(call)
+            if turn.id not in self._turns:
+                # It has left meanwhile, perhaps before it was entered again.
+                self._unleft[turn.id] = turn
+            elif entered.status == "admitted":
+                turn.admit()
 
-    async def look(self) -> None:
-        """Give back what could not be given back, and ask whether turns have come: whoever should tell may be gone.
+    async def leave_again(self) -> None:
+        """Give the places back that could not be given back before.
 
         :raises Unavailable: if the store cannot be reached.
         """
-        backend = self._exchange.backend
-        for turn in list(self._unleft.values()):
-            await self.tell(await self._exchange.calling(backend.leave(turn.key, turn.id)))
+        while self._unleft:
+            turn = next(iter(self._unleft.values()))
+            await self.tell(await self._exchange.calling(self._exchange.backend.leave(turn.key, turn.id)))
             self._unleft.pop(turn.id, None)
-        for turn in list(self._turns.values()):
-            if turn.status == "waiting" and not turn.is_local:
-                await self._repeat(turn, again=False)
-
-    async def _repeat(self, turn: Turn, *, again: bool) -> None:
-        entered: Entered = await self._exchange.calling(
-            self._exchange.backend.enter(
-                turn.key, turn.id, limit=turn.limit, queue=ENDLESS, latest=False, waits=False, again=again
-            )
-        )
-        if turn.id not in self._turns:
-            # It has left meanwhile, perhaps before this call came there.
-            self._unleft[turn.id] = turn
-        elif entered.status == "admitted":
-            turn.admit()
 
 
 def key_name(scope: str, key: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
@@ -108,8 +109,9 @@ class Watching:
         """Yield the state of an operation, its changes and its end; see `Operations.events`."""
         running = self._local.find(id, owner)
         if running:
-            async for event in self._events_here(running[-1]):
-                yield event
+            async with aclosing(self._events_here(running[-1])) as events:
+                async for event in events:
+                    yield event
             return
         known = await self.get(id, owner)
         if known is None:
@@ -117,8 +119,9 @@ class Watching:
         if known.state.is_final:
             yield OperationEvent(kind="end", operation=known)
             return
-        async for event in self._events_elsewhere(known):
-            yield event
+        async with aclosing(self._events_elsewhere(known)) as events:
+            async for event in events:
+                yield event
 
     async def _events_here(self, running: Running) -> AsyncGenerator[OperationEvent]:
         changes = _Changes()
@@ -129,8 +132,9 @@ class Watching:
         running.listeners.append(note)
         try:
             note(running, "end" if running.has_ended else "state")
-            async for event in _until_end(changes):
-                yield event
+            async with aclosing(_until_end(changes)) as events:
+                async for event in events:
+                    yield event
         finally:
             running.listeners.remove(note)
 
@@ -139,8 +143,9 @@ class Watching:
         changes = self._followed[follower] = _Changes()
         changes.note("state", known)
         try:
-            async for event in _until_end(changes, lambda: self._follow(follower, known)):
-                yield event
+            async with aclosing(_until_end(changes, lambda: self._follow(follower, known))) as events:
+                async for event in events:
+                    yield event
         finally:
             del self._followed[follower]
 

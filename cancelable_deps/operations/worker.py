@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import time
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -18,9 +17,10 @@ from ..kernel.reasons import CancelationReason
 from ..kernel.settings import settings
 from ..kernel.token import Cause
 from ..request.shutdown import running_shutdown
-from .backend import Identity, Unavailable
+from .backend import Identity
 from .background import Background
 from .cancels import Cancels
+from .clock import clock_of
 from .exchange import Exchange
 from .listing import Listing
 from .local import Local
@@ -43,13 +43,16 @@ class OpenWorker:
     """The parts of one worker's operations while they are open."""
 
     def __init__(self, operations: object, backend: OperationsBackend, limits: Any) -> None:
-        self.started = time.time()
+        loop = current_loop()
+        clock = clock_of(loop)
+        self.started = clock.now()
         self._limits = limits
         identity = new_identity(self.started)
-        self.local = Local(operations, identity.name, current_loop(), limits.memory)
+        self.local = Local(operations, identity.name, loop, limits.memory)
         self.exchange = Exchange(
             backend,
             identity,
+            clock=clock,
             memory=limits.memory,
             lease=limits.lease,
             answering={
@@ -87,8 +90,14 @@ class OpenWorker:
                     await self.exchange.run(tasks)
                     tasks.start_soon(self.background.run, tasks)
                     tasks.start_soon(self._end_at_shutdown)
-                    yield
-                    # Not in a `finally`, because a lifespan that is cancelled must end without waiting.
+                    try:
+                        yield
+                    except BaseException:
+                        # A lifespan that is cancelled must end without waiting.
+                        self.background.give_up()
+                        raise
+                    finally:
+                        self.background.close()
                     await self._end_background()
                     tasks.cancel_scope.cancel()
             finally:
@@ -99,12 +108,12 @@ class OpenWorker:
     async def _end_at_shutdown(self) -> None:
         """Stop background work when its grace is over, which begins with the signal."""
         await running_shutdown().token.wait()
+        self.background.close()
         await anyio.sleep(self._limits.background_grace)
         self._stop_background()
 
     async def _end_background(self) -> None:
         background, grace = self.background, self._limits.background_grace
-        background.is_closing = True
         signalled = running_shutdown().token.cancelled_at
         if signalled is not None:
             grace = max(0.0, grace - (datetime.now(UTC) - signalled).total_seconds())
@@ -113,24 +122,25 @@ class OpenWorker:
         self._stop_background()
         with anyio.move_on_after(settings.cleanup_grace + _GOODBYE_SECONDS):
             await background.wait_empty()
+        background.give_up()
 
     def _stop_background(self) -> None:
-        self.background.is_closing = True
         self.background.stop_everything(Cause(CancelationReason.SIGNAL, None))
 
-    async def _has_beaten(self, beat: Beat, was_away: bool) -> None:
+    async def _has_beaten(self, beat: Beat, may_have_lost: bool) -> None:
         """Act on a sign of life: go on under a new name if this worker was given up, and tell whose turn has come."""
         try:
             if beat.is_fenced:
                 await self._go_on_as_another()
-            elif was_away:
-                await self.background.write_again()
-                await self.turns.enter_again()
+                await self.turns.enter_again(only_waiting=False)
+            else:
+                if may_have_lost:
+                    await self.background.write_again()
+                await self.turns.enter_again(only_waiting=not may_have_lost)
+            await self.turns.leave_again()
+            await self.background.doubtful.delete_all()
+        finally:
             await self.turns.tell(beat.granted)
-            await self.turns.look()
-            await self.background.clear()
-        except Unavailable:
-            return  # The next sign of life that succeeds repeats it.
 
     async def _go_on_as_another(self) -> None:
         logger.error(

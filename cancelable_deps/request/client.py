@@ -54,6 +54,9 @@ class Client:
     reason: CancelationReason | None = None
     """The reason for which the request was stopped, if there is a line about it in the log."""
 
+    was_stopped = False
+    """Whether the error of a cancellation has left a block of this request."""
+
     _reader: Reader | None = None
     _deferrals = 0
     _deferred: anyio.Event | None = None
@@ -190,9 +193,14 @@ class Client:
     def note_disconnect(self) -> None:
         """Log the disconnect, in the context of the caller, if no line about this request has been logged."""
         if self._left_after is not None and self.reason is None and self.cause is not None:
-            self.log(self.cause.reason, self.cause)
+            self.log_once(self.cause.reason, self.cause)
 
     def log(self, reason: CancelationReason, cause: object) -> None:
+        """Note that an error of ours has left a block, and log the one line about this request."""
+        self.was_stopped = True
+        self.log_once(reason, cause)
+
+    def log_once(self, reason: CancelationReason, cause: object) -> None:
         """Log the one line about this request, unless that has been done."""
         if self.reason is not None:
             return

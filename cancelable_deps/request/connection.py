@@ -10,7 +10,7 @@ from starlette.websockets import WebSocket, WebSocketState
 from ..hosts.starlette import RECEIVE, receive_of
 from ..kernel.token import CancelationToken
 from .blocks import DoorBlock, RequestBlock
-from .first_door import EndedRequest, FirstDoorBlock
+from .first_door import FirstDoorBlock, Inlet
 from .lifetime import Lifetime
 from .state import SCOPE_KEY, RequestState
 from .websocket import Outlet, SocketBlock, SocketDoorBlock, SocketState
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope
 
 
-PREDECESSORS: Final = (RequestState, FirstDoorBlock, EndedRequest)
+PREDECESSORS: Final = (RequestState, FirstDoorBlock, Inlet)
 """The classes whose `receive` a ``Request`` has if an earlier state of the request has replaced the server's."""
 
 
@@ -63,11 +63,12 @@ def connection_state(
 
 
 def _state_after(
-    earlier: RequestState | FirstDoorBlock | EndedRequest, scope: Scope, receive: Receive, lifetime: Lifetime
+    earlier: RequestState | FirstDoorBlock | Inlet, scope: Scope, receive: Receive, lifetime: Lifetime
 ) -> RequestState:
     """Return the state of a request whose earlier state was removed from the scope when its last block was left."""
-    if not isinstance(earlier, EndedRequest) and not earlier.is_closed:
-        state = scope[SCOPE_KEY] = earlier.state
+    owner = earlier.owner if isinstance(earlier, Inlet) else earlier
+    if owner is not None and not owner.is_closed:
+        state = scope[SCOPE_KEY] = owner.state
         state.last_until(lifetime)
         return state
     state = RequestState(scope, receive, lifetime=lifetime)

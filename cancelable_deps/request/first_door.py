@@ -16,6 +16,7 @@ from weakref import ref
 
 from ..hosts.starlette import RECEIVE
 from ..kernel.block import current
+from ..kernel.members import with_one_more, without
 from ..kernel.settings import settings
 from ..kernel.token import CancelationToken
 from .blocks import DoorBlock, RequestBlock
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from ..kernel.loops.base import EventLoop
     from ..kernel.reasons import CancelationReason
     from ..kernel.shields import OwnerOfClient
+    from ..kernel.token import Cause
     from .limits import Limits
 
 
@@ -43,7 +45,7 @@ _making: Final = RLock()
 class FirstDoorBlock(DoorBlock):
     """The block of the first door on a request, which owns the request's end."""
 
-    __slots__ = ("_made", "asgi_scope", "context", "in_flight", "is_over", "raw")
+    __slots__ = ("_made", "asgi_scope", "context", "in_flight", "is_over", "policy", "raw")
 
     _is_whole = False  # Its token is the root token, too, but is made only when it is asked for.
     lifetime = Lifetime.HANDLER
@@ -54,16 +56,18 @@ class FirstDoorBlock(DoorBlock):
     """Whether the request is closed, as long as there is no state that has `is_closed`."""
 
     _made: RequestState | None
+    joined: JoinedBlock | None = None
+    """The block of the decorator inside of this one, as long as that does without a state."""
 
     def __init__(self, scope: Scope, receive: Receive, loop: EventLoop) -> None:
-        # Each attribute costs every request something: defaults come from the class.
         self.asgi_scope = scope
         self.raw = receive
         self.in_flight: InFlight = loop.in_flight or in_flight_of(loop)
         self.context = copy_context()
         self.loop = self.late_task = self.ended = self.upstream = self.face = self._left = self._made = None
+        self.scope = self.parent = self.timeout = self.timeout_queue = self._token = self.policy = None
         self.started = math.nan
-        self.is_over = False
+        self.is_over = self.is_unsettled = False
         scope[SCOPE_KEY] = self
         if PROBE_KEY in scope:
             scope[PROBE_KEY](self)
@@ -87,6 +91,9 @@ class FirstDoorBlock(DoorBlock):
             if self._made is not None:
                 # The state shares the token, and its other blocks listen to it.
                 self._made.adopt(token)
+            elif self.joined is not None:
+                # So that this block listens to the token as well.
+                self._make_state()
         return token
 
     def token_is_made(self, token: CancelationToken) -> None:
@@ -114,7 +121,10 @@ class FirstDoorBlock(DoorBlock):
                 state.adopt(self._token)
             if was_over:
                 # The response is complete: a block that is still open belongs to background work.
+                state.response_is_complete = True
                 state.complete()
+            if self.joined is not None:
+                self.joined.become_whole(state)
             return state
 
     def _past_state(self) -> RequestState:
@@ -131,12 +141,7 @@ class FirstDoorBlock(DoorBlock):
 
     def receive(self) -> Awaitable[Message]:
         """Return the next message, as the ``receive()`` of the application."""
-        if self._made is None and self.is_over:
-            return self._receive_afterwards()
-        return self.state.reader.receive()
-
-    def _receive_afterwards(self) -> Awaitable[Message]:
-        return self.raw()
+        return self.raw() if self._made is None and self.is_over else self.state.reader.receive()
 
     def enter(self, loop: EventLoop | None = None) -> None:
         in_flight = self.in_flight
@@ -144,9 +149,9 @@ class FirstDoorBlock(DoorBlock):
         shutdown = loop.shutdown
         if shutdown is not None and shutdown.refuses:
             self.token.cancel_because(shutdown.cause())
-        timeout, find_task = self.timeout, loop.task_without_scope
-        is_alone = find_task is not None and self._token is None and current.get() is None
-        task = find_task() if is_alone and find_task is not None and timeout != 0 and settings.listen_after else None
+        timeout, find_task, task = self.timeout, loop.task_without_scope, None
+        if find_task is not None and timeout != 0 and self._token is None and settings.listen_after:
+            task = find_task() if current.get() is None else None
         if task is None:
             # Not by `RequestBlock.enter`: the token has this block among its listeners once it is made.
             super(RequestBlock, self).enter(loop)
@@ -163,10 +168,28 @@ class FirstDoorBlock(DoorBlock):
     def leave(self, exc: BaseException | None) -> BaseException | None:
         if exc is not None or self._made is not None or self._token is not None or self.scope or self.parent:
             return super(RequestBlock, self).leave(exc)
-        # The usual case: nothing but the handler has run.
-        self.leave_undisturbed()
-        self.in_flight.young.pop(self, None)
+        # The usual case: nothing but the handler has run. As `leave_undisturbed`, without one more call.
+        in_flight = self.in_flight
+        self.late_task = None
+        self.ended = in_flight.loop.time()
+        if self.timeout_queue is not None:
+            self.leave_queue()
+        current.reset(self.outside)
+        del self.outside
+        in_flight.young.pop(self, None)
         return None
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether the request has a state or a token."""
+        return self._made is not None or self._token is not None
+
+    def can_be_joined(self) -> bool:
+        """Return whether the caller may open a `JoinedBlock`: directly inside of this block, and nothing has happened."""
+        if self.is_disturbed or self.is_over or self.joined is not None or current.get() is not self:
+            return False
+        find_task = self.in_flight.loop.task_without_scope
+        return self.late_task is not None and find_task is not None and find_task() is self.late_task
 
     def watch(self, loop: EventLoop) -> None:
         if self._made is not None:
@@ -232,28 +255,117 @@ class FirstDoorBlock(DoorBlock):
 
     def forget(self) -> None:
         """Drop the references to the request, which has ended: a task that outlives it may keep this block."""
-        if self._left is None and self._made is not None:
-            self._left = ref(self._made)
-        self._made = None
+        if self._made is not None:
+            self._left = self._left or ref(self._made)
+            self._made = None
         self.is_over = True
-        if self.progress_callbacks is not None:
+        if self.face is not None:
+            # Only through its face somebody can have set them.
             self.progress_callbacks = None
         self.raw = _gone
         del self.asgi_scope, self.context
 
 
-class EndedRequest:
-    """A stand-in for a request whose handler returned before the request was listened to."""
+class JoinedBlock(DoorBlock):
+    """The block of the decorator inside of a first door, as long as the request has no state.
 
-    __slots__ = ("__weakref__", "_raw")
-    is_closed = True
+    It needs nothing of its own: whatever stops it makes the state, and this block an ordinary `DoorBlock` by that.
+    """
 
-    def __init__(self, receive: Receive) -> None:
-        self._raw = receive
+    __slots__ = ()
+
+    def __init__(self, first: FirstDoorBlock) -> None:
+        self.loop = self.late_task = self.ended = self.upstream = self.face = self._left = None
+        self.scope = self.timeout = self.timeout_queue = self._token = None
+        self.started = math.nan
+        self.is_unsettled = False
+        self.parent = first
+
+    @property
+    def state(self) -> RequestState:  # type: ignore[override]
+        state: RequestState = self.parent.state
+        return state
+
+    @property
+    def token(self) -> CancelationToken:
+        token: CancelationToken = self.parent.token
+        return token
+
+    @property
+    def cause(self) -> Cause | None:
+        cause: Cause | None = self.parent.cause
+        return cause
+
+    @property
+    def known_request(self) -> RequestState | None:
+        request: RequestState | None = self.parent.known_request
+        return request
+
+    @property
+    def owner_of_client(self) -> OwnerOfClient:
+        owner: OwnerOfClient = self.parent.owner_of_client
+        return owner
+
+    def runs_in(self, task: object) -> bool:
+        return self.task is task
+
+    def enter(self, loop: EventLoop | None = None) -> None:
+        first: FirstDoorBlock = self.parent
+        loop = self.loop = first.in_flight.loop
+        self.late_task = first.late_task
+        self.started = loop.time()
+        self.outside = current.set(self)
+        first.children = with_one_more(first.children, self)
+        first.joined = self
+        if first.is_disturbed:
+            # A thread has made a token or a state since the decorator asked, and did not know of this block.
+            self.become_whole(self.state)
+
+    def leave(self, exc: BaseException | None) -> BaseException | None:
+        if exc is not None or self.scope is not None or self.children:
+            self.become_whole(self.state)
+            return self.leave(exc)
+        first: FirstDoorBlock = self.parent
+        first.joined = None
+        first.children = without(first.children, self)
+        self.leave_undisturbed()
+        if self.face is not None:
+            self.progress_callbacks = None
+        return None
+
+    def become_whole(self, state: RequestState) -> None:
+        """Become an ordinary block of a request with this state."""
+        with _making:
+            if type(self) is not JoinedBlock:
+                return
+            self.parent.joined = None
+            self.__class__ = DoorBlock  # type: ignore[assignment]
+            self.state = state  # type: ignore[misc]
+            token = self._token = state.token
+        token.listen(self)
+        state.watch(self)
+        if state.is_closed:
+            self.release()
+
+
+class Inlet:
+    """The ``receive`` of a request under the decorator: that of its owner, or of the server once the handler has returned.
+
+    The request keeps this object, and not the block: a task that outlives the request may keep the block, but not what
+    the server knows of the request.
+    """
+
+    __slots__ = ("owner", "raw")
+
+    def __init__(self, owner: HandlerBlock | RequestState, raw: Receive) -> None:
+        self.owner: HandlerBlock | RequestState | None = owner
+        """The block; after the handler the state, if there is one."""
+        self.raw = raw
 
     def receive(self) -> Awaitable[Message]:
-        """Return the next message of the server."""
-        return self._raw()
+        """Return the next message."""
+        owner = self.owner
+        return self.raw() if owner is None else owner.receive()
 
 
 async def _gone() -> Message:
@@ -263,38 +375,28 @@ async def _gone() -> Message:
 class HandlerBlock(FirstDoorBlock):
     """The block of the decorator, if that is the first door."""
 
-    __slots__ = ("_after", "_request")
-
-    _after: ref[EndedRequest | RequestState] | None
-    """The object by whose ``receive`` the request receives once the handler has returned."""
+    __slots__ = ("_inlet",)
 
     def __init__(self, request: Request, receive: Receive, loop: EventLoop) -> None:
         FirstDoorBlock.__init__(self, request.scope, receive, loop)
-        self._after = None
-        self._request = request
         # Messages that the reader has read ahead can be replayed only here.
-        setattr(request, RECEIVE, self.receive)
+        inlet = self._inlet = Inlet(self, receive)
+        setattr(request, RECEIVE, inlet.receive)
 
     def end_request(self) -> RequestState | None:
-        request, made = self._request, self._made
-        # A background task may use the request, and then has to find out that the request is closed.
-        after = EndedRequest(self.raw) if made is None else made
-        setattr(request, RECEIVE, after.receive)
-        self._after = ref(after)
+        made = self._made
+        # A background task may use the request, and then has to find out that the request is closed. The handler may
+        # have handed our `receive` to what sends the response, too.
+        self._inlet.owner = made
         if made is None:
             # Without the call: it has left the young requests when the block was left.
             self.asgi_scope.pop(SCOPE_KEY, None)
             left = None
         else:
             left = super().end_request()
-        del self._request
+        del self._inlet
         self.forget()
         return left
-
-    def _receive_afterwards(self) -> Awaitable[Message]:
-        # The handler may have handed our `receive` to what sends the response.
-        after = None if self._after is None else self._after()
-        return self.raw() if after is None else after.receive()
 
 
 class WholeDoorBlock(FirstDoorBlock):
@@ -330,9 +432,12 @@ class WholeDoorBlock(FirstDoorBlock):
             state.response_has_started = state.response_is_out = state.is_finished = True
 
     def has_ended_undisturbed(self) -> bool:
-        """End the request if nothing has happened to it that would have to be settled; return whether that is so."""
-        if self._made is not None:
+        """Leave the block and end the request, if nothing but the application has run; return whether that is so."""
+        if self._made is not None or self._token is not None or self.late_task is None or self.parent is not None:
             return False
+        FirstDoorBlock.leave(self, None)
+        if self.policy is not None:
+            self.policy.judge(self.asgi_scope, self.elapsed)
         self.asgi_scope.pop(SCOPE_KEY, None)
         self.forget()
         return True

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Self
 from weakref import ref
 
 from ..hosts.fastapi import HANDLER_STACK_KEY, REQUEST_STACK_KEY
+from ..kernel.errors import CancelationError
 
 if TYPE_CHECKING:
     from contextlib import AsyncExitStack
@@ -35,6 +36,7 @@ class Mortal:
 
     scope: Scope
     is_closed: bool
+    was_stopped: bool
     lifetime = Lifetime.BLOCKS
     handler_stack: AsyncExitStack | None = None
     """FastAPI's exit stack around the handler, if that closes the request."""
@@ -91,13 +93,20 @@ class Mortal:
     # An exit stack takes any context manager, and this is the cheapest.
     def __enter__(self) -> None: ...
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, exc_type: object, exc: BaseException | None, traceback: object) -> None:
+        self._note_exit(exc)
         if self.lifetime is Lifetime.HANDLER or not self.outlives_handler:
             self.close()
 
-    async def handler_returned(self) -> None:
+    async def handler_returned(self, exc_type: object, exc: BaseException | None, traceback: object) -> None:
+        """Close the request, unless something listens on. Called by FastAPI's exit stack around the handler."""
+        self._note_exit(exc)
         if not self.outlives_handler:
             await self.aclose()
+
+    def _note_exit(self, exc: BaseException | None) -> None:
+        if exc is not None and (not isinstance(exc, Exception) or isinstance(exc, CancelationError)):
+            self.was_stopped = True
 
     @property
     def outlives_handler(self) -> bool:

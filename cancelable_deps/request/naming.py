@@ -8,17 +8,24 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from starlette.responses import JSONResponse
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from starlette.types import Message, Receive, Scope, Send
 
     from ..kernel.token import Cause
 
+    Serve = Callable[[Scope, Receive, Send, Cause | None], Awaitable[None]]
+
 OPERATION_ID_KEY: Final = "cancelable_deps.operation_id"
 """The key in the ASGI scope of the id that a client has chosen for its request."""
 
-_ID: Final = re.compile(rb"[A-Za-z0-9._~:-]{1,128}")
+# Neither "." nor "..", which are no segments of a path.
+_ID: Final = re.compile(rb"(?!\.{1,2}\Z)[A-Za-z0-9._~:-]{1,128}")
 _HEADER: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _STARTS: Final = frozenset({"http.response.start", "websocket.accept", "websocket.http.response.start"})
-_ADVICE: Final = "An operation id has 1 to 128 of the characters A-Z a-z 0-9 . _ ~ : - and is given once"
+_ADVICE: Final = (
+    "An operation id has 1 to 128 of the characters A-Z a-z 0-9 . _ ~ : - (not . or .. alone) and is given once"
+)
 _POLICY_VIOLATION: Final = 1008
 
 
@@ -30,9 +37,12 @@ class CancelsByName(Protocol):
         """Whether they can be used: their lifespan runs."""
         ...
 
-    def cancelled_early(self, id: str) -> Cause | None:
-        """Return the cause of a cancel that has arrived before the request of that id."""
+    def request_arrived(self, id: str, scope: Scope) -> Cause | None:
+        """Note a request with an id; return the cause of a cancel that has come before it."""
         ...
+
+    def request_left(self, id: str, scope: Scope) -> None:
+        """Note that a request with an id has ended."""
 
 
 class Naming:
@@ -51,20 +61,27 @@ class Naming:
                 return True
         return False
 
-    async def open(self, scope: Scope, receive: Receive, send: Send) -> tuple[Send, Cause | None] | None:
-        """Note the id of a request that has the header.
+    async def serve(self, serve: Serve, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request that has the header: note its id, and echo it. A value that is no id is refused.
 
-        :return: the ``send()`` that echoes it, and the cause if the id is cancelled already; ``None`` if the value is no
-            id, and the request has been refused.
+        :param serve: called with the cause, too, if the id has been cancelled already.
         """
         values = [value for name, value in scope["headers"] if name == self._raw]
         if len(values) > 1 or not _ID.fullmatch(values[0]):
             await self._refuse(values[0], scope, receive, send)
-            return None
+            return
         id = values[0].decode("ascii")
         scope[OPERATION_ID_KEY] = id
-        cause = self._operations.cancelled_early(id) if self._operations.is_open else None
-        return self._echoing(values[0], send), cause
+        send = self._echoing(values[0], send)
+        operations = self._operations
+        if not operations.is_open:
+            await serve(scope, receive, send, None)
+            return
+        cause = operations.request_arrived(id, scope)
+        try:
+            await serve(scope, receive, send, cause)
+        finally:
+            operations.request_left(id, scope)
 
     def _echoing(self, value: bytes, send: Send) -> Send:
         async def send_with_id(message: Message) -> None:
@@ -90,7 +107,7 @@ def checked_naming(operations: Any, header: Any) -> Naming | None:
     :raises TypeError: if one has a wrong type, or the header is given without operations.
     :raises ValueError: if the header is not the name of one.
     """
-    if operations is not None and not hasattr(operations, "cancelled_early"):
+    if operations is not None and not hasattr(operations, "request_arrived"):
         raise TypeError(f"operations must be the Operations of the application, not {operations!r}")
     if header is None:
         return None

@@ -23,8 +23,14 @@ class ResponseProgress(Client):
     is_aborted = False
     """Whether the response is aborted: nothing more is sent, and it ends without its last chunk."""
 
+    status = 0
+    """The status of the response, if its length was known when it started."""
+
     response_has_started = False
     """Whether the response has started, as the innermost `ResponseWatch` sees it."""
+
+    response_is_complete = False
+    """Whether the application has sent the last part of its response, so that only background work is left."""
 
     response_is_out = False
     """Whether a response that is complete in itself has been passed on to the server."""

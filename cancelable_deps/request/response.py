@@ -85,6 +85,7 @@ class ResponseWatch:
         self._trailers = message.get("trailers", False)
         if has_no_more_work(message):
             state.response_has_started = True
+            state.status = message["status"]
             if self._is_outermost:
                 state.response_is_out = True
             if not state.is_finished:
@@ -100,6 +101,7 @@ class ResponseWatch:
         # Before the last bytes are sent: if the client leaves while they are on their way, the work is done.
         self.is_complete = True
         state = self._state
+        state.response_is_complete = True
         if self._is_outermost:
             state.complete_response()
         elif not state.is_finished:
@@ -153,11 +155,16 @@ async def send_or_leave(send: Send, message: Message, state: RequestState) -> No
 
 
 async def failed_to_send(exc: BaseException, state: RequestState) -> None:
-    """Note a disconnect that the server's ``send()`` has raised; raise the error again unless it is to be dropped."""
+    """Note a disconnect that the server's ``send()`` has raised; raise the error again unless it is to be dropped.
+
+    If the disconnect stops the task, the cancellation is raised instead.
+    """
     is_deferred = left_by(exc, state)
     if state.ends_by_itself:
         await _let_listeners_end()
     elif not is_deferred:
+        # Here, and not in the cleanup that the error would begin.
+        await anyio.lowlevel.checkpoint()
         raise  # noqa: PLE0704 - it is being handled by the caller
 
 

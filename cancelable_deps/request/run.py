@@ -41,6 +41,14 @@ async def run_through(
         await app(scope, receive, send)
     except BaseException as exc:
         outcome = exc
+    try:
+        return await _leave(block, outcome)
+    finally:
+        del outcome  # Its traceback refers to this frame: a reference cycle otherwise.
+
+
+async def _leave(block: DoorBlock, outcome: BaseException | None) -> BaseException | None:
+    """Leave ``block``, or its successor, and return the exception that leaves it."""
     still_open = block if not block.is_left else block.successor
     if still_open is not None:
         outcome = still_open.leave(outcome)
@@ -52,31 +60,56 @@ async def run_through(
         del outcome  # Its traceback refers to this frame: a reference cycle otherwise.
 
 
-async def run_request(
-    app: ASGIApp, scope: Scope, receive: Receive, send: Send, limits: Limits, cause: Cause | None = None
-) -> CancelationError | None:
-    """Run ``app``, and return the error of ours that the request is still to be answered with, if there is one.
+def first_door(scope: Scope, receive: Receive, send: Send, limits: Limits) -> WholeDoorBlock | None:
+    """Return the block of the first door of a request; ``None`` if the request has come by another door before.
 
-    An error of the application is raised. If an error of ours comes after the response has started, the response is
-    aborted.
+    The middleware and the route class run the application in it in their own frames, as `run_through` does: each
+    coroutine around an application costs every request something, and `end_first_door` most requests do not need.
+    """
+    if SCOPE_KEY in scope:
+        return None
+    if not streams_listen(scope):
+        let_streams_listen(scope)
+    return WholeDoorBlock(scope, receive, send, current_loop(), limits)
+
+
+async def run_request(
+    app: ASGIApp, scope: Scope, receive: Receive, send: Send, limits: Limits, cause: Cause | None
+) -> CancelationError | None:
+    """Run ``app`` in its own coroutine, and return the error of ours that the request is still to be answered with.
 
     :param cause: the cause of a cancellation that has come before the request.
     """
-    if SCOPE_KEY in scope:
+    block = first_door(scope, receive, send, limits)
+    if block is None:
         if cause is not None:
             scope[SCOPE_KEY].state.stop(cause)
-        return await _run_in_another_door(app, scope, receive, send, limits)
-    if not streams_listen(scope):
-        let_streams_listen(scope)
-    loop = current_loop()
-    block = WholeDoorBlock(scope, receive, send, loop, limits)
+        return await run_in_another_door(app, scope, receive, send, limits)
     if cause is not None:
         block.token.cancel_because(cause)
-    outcome = await run_through(block, loop, app, scope, block.receive, block.send)
-    if block.policy is not None:
-        block.policy.judge(scope, block.elapsed)
+    outcome: BaseException | None = None
+    try:
+        block.enter()
+        await app(scope, block.receive, block.send)
+    except BaseException as exc:
+        outcome = exc
     if outcome is None and block.has_ended_undisturbed():
         return None
+    try:
+        return await end_first_door(block, outcome)
+    finally:
+        del outcome, block  # Its traceback refers to this frame: a reference cycle otherwise.
+
+
+async def end_first_door(block: WholeDoorBlock, outcome: BaseException | None) -> CancelationError | None:
+    """Leave the block, end the request, and return the error of ours that it is still to be answered with, if any.
+
+    An error of the application is raised. If an error of ours comes after the response has started, the response is
+    aborted.
+    """
+    outcome = await _leave(block, outcome)
+    if block.policy is not None:
+        block.policy.judge(block.asgi_scope, block.elapsed)
     try:
         left = block.end_request()
         if left is not None:
@@ -91,9 +124,10 @@ async def run_request(
         block.forget()
 
 
-async def _run_in_another_door(
+async def run_in_another_door(
     app: ASGIApp, scope: Scope, receive: Receive, send: Send, limits: Limits
 ) -> CancelationError | None:
+    """Run ``app`` in a block of its own inside of another door; return and raise as `end_first_door`."""
     state: RequestState = scope[SCOPE_KEY].state
     block = _make_block(state, limits)
     watch = ResponseWatch(send, state, is_outermost=False)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ..kernel.log import logger
 from ..kernel.loops.current import current_loop
 from ..kernel.members import Members, with_one_more, without
 from ..kernel.settings import settings
 from ..kernel.token import CancelationToken, Cause
+from .defaults import Defaults
 from .in_flight import InFlight, in_flight_of
 from .lifetime import Lifetime, Mortal
 from .progress import ResponseProgress
+from .watchers import WAITERS, Door, Watcher
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from contextvars import Context
 
     from starlette.types import Receive, Scope
@@ -29,60 +30,6 @@ SCOPE_KEY = "cancelable_deps"
 
 PROBE_KEY = "cancelable_deps.probe"
 """The key in the ASGI scope of a function that a test client wants to be called with each request state."""
-
-
-class Watcher(Protocol):
-    """An object for which a request listens to its client, such as a block."""
-
-    def listening_begins(self) -> None:
-        """Note that the request is listened to, so that it may be cancelled at any time from now on."""
-
-    def token_is_made(self, token: CancelationToken) -> None:
-        """Note that the root token has been made. May be called in any thread."""
-
-    @property
-    def is_cancelled(self) -> bool:
-        """Whether this is a block that is being cancelled."""
-        ...
-
-    @property
-    def is_door(self) -> bool:
-        """Whether this is a `Door`."""
-        ...
-
-    def works_in(self, task: object) -> bool:
-        """Return whether a cancellation of the request reaches ``task`` through this watcher."""
-        ...
-
-
-class Door(Watcher, Protocol):
-    """A block around the whole handler."""
-
-    def hold(self) -> None:
-        """Keep every cancellation of the block from its task until `resume`."""
-
-    def resume(self) -> None:
-        """Deliver a cancellation that `hold` has kept back."""
-
-    def finish(self) -> None:
-        """Note that the result is there: a cancellation that is not delivered yet never will be."""
-
-    def release(self) -> None:
-        """Keep everything from stopping the block from here on."""
-
-    def stop_background(self, cause: Cause) -> None:
-        """Stop the work that is left after `release` all the same."""
-
-    def use_policy(self, policy: Any) -> None:
-        """Replace the timeout of the block by that of a `TimeoutPolicy`."""
-
-    def drop_timeout(self) -> None:
-        """Remove the deadline of the block."""
-
-    @property
-    def deadline(self) -> float:
-        """When the block times out, on the clock of the loop."""
-        ...
 
 
 class Shutdown(Protocol):
@@ -111,27 +58,7 @@ class FirstBlock(Protocol):
     def cause(self) -> Cause | None: ...
 
 
-class Listening:
-    """The `Watcher` of a handle that only asks for a cancellation, and runs no work."""
-
-    __slots__ = ()
-    is_cancelled = is_door = False
-
-    def works_in(self, task: object) -> bool:
-        return False
-
-    def listening_begins(self) -> None:
-        """Do nothing, because there is no work to cancel."""
-
-    def token_is_made(self, token: CancelationToken) -> None:
-        """Do nothing, because there is no work to cancel."""
-
-
-WAITERS: Final = Listening()
-"""Stands for all that wait for the client to leave."""
-
-
-class RequestState(ResponseProgress, Mortal):
+class RequestState(ResponseProgress, Defaults, Mortal):
     """The state of a request, which all its doors share.
 
     Its owner closes it, see `Lifetime`. Listening starts when the request has run for ``listen_after`` seconds and has
@@ -158,9 +85,6 @@ class RequestState(ResponseProgress, Mortal):
     main_tasks: tuple[object, ...] = ()
     """The tasks besides that of a door in which the handler runs, such as that of a ``BaseHTTPMiddleware``."""
 
-    policies: Mapping[str, Any] | None = None
-    """The `TimeoutPolicy` objects of all doors so far, by name."""
-
     is_armed = False
     is_old = False
     """Whether the request has joined `InFlight.requests`."""
@@ -170,12 +94,6 @@ class RequestState(ResponseProgress, Mortal):
 
     operation: Any = None
     """The request as an operation that can be listed and stopped from elsewhere, once somebody has asked for that."""
-
-    outermost: Door | None = None
-    """The block of the middleware or route class that has made this state."""
-
-    default: Door | None = None
-    """The block with the default timeout, which a route's own timeout replaces."""
 
     _watchers: Members[Watcher]
     root_token: CancelationToken | None = None
@@ -257,7 +175,7 @@ class RequestState(ResponseProgress, Mortal):
         self.is_armed = True
         if not self.is_closed:
             if self.handler_stack is not None:
-                self.handler_stack.push_async_callback(self.handler_returned)
+                self.handler_stack.push_async_exit(self.handler_returned)
             self.reader.arm(self.loop)
             for watcher in list(self._watchers):
                 _tell(watcher)
@@ -283,10 +201,10 @@ class RequestState(ResponseProgress, Mortal):
         else:
             self._watchers = without(watchers, watcher)
         if not self._watchers:
-            if not self.is_old or self.lifetime is Lifetime.BLOCKS:
-                # An old request whose end is reported stays known until then: another block may follow.
-                self._leave_in_flight()
+            # An old request whose end is reported stays known until then: another block may follow.
+            self._leave_young()
             if self.lifetime is Lifetime.BLOCKS:
+                self._leave_in_flight()
                 # Nothing reports the end of this request. A later block finds this state by `receive`, if that is ours.
                 self.scope.pop(SCOPE_KEY, None)
                 if self._reader is not None:
@@ -347,38 +265,6 @@ class RequestState(ResponseProgress, Mortal):
         self.close()
         await self.join()
 
-    def set_default(self, block: Door) -> None:
-        """Take ``block`` for the one with the default timeout, which a route's own timeout replaces."""
-        if self.default is not None:
-            self.lift_default()
-        self.default = block
-
-    def add_policies(self, policies: Mapping[str, Any]) -> None:
-        """Add the policies of one more door: a mounted application has those of the application around it, too."""
-        self.policies = policies if self.policies is None else {**self.policies, **policies}
-
-    def replace(self, block: Door, by: Door) -> None:
-        """Put ``by`` in the place of ``block``."""
-        if self.outermost is block:
-            self.outermost = by
-        if self.default is block:
-            self.default = by
-
-    def replace_default(self, policy: Any) -> None:
-        """Apply the policy that the route has chosen."""
-        if self.default is None:
-            raise RuntimeError(
-                "timeout_policy() replaces the default of RequestCancelationMiddleware or CancelableRoute, and this "
-                "request has neither. Use @with_cancelation(policy=...), or cancelable_with_timeout()."
-            )
-        self.default.use_policy(policy)
-
-    def lift_default(self) -> None:
-        """Remove the default timeout: the route has a timeout of its own, or wants none."""
-        if self.default is not None:
-            self.default.drop_timeout()
-            self.default = None
-
     @property
     def doors(self) -> list[Door]:
         return [cast("Door", watcher) for watcher in self._watchers if watcher.is_door]
@@ -409,14 +295,17 @@ class RequestState(ResponseProgress, Mortal):
             self.in_flight.add(self)
 
     def _leave_in_flight(self) -> None:
-        if self.young_entry is not None:
-            self.in_flight.young.pop(self.young_entry, None)
-            self.young_entry = None
-            if self.operation is not None:
-                self.in_flight.tell_end(self)
+        self._leave_young()
         if self.is_old:
             self.is_old = False
             self.in_flight.remove(self)
+        elif self.operation is not None and not self.operation.has_ended:
+            self.in_flight.tell_end(self)
+
+    def _leave_young(self) -> None:
+        if self.young_entry is not None:
+            self.in_flight.young.pop(self.young_entry, None)
+            self.young_entry = None
 
 
 def _tell(watcher: Watcher) -> None:

@@ -72,20 +72,21 @@ class SocketState(RequestState):
         self._reader = reader  # pyright: ignore[reportIncompatibleVariableOverride]
         reader.owner = self
         if isinstance(reader.end, dict):
-            self.socket_left(reader.end, by_receiving=False)
+            self.socket_left(reader.end, is_told=False)
 
-    def socket_left(self, message: Message, *, by_receiving: bool) -> None:
-        """Note that the client has left, as the reader reports it, and stop the work."""
+    def socket_left(self, message: Message, *, is_told: bool) -> None:
+        """Note that the client has left, as the reader or a failed ``send()`` reports it, and stop the work."""
         if self.is_over:
             return
         self.close_code = message.get("code") or _GONE
-        # A handler that was waiting for a message gets the disconnect, and decides itself how to end.
-        self._quiet = by_receiving
-        self.client_left()
-        self._quiet = False
+        if not self.has_left:
+            # A handler that was waiting for a message gets the disconnect, and decides itself how to end.
+            self._quiet = is_told
+            self.client_left()
+            self._quiet = False
         block = current.get()
-        if by_receiving and block is not None and self.cause is not None:
-            # The message notifies the task. From here it has as long as for a cleanup.
+        if is_told and block is not None and self.cause is not None:
+            # The message or error notifies the task. From here it has as long as for a cleanup.
             block.is_told(self.cause, None)
 
     @property
@@ -101,20 +102,20 @@ class SocketState(RequestState):
     def _disconnect(self) -> None:
         super()._disconnect()
         assert self.cause is not None
-        self.log(self.cause.reason, self.cause)
+        self.log_once(self.cause.reason, self.cause)
 
     def note_disconnect(self) -> None:
         """Log nothing: the disconnect was logged when it came, or the handler that received it decides."""
 
-    def log(self, reason: CancelationReason, cause: object) -> None:
+    def log_once(self, reason: CancelationReason, cause: object) -> None:
         if not self._quiet:
-            super().log(reason, cause)
+            super().log_once(reason, cause)
 
     def translate(self, outcome: BaseException | None) -> BaseException | None:
         """Return the exception that leaves a block of ours, as one that Starlette answers with the right close code."""
         if isinstance(outcome, WebSocketDisconnect) and self._is_ours(outcome):
             # A failed send shows the disconnect before the reader does.
-            self.socket_left({"type": "websocket.disconnect", "code": outcome.code}, by_receiving=False)
+            self.socket_left({"type": "websocket.disconnect", "code": outcome.code}, is_told=False)
             self.log(CancelationReason.DISCONNECT, CancelationReason.DISCONNECT)
             error = DisconnectCancelation()
             error.__cause__ = outcome
@@ -159,7 +160,7 @@ class SocketState(RequestState):
         try:
             await send(message)
         except (OSError, WebSocketDisconnect):
-            self._send_failed = True
+            self._note_failed_send()
             raise
         if kind == "websocket.send":
             # Some servers never wait in send(). A handler that only sends could then not be stopped, and would block the loop.
@@ -186,8 +187,17 @@ class SocketState(RequestState):
         try:
             await send(message)
         except (OSError, WebSocketDisconnect):
-            self.is_over, self._send_failed = False, True
+            self.is_over = False
+            self._note_failed_send()
             raise
+
+    def _note_failed_send(self) -> None:
+        """Note that the running task is about to get the error of a ``send()``, by which the server reports a disconnect.
+
+        The reader reports it as well, perhaps later: that must not interrupt the cleanup which the error has begun.
+        """
+        self._send_failed = True
+        self.socket_left({"type": "websocket.disconnect"}, is_told=True)
 
     async def _close_for_our_reason(self, send: Send, message: Message) -> None:
         error = None if self._error is None else self._error()

@@ -23,10 +23,10 @@ READ_AHEAD_MESSAGES = 64
 class Owner(Protocol):
     """The state of the WebSocket, as far as a reader uses it."""
 
-    def socket_left(self, message: Message, *, by_receiving: bool) -> None:
+    def socket_left(self, message: Message, *, is_told: bool) -> None:
         """Note that the client has left.
 
-        :param by_receiving: whether the calling task is about to get ``message``, the disconnect.
+        :param is_told: whether the calling task is about to get the disconnect, as a message or an error.
         """
 
 
@@ -69,7 +69,7 @@ class SocketReader(ReadAhead):
         finally:
             self._receiving -= 1
             # The task that waited works on an earlier message, or has been cancelled: now it may be stopped.
-            self._tell(by_receiving=False)
+            self._tell(is_told=False)
 
     def _may_ask(self) -> bool:
         return self._is_connected
@@ -81,7 +81,7 @@ class SocketReader(ReadAhead):
         if message["type"] == "websocket.disconnect":
             self.end = message
             if not self._receiving:
-                self._tell(by_receiving=False)
+                self._tell(is_told=False)
         else:
             self._messages.append(message)
             self._held += _size(message)
@@ -97,15 +97,15 @@ class SocketReader(ReadAhead):
         if isinstance(self.end, Exception):
             raise self.end
         assert self.end is not None
-        self._tell(by_receiving=True)
+        self._tell(is_told=True)
         return dict(self.end)
 
-    def _tell(self, *, by_receiving: bool) -> None:
+    def _tell(self, *, is_told: bool) -> None:
         if self.owner is None or self.end is None or isinstance(self.end, Exception):
             return
-        if by_receiving or not self._told:
+        if is_told or not self._told:
             self._told = True
-            self.owner.socket_left(self.end, by_receiving=by_receiving)
+            self.owner.socket_left(self.end, is_told=is_told)
 
     async def _pull(self) -> Message:
         self._pulling = True

@@ -5,7 +5,7 @@ behaviour of a server itself (its buffers, its limits, its log, the moment at wh
 tested on a real server.
 
 The client and its checks are in `client`, the messages in `calls` and `websockets`, the clock in `clock`, the tasks in
-`tasks`. This floor may use the whole package; nothing else in the package may use it.
+`tasks`, the workers of operations in `hub`. This floor may use the whole package; nothing else in the package may use it.
 """
 
 from .calls import Call as Call
@@ -15,6 +15,7 @@ from .client import CancelableClient as CancelableClient
 from .client import assert_cancelled as assert_cancelled
 from .client import no_tasks_left as no_tasks_left
 from .clock import advance as advance
+from .hub import OperationsHub as OperationsHub
 from .tasks import Left as Left
 from .websockets import SocketCall as SocketCall
 from .websockets import SocketClosed as SocketClosed
@@ -24,6 +25,7 @@ __all__ = [
     "CancelableClient",
     "HangUp",
     "Left",
+    "OperationsHub",
     "Outcome",
     "SocketCall",
     "SocketClosed",

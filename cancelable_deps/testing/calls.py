@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import timedelta
@@ -82,7 +82,7 @@ class Exchange:
         self._app = app
         self._personality = personality
         self._changed = anyio.Event()
-        self._scope = anyio.CancelScope()
+        self._cancel: Callable[[], None]
         self._states: list[RequestState | FirstDoorBlock] = []
         self._incoming: list[Message] = []
         self._readers = 0
@@ -158,17 +158,22 @@ class Exchange:
         """Whether the application has ended."""
         return self.outcome != "running"
 
+    def begin(self, start: Callable[[Callable[[], Coroutine[Any, Any, None]]], Callable[[], None]]) -> None:
+        """Run the application in a task: ``start`` starts it, and returns the function that cancels it."""
+        self._cancel = start(self.run)
+
+    def give_up(self) -> None:
+        """Cancel the application from outside, as a server does when it is made to exit."""
+        self._cancel()
+
     async def run(self) -> None:
         """Run the application: the client starts this as a task."""
         self.scope[PROBE_KEY] = self._states.append
         self._is_taken = True
         self._notify()
         try:
-            with self._scope:
-                await self._app(self.scope, self._receive, self._send)
-                self.outcome = "returned"
-            if self.outcome == "running":
-                self.outcome = "cancelled"
+            await self._app(self.scope, self._receive, self._send)
+            self.outcome = "returned"
         except Exception as exc:
             self.outcome, self.exception = "raised", exc
         except BaseException:
@@ -177,10 +182,6 @@ class Exchange:
         finally:
             self._ended = self._loop.time()
             self._notify()
-
-    def give_up(self) -> None:
-        """Cancel the application from outside, which no real client can do."""
-        self._scope.cancel()
 
     async def look_for_what_is_left(self) -> None:
         """Set `left_behind`: the client calls this when no call runs."""

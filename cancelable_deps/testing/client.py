@@ -29,15 +29,20 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Message, Scope
 
+    from ..kernel.loops.base import Worker
     from ..kernel.reasons import CancelationReason
 
 _NEVER = HangUp()
+
+# Seconds after which an application that has not ended is cancelled once more, when the client is left.
+_NEXT_CANCELLATION = 1
 
 
 class CancelableClient:
     """A client of ``app`` that can hang up: ``async with CancelableClient(app) as client:``.
 
-    The application runs beside the test, in the same event loop, on asyncio or trio; it may be any ASGI application.
+    The application runs beside the test, in the same event loop, on asyncio or trio; it may be any ASGI application. On
+    asyncio it runs as on a server, in a task without a scope of anyio around it. It has the test's context variables.
     Entering the client starts the application's lifespan, and leaving ends it; exceptions of the lifespan are raised in
     the test. ``send()`` raises ``RuntimeError`` for a message that a server would refuse.
 
@@ -265,7 +270,7 @@ class CancelableClient:
 
     @asynccontextmanager
     async def _run(self, call: Exchange) -> AsyncGenerator[None]:
-        self._opened.start_soon(call.run)
+        call.begin(self._opened.start_application)
         self._running.add(call)
         try:
             yield
@@ -315,11 +320,12 @@ class _Transport(httpx.AsyncBaseTransport):
 
 
 class _Tasks:
-    """A task group in a task of its own, because pytest-asyncio enters and leaves a fixture in two different tasks."""
+    """The tasks of a client. They outlive the task that opens it: pytest-asyncio leaves a fixture in another one."""
 
     def __init__(self) -> None:
         self._group = anyio.create_task_group()
         self._opened = anyio.Event()
+        self._applications: list[Worker] = []
         self._error: BaseException | None = None
 
     async def open(self) -> None:
@@ -338,13 +344,48 @@ class _Tasks:
     def start_soon(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._group.start_soon(work)
 
+    def start_application(self, work: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+        """Start the application as a server does: on asyncio in a task without a scope of anyio around it.
+
+        Return the function that cancels it.
+        """
+        if self._loop.is_trio:
+            scope = anyio.CancelScope()
+            self._group.start_soon(_in_scope, scope, work)
+            return scope.cancel
+
+        async def serve() -> None:
+            try:
+                await work()
+            except (Exception, BaseExceptionGroup) as exc:
+                self._error = exc
+
+        serve.__qualname__ = work.__qualname__  # the name of the task
+        worker = self._loop.spawn(serve, copy_context())
+        self._applications = [worker, *self._alive]
+        return worker.cancel
+
     async def close(self) -> None:
         """Cancel the tasks that still run, and raise an exception that was not handled."""
         self._group.cancel_scope.cancel()
         with anyio.CancelScope(shield=True):
+            await self._end_applications()
             await self._worker.join()
         if self._error is not None:
             raise self._error
+
+    @property
+    def _alive(self) -> list[Worker]:
+        return [worker for worker in self._applications if not worker.done]
+
+    async def _end_applications(self) -> None:
+        while self._alive:
+            for worker in self._alive:
+                worker.cancel()
+            # Not at every pass of the loop, as anyio does: that would pierce the shields of the application's cleanup.
+            with real_seconds(_NEXT_CANCELLATION):
+                for worker in self._alive:
+                    await worker.join()
 
     async def _run(self) -> None:
         try:
@@ -353,6 +394,11 @@ class _Tasks:
                 await anyio.sleep_forever()
         except (Exception, BaseExceptionGroup) as exc:
             self._error = exc
+
+
+async def _in_scope(scope: anyio.CancelScope, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    with scope:
+        await work()
 
 
 class _Lifespan:
@@ -371,7 +417,7 @@ class _Lifespan:
         self.is_supported = False
 
     async def start(self, tasks: _Tasks) -> None:
-        tasks.start_soon(self._run)
+        tasks.start_application(self._run)
         await self._wait_for("lifespan.startup", "started")
         self.is_supported = any(event["type"] == "lifespan.startup.complete" for event in self._events)
         if self._failed("startup"):

@@ -60,8 +60,6 @@ class AsyncioLoop:
     """An event loop of asyncio."""
 
     is_trio = is_thread = False
-    shutdown: Any = None
-    in_flight: Any = None
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -71,6 +69,9 @@ class AsyncioLoop:
         self.scopes = _scopes()
         self.task_without_scope = self.scopes.task_finder(loop)
         self.timeout_queues: dict[float, Any] = {}
+        # Each request reads them, which for a default of the class would cost four times as much.
+        self.shutdown: Any = None
+        self.in_flight: Any = None
 
     def is_running_here(self) -> bool:
         try:

@@ -38,13 +38,15 @@ _threadlocals: Any = anyio_asyncio.threadlocals  # type: ignore[attr-defined]
 def task_finder(loop: asyncio.AbstractEventLoop) -> Callable[[], object]:
     """Return a function that returns the running task if no scope of anyio is open in it; ours may come later then."""
     # Each request calls it, so its parts are looked up once, and it reads the dict inside anyio's weak dictionary.
-    find = _states.data.get
+    states = _states.data
+    find = states.get
 
     def task_without_scope() -> object:
         task: Any = current_task(loop)
         if task is None:
             raise RuntimeError("enter a request's block in a task of the event loop that serves the request")
-        state = find(ref(task))
+        # Often no task of the application has a scope open: the reference costs more than all else here.
+        state = find(ref(task)) if states else None
         if (state is None or state.cancel_scope is None) and not task.cancelling():
             return task
         return None
