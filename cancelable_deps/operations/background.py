@@ -20,6 +20,7 @@ from ..kernel.reasons import CancelationReason
 from ..kernel.token import Cause
 from .backend import Unavailable
 from .conditions import Conditions, has_been
+from .doubtful import DoubtfulRecords
 from .errors import OperationBusy, OperationsUnavailable, OperationTaken
 from .model import Operation, OperationList, OperationState
 from .names import ANYONE
@@ -58,8 +59,6 @@ _KEY_SCOPE: Final = "background"
 _MOST_ERRORS: Final = 1000
 _PROGRESS_SECONDS: Final = 0.25
 _PAUSE: Final = 1.0
-_DOUBT_SECONDS: Final = 60.0
-"""A call that has failed does not arrive after so long a time."""
 
 WHEN_BUSY: Final[dict[str, dict[str, Any]]] = {
     "refuse": {"queue": 0},
@@ -91,10 +90,9 @@ class Background:
         self._jobs: dict[Job, None] = {}
         self._starting: dict[Job, None] = {}
         self._unwritten: dict[Job, None] = {}
-        self._has_unwritten = anyio.Event()
-        self._doubtful: dict[str, float] = {}
-        """Records that calls were to create that have failed, and when."""
+        self.doubtful = DoubtfulRecords(local, exchange)
 
+        self._has_unwritten = anyio.Event()
         self._errors: OrderedDict[str, tuple[float, BaseException]] = OrderedDict()
         self._sender, self._receiver = anyio.create_memory_object_stream[Job](math.inf)
         self._empty = anyio.Event()
@@ -129,8 +127,8 @@ class Background:
             raise OperationsUnavailable("The server is shutting down")
         self._starting[job] = None
         try:
-            if id in self._doubtful:
-                await self._clear(id)
+            if id is not None and id in self.doubtful:
+                await self.doubtful.delete(id)
             known = None if id is None else await self._join(id, job.owner)
             if known is not None:
                 return known
@@ -184,7 +182,7 @@ class Background:
             record = await self._exchange.calling(self._exchange.backend.create(job.id, fields, ttl=MOST_AGE))
         except BaseException:
             # It may be there, or come yet, and nobody will work on it.
-            self._doubtful[job.id] = self._local.loop.time()
+            self.doubtful.add(job.id)
             self._local.discard(job)
             raise
         if not record.is_new:
@@ -194,7 +192,7 @@ class Background:
             if record.fields.get("owner") != job.owner:
                 raise OperationTaken
             return self._seen(record.id, record.fields)
-        self._doubtful.pop(job.id, None)
+        self.doubtful.discard(job.id)
         self._jobs[job] = None
         self._sender.send_nowait(job)
         return job.view()
@@ -382,21 +380,6 @@ class Background:
             mark = (await self._create_again(job)).fields.get("cancel")
             if mark is not None:
                 job.stop(Cause(CancelationReason.MANUAL, mark.get("message")))
-
-    async def clear(self) -> None:
-        """Delete the records of work that was not started, as the store did not answer in time when they were created.
-
-        :raises Unavailable: if the store cannot be reached.
-        """
-        now = self._local.loop.time()
-        for id, at in list(self._doubtful.items()):
-            if await self._clear(id) or at < now - _DOUBT_SECONDS:
-                self._doubtful.pop(id, None)
-
-    async def _clear(self, id: str) -> bool:
-        fields = {"state": str(OperationState.FAILED), "ended": self._local.clock.now()}
-        done: bool = await self._exchange.calling(self._exchange.backend.change(id, fields, end_ttl=0.0))
-        return done
 
     def stop_everything(self, cause: Cause) -> None:
         """Stop all background work of this worker."""
