@@ -29,6 +29,7 @@
 # operations/ what runs, and stopping it from elsewhere
 #   operations model errors names dependencies keys               what users see
 #   running local remembered conditions listing clock             what runs in this worker
+#   router schemas rights bodies prefer answers events_stream page  the routes
 #   cancels watching turns background records accepted stoppable  what is done with it, here and in other workers
 #   worker exchange outbox entries                                one worker, and what workers tell each other
 #   backend memory memory_keys                                    the store that they share
