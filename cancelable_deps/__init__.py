@@ -1,12 +1,15 @@
 """Stop a FastAPI request's work when nobody needs it any more, and say why."""
 
 # The map. A folder is a floor, and imports from the floors above it in this list alone: `tests/test_layout.py`.
-# CONTRIBUTING.md says more of each file. Public are the names below and those of `testing`; other paths may change.
+# CONTRIBUTING.md says more of each file. Public are the names below and those of `databases`, `deadlines`, `operations`
+# and `testing`; other paths may change.
 #
 # kernel/     stop a block of work, without the web
 #   cancelable task_group token errors reasons                    what users see
 #   block callbacks stoppable timed                               the classes under Cancelable, one job each
-#   timeouts condition shields threads processes/(pool child)     what ends a block, what delays that, where work runs
+#   remaining                                                     the time around the caller
+#   timeouts condition shields interrupting threads               what ends a block, what delays that, where work runs
+#     processes/(pool child)
 #   loops/(base current asyncio_loop trio_loop thread_loop        the event loops,
 #     asyncio_scopes trio_scopes unwinding known                  polite cancellation in their scopes,
 #     public_scopes public_asyncio public_trio)                   and the same by public API alone
@@ -21,11 +24,14 @@
 #   read_ahead http_reader websocket_reader                       the only code that awaits receive()
 #   blocks websocket postponed policies limits                    what is stopped, when, and after how long
 #   watchers defaults                                             what listens; the timeout that a route replaces
+#   client_timeout durations admission                            the time that a client gives, in its headers
 #   run response abort sse                                        its way through a door, and its response
 # doors/      the ways into an application
 #   decorator options endpoint dress generators                   @with_cancelation
 #   middleware base_http wsgi route                               the application, one router
 #   dependencies streaming progress websocket lifespan            handles, responses, WebSockets, the shutdown
+# deadlines/  the time of a request for the services that it calls
+#   forward transport
 # operations/ what runs, and stopping it from elsewhere
 #   operations model errors names dependencies keys               what users see
 #   running local remembered conditions listing clock             what runs in this worker
@@ -34,6 +40,8 @@
 #   backend memory memory_keys                                    the store that they share
 #   redis/(store scripts layout graves choice client              the same in Redis,
 #     redis_py core_redis)                                        by either client library
+# databases/  sessions of SQLAlchemy, limits of PostgreSQL
+#   session statements
 # testing/    a client that hangs up
 #   client calls websockets clock tasks hub
 

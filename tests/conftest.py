@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -26,12 +27,14 @@ os.environ.setdefault("PYTEST_TIMEOUT", str(scaled(60)))
 # What `--public-api` runs: the kernel, the doors, and the drivers for whose sake a cleanup is not to be disturbed.
 ON_PUBLIC_API = {
     "test_cancelable.py",
+    "test_client_timeout.py",
     "test_deadlines.py",
     "test_decorator.py",
     "test_decorator_stack.py",
     "test_dependencies.py",
     "test_every_door.py",
     "test_foreign.py",
+    "test_forward_deadline.py",
     "test_middleware.py",
     "test_nests.py",
     "test_polite.py",
@@ -39,6 +42,7 @@ ON_PUBLIC_API = {
     "test_postgres.py",
     "test_request_block.py",
     "test_route.py",
+    "test_shorten_grace.py",
     "test_task_group.py",
     "test_token.py",
 }
@@ -155,3 +159,11 @@ def at_once() -> Iterator[None]:
     configure(listen_after=0)
     yield
     configure(listen_after=0.005)
+
+
+@pytest.fixture
+def small_heap() -> Iterator[None]:
+    """Let the garbage collector look only at what the test makes: all modules and applications take it 50 times as long."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -90,9 +90,10 @@ class Place:
 
     async def until(self, id: str, *states: str) -> None:
         """Wait until an operation is in one of these states."""
-        async for event in self.operations.events(id):
-            if event.operation.state in states:
-                return
+        async with aclosing(self.operations.events(id)) as events:
+            async for event in events:
+                if event.operation.state in states:
+                    return
 
 
 @asynccontextmanager

@@ -193,3 +193,13 @@ def test_check_prints_a_row_for_each_block(capsys: pytest.CaptureFixture[str]) -
     lines = capsys.readouterr().out.splitlines()
     assert [line[:28].rstrip() for line in lines[1:]] == list(check.BLOCKS)
     assert all(float(line.split()[-2]) > 0 for line in lines[1:])
+
+
+def test_the_matrix_of_databases_prints_a_row_and_what_it_could_not_measure() -> None:
+    command = [sys.executable, "-m", "benchmarks.databases", "sqlite3 in threads"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
+    assert rows[0] == ["way", "hang-up", "timeout", "shutdown", "kill -9"]
+    assert rows[2][0] == "sqlite3 in threads"
+    assert all(cell.startswith(("stops", "504; stops")) for cell in rows[2][1:])
+    assert rows[3][0].startswith("pymongo")

@@ -6,15 +6,18 @@ import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import anyio
+import httpx
 import pytest
 import trio.testing
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 import cancelable_deps
+import cancelable_deps.databases
+import cancelable_deps.deadlines
 import cancelable_deps.operations
 import cancelable_deps.testing
 from cancelable_deps import CancelationReason, begin_shutdown, configure
@@ -64,8 +67,13 @@ def test_every_page_is_in_the_navigation() -> None:
 def test_the_reference_has_every_public_name() -> None:
     found = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
     public = [f"cancelable_deps.{name}" for name in cancelable_deps.__all__]
-    public += [f"cancelable_deps.testing.{name}" for name in cancelable_deps.testing.__all__]
-    public += [f"cancelable_deps.operations.{name}" for name in cancelable_deps.operations.__all__]
+    for module in (
+        cancelable_deps.databases,
+        cancelable_deps.deadlines,
+        cancelable_deps.operations,
+        cancelable_deps.testing,
+    ):
+        public += [f"{module.__name__}.{name}" for name in module.__all__]
     assert sorted(found) == sorted(public)
 
 
@@ -76,7 +84,8 @@ def test_snippets_import_from_the_public_modules_alone() -> None:
         for snippet in snippets_of(page).values()
         for module in re.findall(r"(?:from|import) (cancelable_deps[\w.]*)", snippet)
     }
-    assert imports <= {"cancelable_deps", "cancelable_deps.testing", "cancelable_deps.operations"}
+    public = ("", ".databases", ".deadlines", ".operations", ".testing")
+    assert imports <= {f"cancelable_deps{module}" for module in public}
 
 
 # index.md, decorator.md, handles.md
@@ -187,6 +196,42 @@ async def test_policies() -> None:
     assert (await after(20, app, "/batch")).json() == "all of it"
 
 
+@movable_clock
+async def test_the_time_of_the_client() -> None:
+    app = run("deadlines.md", "The time of the client")["app"]
+    call = await after(5, app, "/report", headers={"Prefer": "wait=5"})
+    assert (call.status, call.headers["x-deadline-expired"]) == (504, "1")
+    assert (await after(20, app, "/report")).json() == "done"
+    assert (await get(app, "/left", headers={"grpc-timeout": "5S"})).json() <= 5
+
+
+async def test_the_services_behind() -> None:
+    names = run("deadlines.md", "The services behind yours")
+    called: dict[str, str | None] = {}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        called[request.url.host] = request.headers.get("prefer")
+        return httpx.Response(200, json=["tea"])
+
+    hooks = names["http"].event_hooks
+    names["http"] = httpx.AsyncClient(transport=httpx.MockTransport(answer), event_hooks=hooks)
+    assert (await get(names["app"], "/offers", headers={"prefer": "wait=500"})).json() == ["tea"]
+    assert called["statistics"] is None
+    assert int((called["prices"] or "").removeprefix("wait=")) < 500
+
+
+def test_deadline_transport() -> None:
+    with run("deadlines.md", "A transport")["http"] as client:
+        assert isinstance(client, httpx.Client)
+
+
+async def test_the_header_alone() -> None:
+    headers_of_a_call = run("deadlines.md", "Other clients")["headers_of_a_call"]
+    assert headers_of_a_call() == {}
+    async with cancelable_deps.Cancelable(timeout=500):
+        assert 0 < int(headers_of_a_call()["connect-timeout-ms"]) < 500_000
+
+
 async def test_errors_meet_the_applications_own_handlers() -> None:
     call = await get(run("guarantees.md", "Reasons and statuses")["app"], "/report")
     assert (call.status, call.json()) == (504, {"reason": "timeout", "is_error": True})
@@ -264,7 +309,7 @@ async def test_websockets() -> None:
             await socket.receive_text()
 
 
-# threads.md, shutdown.md, without-a-request.md, testing.md
+# threads.md
 
 
 async def test_def_handlers() -> None:
@@ -282,6 +327,38 @@ async def test_threads_and_processes() -> None:
 async def test_blocking_call() -> None:
     app = run("threads.md", "A blocking call that can be interrupted")["app"]
     assert (await hang_up(app, "/count")).reason is CancelationReason.DISCONNECT
+
+
+# databases.md
+
+
+@asyncio_only
+async def test_databases_session() -> None:
+    names = run("databases.md", "A session for each request")
+    assert (await get(names["app"], "/answer")).json() == 42
+    await names["engine"].dispose()
+
+
+@pytest.mark.parametrize("path", ["/def", "/async"])
+async def test_databases_in_threads(path: str) -> None:
+    app = run("databases.md", "A driver that blocks its thread")["app"]
+    assert (await hang_up(app, path)).reason is CancelationReason.DISCONNECT
+
+
+async def test_databases_limit() -> None:
+    class Connection:
+        autocommit = False
+        statements: ClassVar[list[str]] = []
+
+        async def execute(self, statement: str) -> None:
+            self.statements.append(statement)
+
+    await run("databases.md", "A limit that the server keeps")["report"](Connection())
+    first, _ = Connection.statements
+    assert re.fullmatch(r"select set_config\('statement_timeout', '30\d{3}', true\)", first)
+
+
+# shutdown.md, without-a-request.md, testing.md
 
 
 async def test_shutdown() -> None:

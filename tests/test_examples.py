@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import re
 import runpy
+import sqlite3
 import sys
 import threading
 from pathlib import Path
@@ -26,6 +27,8 @@ from examples import (
     background_report,
     background_worker,
     cancel_by_id,
+    databases,
+    deadlines,
     disconnect,
     latest_wins,
     middleware,
@@ -226,6 +229,24 @@ async def test_processes(capfd: pytest.CaptureFixture[str]) -> None:
     assert not [child for child in psutil.Process().children() if "_child.py" in " ".join(child.cmdline())]
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_databases(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    connected_to = threading.Event()
+
+    def connect(path: str, *, check_same_thread: bool) -> sqlite3.Connection:
+        connected_to.set()
+        return sqlite3.connect(path, check_same_thread=check_same_thread)
+
+    monkeypatch.setattr(databases, "sqlite3", SimpleNamespace(connect=connect))
+    async with CancelableClient(databases.app, ceiling=CEILING, lifespan=True) as client:
+        assert [(await client.post("/visits")).json() for _ in range(2)] == [1, 2]
+        async with client.start("GET", "/count") as call:
+            assert await anyio.to_thread.run_sync(connected_to.wait, CEILING)
+            await call.hang_up()
+    assert call.status == 499
+    assert capsys.readouterr().out == "the query is over: disconnect\n"
+
+
 @movable_clock
 async def test_policies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policies.REPORT, "exceeded", 0)
@@ -234,6 +255,27 @@ async def test_policies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (await stay(policies.app, "GET", "/stats")).json() == {"reports that took longer than 2 seconds": 1}
     response = await stay(policies.app, "GET", "/search", after=1)
     assert (response.status_code, response.json()["hint"]) == (503, "ask for less")
+
+
+@movable_clock
+async def test_deadlines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    itself = httpx.AsyncClient(
+        transport=httpx.ASGITransport(deadlines.app), base_url="http://prices", event_hooks=deadlines.http.event_hooks
+    )
+    monkeypatch.setattr(deadlines, "http", itself)
+    async with CancelableClient(deadlines.app, ceiling=CEILING) as client:
+        for wait, status in ((50, 200), (2, 504)):
+            async with client.start("GET", "/offers", headers={"Prefer": f"wait={wait}"}) as call:
+                await call.running()
+                await advance(3)
+            response = await call.response()
+            assert response.status_code == status
+            assert response.headers.get("preference-applied") == ("wait=50" if status == 200 else None)
+        refused = await client.get("/offers", headers={"Prefer": "wait=0"})
+        assert (refused.status_code, refused.headers["x-deadline-expired"]) == (504, "1")
+    had = re.findall(r"(\w+) had ([\d.]+) s", capsys.readouterr().out)
+    assert [name for name, _ in had] == ["prices", "statistics", "prices"]
+    assert [float(seconds) for _, seconds in had] == pytest.approx([30, 30, 2], abs=1.9)
 
 
 async def test_testing() -> None:

@@ -20,6 +20,7 @@ from starlette.routing import Route
 from cancelable_deps import (
     CancelableRoute,
     CancelationReason,
+    ManualCancelation,
     RequestCancelable,
     RequestCancelationMiddleware,
     RequestTaskGroup,
@@ -276,7 +277,7 @@ async def test_websockets_are_stopped(door: str) -> None:
         operation.claim("ann")
         await plain(websocket)
 
-    chosen = {"decorator": with_cancelation(plain), "RequestOperation": with_operation}.get(door, plain)
+    chosen: Any = {"decorator": with_cancelation(plain), "RequestOperation": with_operation}.get(door, plain)
     app.websocket("/chat/{room}")(chosen)
     async with client_of(app) as client:
         async with client.websocket("/chat/7") as socket:
@@ -369,9 +370,8 @@ async def test_a_def_handler_is_told(door: str) -> None:
         operation.progress("half", {"done": 1, "total": 2})
         with_block(cancel)
 
-    app.get("/work")(
-        {"decorator": with_cancelation(with_block), "RequestOperation": with_operation}.get(door, with_block)
-    )
+    doors: dict[str, Any] = {"decorator": with_cancelation(with_block), "RequestOperation": with_operation}
+    app.get("/work")(doors.get(door, with_block))
     async with client_of(app) as client:
         async with client.start("GET", "/work") as call:
             found = await the_only_one(operations)
@@ -415,7 +415,7 @@ def _is_in_loop() -> bool:
 
 async def test_track_makes_a_block_an_operation() -> None:
     async with Operations() as operations:
-        with pytest.raises(Exception, match="enough") as raised:
+        with pytest.raises(ManualCancelation, match="enough") as raised:  # noqa: PT012
             async with operations.track(
                 id="job-7", name="thumbnails", owner=7, key="k", labels={"size": "big"}, timeout=100
             ) as cancel:
@@ -432,7 +432,7 @@ async def test_track_makes_a_block_an_operation() -> None:
                 assert (await the_only_one(operations)).progress is not None
                 assert (await operations.cancel("job-7", message="enough", wait=0)).outcome == "stopping"
                 await anyio.sleep_forever()
-        assert getattr(raised.value, "reason", None) is CancelationReason.MANUAL
+        assert raised.value.reason is CancelationReason.MANUAL
         ended = await operations.get("job-7", owner="7")
         assert ended is not None
         assert ended.state is OperationState.CANCELLED
@@ -459,7 +459,7 @@ async def test_a_tracked_block_that_was_cancelled_before_does_not_start() -> Non
     async with Operations() as operations:
         assert (await operations.cancel("job", message="no")).outcome == "unknown"
         started = False
-        with pytest.raises(Exception, match="no"):
+        with pytest.raises(ManualCancelation, match="no"):  # noqa: PT012
             async with operations.track(id="job"):
                 started = True
                 await anyio.lowlevel.checkpoint()

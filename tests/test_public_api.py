@@ -6,25 +6,32 @@ import inspect
 import subprocess
 import sys
 import types
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, assert_type, get_args
 
+import httpx
 import pytest
 from anyio import CapacityLimiter
 from anyio.abc import TaskGroup
 from fastapi import APIRouter, Depends, FastAPI, WebSocket
+from psycopg import AsyncConnection as PsycopgConnection
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
 from starlette.applications import Starlette
 from starlette.requests import Request
 
 import cancelable_deps
+import cancelable_deps.databases
+import cancelable_deps.deadlines
 import cancelable_deps.operations
 import cancelable_deps.testing
 from cancelable_deps import (
     Cancelable,
+    CancelableRoute,
     CancelableStreamingResponse,
     CancelableWebSocket,
     CancelationReason,
@@ -44,14 +51,22 @@ from cancelable_deps import (
     wait_for_disconnect,
     with_cancelation,
 )
+from cancelable_deps.databases import cancelable_session, limit_statements
+from cancelable_deps.deadlines import ClientTimeout, DeadlineTransport, forward_deadline, no_deadline
 from tests.snippets import PAGES, README
 
 DOCS = "".join(path.read_text() for path in [README, *PAGES] if path.name != "api.md")
 EXAMPLES = "".join(path.read_text() for path in (Path(__file__).parent.parent / "examples").rglob("*.py"))
 
 
-MODULES = (cancelable_deps, cancelable_deps.operations, cancelable_deps.testing)
-NAMES = [(module, name) for module in MODULES[:2] for name in module.__all__]
+MODULES = (
+    cancelable_deps,
+    cancelable_deps.databases,
+    cancelable_deps.deadlines,
+    cancelable_deps.operations,
+    cancelable_deps.testing,
+)
+NAMES = [(module, name) for module in MODULES[:-1] for name in module.__all__]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
@@ -106,17 +121,28 @@ def test_every_public_member_has_a_docstring(cls: type) -> None:
 
 def test_everything_for_tests_has_a_docstring() -> None:
     # `Outcome` is a Literal, which cannot have one.
-    values = {name: getattr(cancelable_deps.testing, name) for name in cancelable_deps.testing.__all__}
+    values = {name: getattr(module, name) for module in MODULES[1:] for name in module.__all__}
     assert [name for name, value in values.items() if not value.__doc__ and name != "Outcome"] == []
 
 
 def test_importing_brings_no_optional_dependency() -> None:
     code = (
-        "import sys, cancelable_deps\n"
-        "print([m for m in ('trio', 'uvloop', 'uvicorn', 'httpx', 'pytest', 'sqlalchemy') if m in sys.modules])"
+        "import sys, cancelable_deps, cancelable_deps.databases\n"
+        "print([m for m in ('trio', 'uvloop', 'uvicorn', 'httpx', 'pytest', 'sqlalchemy', 'asyncpg', 'psycopg')"
+        " if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_nothing_needs_an_http_client() -> None:
+    code = (
+        "import sys; sys.modules['httpx'] = sys.modules['aiohttp'] = None\n"
+        "import cancelable_deps; assert 'cancelable_deps.deadlines' not in sys.modules\n"
+        "from cancelable_deps.deadlines import ClientTimeout, DeadlineTransport, forward_deadline\n"
+        "ClientTimeout(['prefer']); forward_deadline(header='prefer'); DeadlineTransport(None, header='prefer')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @with_cancelation
@@ -213,6 +239,32 @@ async def user_code(
     told(cancel)
 
 
+async_maker = async_sessionmaker(class_=AsyncSession)
+sync_maker = sessionmaker(class_=Session)
+AsyncSessionOfRequest = Annotated[AsyncSession, Depends(cancelable_session(async_maker), scope="function")]
+SessionOfRequest = Annotated[Session, Depends(cancelable_session(sync_maker, cleanup_grace=3), scope="function")]
+
+
+async def with_databases(
+    cancel: RequestCancelable, session: AsyncSessionOfRequest, connection: PsycopgConnection
+) -> None:
+    assert_type(cancelable_session(async_maker), Callable[[], AsyncGenerator[AsyncSession]])
+    assert_type(cancelable_session(AsyncSession), Callable[[], AsyncGenerator[AsyncSession]])
+    assert_type(cancelable_session(sync_maker), Callable[[], Generator[Session]])
+    assert_type(limit_statements(session, cancel), Awaitable[None])
+    assert_type(limit_statements(await session.connection(), cancel, timedelta(seconds=1)), Awaitable[None])
+    assert_type(limit_statements(connection, cancel, margin=1), Awaitable[None])
+    async with cancel.interrupting(print, discard=session.expire_all):
+        pass
+
+
+def with_databases_in_thread(cancel: RequestCancelable, session: SessionOfRequest) -> None:
+    limit_statements(session, cancel)
+    limit_statements(session.connection(), cancel)
+    with cancel.interrupting(session.expire_all):
+        pass
+
+
 @with_cancelation(timeout=3)
 async def on_a_socket(websocket: WebSocket, cancel: RequestCancelable) -> None:
     async with CancelableWebSocket(websocket, cancel, timeout=timedelta(hours=1), idle_timeout=30) as socket:
@@ -227,6 +279,28 @@ async def on_a_socket(websocket: WebSocket, cancel: RequestCancelable) -> None:
         await socket.close(code=1000, reason="done")
     assert_type(await wait_for_disconnect(websocket), None)
     assert_type(create_request_task_group(websocket), AbstractAsyncContextManager[TaskGroup])
+
+
+async def code_with_deadlines() -> None:
+    client_timeout = ClientTimeout(
+        ["prefer", "grpc-timeout"],
+        parsers={"x-minutes": lambda text: 60 * float(text)},
+        maximum=timedelta(minutes=1),
+        minimum=0.05,
+        trust=lambda request: request.client is not None,
+        invalid="reject",
+    )
+    assert_type(client_timeout.exceeded, int)
+    FastAPI().add_middleware(RequestCancelationMiddleware, client_timeout=client_timeout)
+    assert_type(CancelableRoute.with_timeout(30, client_timeout=client_timeout), type[CancelableRoute])
+    hook = forward_deadline(header="grpc-timeout", margin=timedelta(seconds=0.1))
+    async with httpx.AsyncClient(event_hooks={"request": [hook]}) as client:
+        with no_deadline():
+            await client.get("http://service/")
+    transport = DeadlineTransport(httpx.AsyncHTTPTransport(), header="prefer", write=lambda left: f"wait={left:.0f}")
+    async with no_deadline(), httpx.AsyncClient(transport=transport):
+        pass
+    httpx.Client(transport=DeadlineTransport(httpx.HTTPTransport(), header="x-budget"), event_hooks={"request": [hook]})
 
 
 @asynccontextmanager

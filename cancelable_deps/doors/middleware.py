@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     from ..kernel.token import Cause
+    from ..request.client_timeout import ClientTimeout
 
 _POLICIES_KEY = "cancelable_deps.policies"
 """The key in a lifespan's scope of the policies of all middleware further out."""
@@ -50,11 +51,13 @@ class RequestCancelationMiddleware:
     :param policies: `TimeoutPolicy` objects by name, from which routes choose. If a route has chosen a name that is not
         among them, the application fails to start.
     :param default_policy: one of their names, or a `TimeoutPolicy`, in place of ``default_timeout``.
+    :param client_timeout: a `ClientTimeout <cancelable_deps.deadlines.ClientTimeout>`: requests end when the time is up
+        that their client gives in a header, if that is sooner. Off by default.
     :param operations: the `Operations` of the application. It fails to start if they are not open by then.
     :param operation_id: the name of a header, such as ``"operation-id"``, by which clients name their requests: 1 to 128
         of the characters ``A-Z a-z 0-9 . _ ~ : -``. The response has it, too. Such a request can be cancelled by that id,
         also before it has come. Another value is answered with 422.
-    :raises TypeError: if a limit is not a number, or ``exclude`` or a policy has a wrong type, or ``operation_id`` is
+    :raises TypeError: if a limit is not a number, or ``exclude``, a policy or ``client_timeout`` has a wrong type, or ``operation_id`` is
         given without ``operations``.
     :raises ValueError: if a limit is negative or NaN, or a path does not begin with ``/`` or ``*``.
     :raises LookupError: if ``default_policy`` is a name that is not in ``policies``.
@@ -68,13 +71,14 @@ class RequestCancelationMiddleware:
         cleanup_grace: float | None = None,
         policies: Mapping[str, TimeoutPolicy] | None = None,
         default_policy: str | TimeoutPolicy | None = None,
+        client_timeout: ClientTimeout | None = None,
         operations: CancelsByName | None = None,
         operation_id: str | None = None,
     ) -> None:
         self.app = app
         self._operations = operations
         self._naming = checked_naming(operations, operation_id)
-        self._limits = Limits(default_timeout, cleanup_grace, policies, default_policy)
+        self._limits = Limits(default_timeout, cleanup_grace, policies, default_policy, client_timeout)
         self._excluded = _matchers(exclude)
         put_inner_doors(app)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastapi.routing import APIRoute
 
+from ..kernel.errors import CancelationError
 from ..request.limits import Limits
 from ..request.response import answer
 from ..request.run import end_first_door, first_door, run_in_another_door
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from starlette.types import Receive, Scope, Send
 
+    from ..request.client_timeout import ClientTimeout
     from ..request.policies import TimeoutPolicy
 
 
@@ -39,6 +41,9 @@ class CancelableRoute(APIRoute):
     default_policy: ClassVar[TimeoutPolicy | None] = None
     """A policy in place of `default_timeout`."""
 
+    client_timeout: ClassVar[ClientTimeout | None] = None
+    """The headers by which a client may shorten the timeout of its request; ``None`` if it may not."""
+
     _limits: ClassVar[Limits] = Limits(None, None)
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
@@ -46,26 +51,42 @@ class CancelableRoute(APIRoute):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls._limits = Limits(cls.default_timeout, cls.cleanup_grace, None, cls.default_policy)
+        cls._limits = Limits(cls.default_timeout, cls.cleanup_grace, None, cls.default_policy, cls.client_timeout)
 
     @classmethod
     def with_timeout(
-        cls, default_timeout: float | timedelta | None, *, cleanup_grace: float | None = None
+        cls,
+        default_timeout: float | timedelta | None,
+        *,
+        cleanup_grace: float | None = None,
+        client_timeout: ClientTimeout | None = None,
     ) -> type[CancelableRoute]:
         """Return a subclass with a timeout: ``APIRouter(route_class=CancelableRoute.with_timeout(30))``.
 
         :param default_timeout: seconds from the request's arrival at the route; ``None`` for no limit.
         :param cleanup_grace: the seconds that cleanup may await undisturbed; the default is that of `configure`.
-        :raises TypeError: if a limit is not a number.
+        :param client_timeout: the headers by which a client may shorten the timeout of its request; the default is that
+            of this class.
+        :raises TypeError: if a limit is not a number, or ``client_timeout`` is not a ``ClientTimeout``.
         :raises ValueError: if a limit is negative or NaN.
         """
-        limits = {"default_timeout": default_timeout, "cleanup_grace": cleanup_grace, "__module__": cls.__module__}
-        return type(cls.__name__, (cls,), limits)
+        return cls._with(client_timeout, default_timeout=default_timeout, cleanup_grace=cleanup_grace)
 
     @classmethod
-    def with_policy(cls, policy: TimeoutPolicy) -> type[CancelableRoute]:
-        """Return a subclass with a policy: ``CancelableRoute.with_policy(TimeoutPolicy(30, status_code=503))``."""
-        return type(cls.__name__, (cls,), {"default_policy": policy, "__module__": cls.__module__})
+    def with_policy(
+        cls, policy: TimeoutPolicy, *, client_timeout: ClientTimeout | None = None
+    ) -> type[CancelableRoute]:
+        """Return a subclass with a policy: ``CancelableRoute.with_policy(TimeoutPolicy(30, status_code=503))``.
+
+        :param client_timeout: the same as in `with_timeout`.
+        """
+        return cls._with(client_timeout, default_policy=policy)
+
+    @classmethod
+    def _with(cls, client_timeout: ClientTimeout | None, **limits: object) -> type[CancelableRoute]:
+        if client_timeout is not None:
+            limits["client_timeout"] = client_timeout
+        return type(cls.__name__, (cls,), {**limits, "__module__": cls.__module__})
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the route for one request, as Starlette calls it."""
@@ -87,7 +108,7 @@ class CancelableRoute(APIRoute):
                 del outcome, block  # Its traceback refers to this frame: a reference cycle otherwise.
         if error is not None:
             try:
-                if error.policy is None:
+                if not isinstance(error, CancelationError) or error.policy is None:
                     raise error
                 await answer(error, scope, receive, send)
             finally:

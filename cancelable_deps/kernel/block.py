@@ -34,7 +34,6 @@ class Block(Observed):
 
     # Class attributes are the defaults that most blocks never change: each attribute that is written costs a request.
     name: str | None = None
-    grace: float | None = None
     upstream: CancelationToken | None = None
     """A token that was given to the block, and that other blocks may share."""
 
@@ -306,5 +305,4 @@ class Block(Observed):
             block = current.get() if block.loop is None else block.parent
         if block is None or block.ended is not None or block.cause is not None:
             return False
-        block.move_own_deadline(by)
-        return True
+        return block.move_own_deadline(by)

@@ -10,8 +10,10 @@ import anyio.lowlevel
 
 from .block import Block, current
 from .condition import Condition
+from .interrupting import Interrupting
 from .options import NotADependency, seconds
 from .reasons import CancelationReason
+from .remaining import Hidden, seconds_left
 from .shields import Deferral, Shield
 from .threads import enter_in_thread, leave_in_thread, run_in_process, run_in_thread
 from .token import Callback, CancelationToken, call_logged, check_reason
@@ -228,21 +230,20 @@ class Cancelable(_Observable):
 
     @property
     def deadline(self) -> float:
-        """The time at which this block, or an enclosing block in the same task, times out; ``math.inf`` if never.
+        """The time at which this block, an enclosing block in the same task, or its request times out.
 
-        A time of the clock ``anyio.current_time()``. The timeout of this block counts from when it is entered.
+        A time of the clock ``anyio.current_time()``; ``math.inf`` if there is no timeout. The timeout of this block counts
+        from when it is entered.
         """
         return self._block.deadline
 
     def remaining(self) -> float:
         """Return the seconds that are left until `deadline`; 0 when it has passed, ``math.inf`` without a timeout.
 
-        Before the block is entered, this is its own timeout.
+        Before the block is entered, this is its own timeout, or the rest of the time of the request that the handle
+        belongs to, if that is less.
         """
-        block = self._block
-        if block.loop is None:
-            return math.inf if block.timeout is None else block.timeout
-        return max(0.0, block.deadline - block.loop.time())
+        return seconds_left(self._block)
 
     def extend(self, by: float | timedelta) -> bool:
         """Move the timeout ``by`` seconds later. May be called in any thread.
@@ -251,8 +252,10 @@ class Cancelable(_Observable):
         handler that is the timeout of the decorator, route class or middleware; the handle that the handler was given
         need not be entered for that.
 
-        :return: ``True`` if the timeout was moved; ``False`` if there is none, or its block was already cancelled or
-            left.
+        The time that the client of a request gives (see ``ClientTimeout``) is not moved: a timeout is moved up to it.
+
+        :return: ``True`` if the timeout was moved; ``False`` if there is none, if it is the client's, or if its block was
+            already cancelled or left.
         :raises ValueError: if ``by`` is negative or NaN.
         :raises TypeError: if ``by`` is not a number.
         """
@@ -297,9 +300,10 @@ class Cancelable(_Observable):
     def shield(self) -> Shield:
         """Return a context manager around a section that must be finished: a cancellation is delivered after it.
 
-        Takes ``with`` and ``async with``. There is no limit to how long the section may delay the cancellation.
+        Takes ``with`` and ``async with``. There is no limit to how long the section may delay the cancellation. Calls to
+        other services in it are not given the deadlines of the blocks around it (see ``forward_deadline``).
         """
-        return Shield()
+        return Shield(current.get(), Hidden())
 
     def defer_disconnect(self) -> Deferral:
         """Return a context manager in which the client's disconnect is recorded, and cancels the request at its end.
@@ -318,6 +322,39 @@ class Cancelable(_Observable):
         """Whether the client is known to have disconnected, even while `defer_disconnect` delays the cancellation."""
         owner = self._block.owner_of_client
         return self.reason is CancelationReason.DISCONNECT if owner is None else owner.has_left
+
+    def interrupting(self, stop: Callable[[], object], *, discard: Callable[[], object] | None = None) -> Interrupting:
+        """Return a context manager around a blocking call, which ``stop()`` interrupts when the block is cancelled.
+
+        For drivers that block a thread, and that another thread can interrupt: psycopg (``connection.cancel_safe``),
+        sqlite3 (``connection.interrupt``), PyMySQL (a ``KILL QUERY`` by a second connection). Use a plain ``with`` in
+        the thread, or ``async with`` around `run_in_thread`.
+
+        ``stop`` is called in a thread of its own, as it may connect to a server; and again every now and then (after
+        0.25 seconds, 0.5, 1, ... 4) until the section is left, as it has no effect before the call has reached the
+        server. **Leaving the section waits for it**, and afterwards it is not called, so that it never interrupts the
+        next query on the connection. If leaving has waited for ``cleanup_grace`` seconds, an error is logged and
+        ``discard`` is called, for example ``connection.close``; without ``discard``, leaving goes on waiting.
+        Exceptions of both are logged and not raised.
+
+        If the interrupted call raises an exception (the error of the driver, but no ``HTTPException``), the
+        `CancelationError` of the reason is raised in its place, with the exception as its ``__cause__``. A call that
+        completes all the same has completed: nothing is raised.
+
+        A cancellation by this block, its deadline or a block around it calls ``stop``; `shield` delays that. Any other
+        cancellation of the task (an anyio scope, ``task.cancel()``) calls it when it leaves an ``async with``. With
+        ``abandon_on_cancel`` the section belongs into the function that runs in the thread.
+
+        Sections may be nested; the innermost is interrupted first.
+
+        :param stop: a plain function without arguments. It must leave an idle connection alone.
+        :param discard: a plain function without arguments, called where the section is left. It must not block.
+        :raises TypeError: if ``stop`` or ``discard`` is not a plain function; on entering, if a plain ``with`` stands
+            in an event loop.
+        :raises RuntimeError: on entering, if the block is not open, or the section has been entered before.
+        :raises CancelationError: on entering, if the block is cancelled already; ``stop`` is not called then.
+        """
+        return Interrupting(self._block, stop, discard)
 
     async def __aenter__(self) -> Self:
         self._block.enter()

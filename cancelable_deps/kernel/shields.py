@@ -2,36 +2,90 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, Self
+from contextlib import suppress
+from contextvars import ContextVar, Token
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import anyio
 
-from .loops.current import current_loop
+from .loops.current import runs_in_this_thread
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from types import TracebackType
 
 
+class Section(Protocol):
+    """A section with a blocking call that another thread interrupts."""
+
+    def hold(self) -> None:
+        """Keep the call from being interrupted until `resume`."""
+
+    def resume(self) -> None:
+        """End `hold`, and interrupt the call if that is due."""
+
+
+open_sections: ContextVar[tuple[Section, ...]] = ContextVar("cancelable_deps.open_sections", default=())
+"""The sections around the caller, which a shield further in protects."""
+
+_innermost: ContextVar[Shield | None] = ContextVar("cancelable_deps.innermost_shield", default=None)
+
+
 class Shield:
-    """A shielded anyio scope for ``with`` and ``async with``."""
+    """A shielded anyio scope for ``with`` and ``async with``. In a worker thread it only holds `open_sections`.
+
+    :param block: the innermost block around the shield, whose cancellations it delays.
+    :param inner: a section that is entered and left with it.
+    """
 
     _scope: anyio.CancelScope | None = None
+    _sections: tuple[Section, ...] = ()
+    _outer: Shield | None = None
+    _outside: Token[Shield | None] | None = None
+
+    def __init__(self, block: Any, inner: AbstractContextManager[object]) -> None:
+        self._block = block
+        self._inner = inner
 
     def __enter__(self) -> Self:
-        try:
-            current_loop()
-        except RuntimeError:
-            # In a worker thread nothing interrupts work that does not call `check`.
-            return self
-        self._scope = anyio.CancelScope(shield=True)
-        self._scope.__enter__()
+        self._inner.__enter__()
+        self._sections = open_sections.get()
+        for section in self._sections:
+            section.hold()
+        self._outer = _innermost.get()
+        self._outside = _innermost.set(self)
+        # In a worker thread nothing else interrupts work that does not call `check`.
+        if runs_in_this_thread():
+            self._scope = anyio.CancelScope(shield=True)
+            self._scope.__enter__()
         return self
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._scope is not None:
-            self._scope.__exit__(exc_type, exc, traceback)
+        self._inner.__exit__(exc_type, exc, traceback)
+        try:
+            if self._scope is not None:
+                self._scope.__exit__(exc_type, exc, traceback)
+        finally:
+            self._reopen()
+
+    def _reopen(self) -> None:
+        outside, self._outside = self._outside, None
+        if outside is not None:
+            with suppress(ValueError):
+                # A generator dependency is entered in one thread and left in another, each with its own context.
+                _innermost.reset(outside)
+        for section in self._sections:
+            section.resume()
+        self._sections, self._outer = (), None
+
+    def protects_from(self, block: Any) -> bool:
+        """Return whether an open shield, this one or one around it, delays the cancellations of ``block``."""
+        around = self._block if self._outside is not None else None
+        while around is not None and around is not block:
+            around = around.parent
+        return around is not None or (self._outer is not None and self._outer.protects_from(block))
 
     async def __aenter__(self) -> Self:
         return self.__enter__()
@@ -40,6 +94,12 @@ class Shield:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.__exit__(exc_type, exc, traceback)
+
+
+def is_shielded(block: object) -> bool:
+    """Return whether the caller stands in a shield inside of ``block``."""
+    shield = _innermost.get()
+    return shield is not None and shield.protects_from(block)
 
 
 class OwnerOfClient(Protocol):

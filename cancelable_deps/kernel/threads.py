@@ -19,7 +19,7 @@ from .block import Block, current
 from .errors import CancelationError
 from .foreign import as_failure, told, with_own_failures
 from .log import logger
-from .loops.current import current_loop
+from .loops.current import current_loop, runs_in_this_thread
 from .loops.thread_loop import ThreadLoop, ThreadScope
 from .members import with_one_more, without
 from .processes.pool import pool_of
@@ -94,9 +94,7 @@ def _stop(block: Block) -> None:
 
 
 def _refuse_a_running_loop(block: Block) -> None:
-    try:
-        current_loop()
-    except RuntimeError:
+    if not runs_in_this_thread():
         return
     raise TypeError(
         f"an event loop runs in this thread, so {block!r} must be entered by `async with`. A plain `with` is for "

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 class Timed:
-    """Work that may have a deadline. A subclass implements the effect of the deadline in `cancel_for_timeout`."""
+    """Work that may have a deadline. A subclass implements the effect of the deadline in `cancel_for_timeout`, and says
+    why in `timeout_cause`."""
 
     # Class attributes are the defaults that most blocks never change: each attribute that is written costs a request.
     timeout: float | None = None
@@ -46,7 +47,11 @@ class Timed:
             return 0.0
         return (self.loop.time() if self.ended is None else self.ended) - self.started
 
-    def cancel_for_timeout(self, message: str) -> None:
+    def timeout_cause(self) -> Cause:
+        """Return the cause of a cancellation because the deadline has passed."""
+        raise NotImplementedError
+
+    def cancel_for_timeout(self, cause: Cause) -> None:
         """Cancel the work because its deadline has passed."""
         raise NotImplementedError
 
@@ -77,8 +82,7 @@ class Timed:
 
     def expire(self) -> None:
         """Cancel the work, as its deadline has passed."""
-        limit = "" if self.timeout is None else f" after {self.timeout:g} seconds"
-        self.cancel_for_timeout(f"Timed out{limit}")
+        self.cancel_for_timeout(self.timeout_cause())
 
     def rearm(self) -> None:
         """Wait for the deadline as it is now, if the block is open and not cancelled."""
@@ -97,8 +101,8 @@ class Timed:
         else:
             self.timeout_queue = wait_belatedly(loop, self.timeout, self, self.own_deadline)
 
-    def move_own_deadline(self, by: float) -> None:
-        """Move the deadline ``by`` seconds. May be called in any thread."""
+    def move_own_deadline(self, by: float) -> bool:
+        """Move the deadline ``by`` seconds, and return whether it was moved. May be called in any thread."""
         assert self.timeout is not None
         self.timeout += by
         loop = self.loop
@@ -108,3 +112,4 @@ class Timed:
                 self.rearm()
             else:
                 loop.call_from_thread(self.rearm)
+        return True

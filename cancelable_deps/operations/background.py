@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import OrderedDict
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -101,9 +102,19 @@ class Background:
         """Start the work that is handed over, in the context of this task: that of a request would be kept alive."""
         tasks.start_soon(self._keep_writing)
         with self._sender, self._receiver:
-            async for job in self._receiver:
-                tasks.start_soon(self._run, job)
-                del job
+            try:
+                async for job in self._receiver:
+                    tasks.start_soon(self._run, job)
+                    del job
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await self._end_unbegun()
+
+    async def _end_unbegun(self) -> None:
+        """End the work that was handed over and has not begun, so that its record says so."""
+        with suppress(anyio.WouldBlock, anyio.EndOfStream):
+            while True:
+                await self._end(self._receiver.receive_nowait(), _stopped_at_shutdown())
 
     async def start(self, job: Job, id: str | None, when_busy: str) -> Operation:
         """Write the record of work, and start it. With an id that is known already, return what has it.
@@ -144,7 +155,8 @@ class Background:
     def _seen(self, id: str, fields: dict[str, Any]) -> Operation:
         """Return the operation of a record, as its worker sees it if it runs here."""
         for running in self._local.find(id, ANYONE):
-            if isinstance(running, Job):
+            if isinstance(running, Job) and running in self._jobs:
+                # Not one that is about to find out that another is faster.
                 return running.view()
         return operation_of(id, fields, self._local.clock.now())
 
@@ -186,7 +198,7 @@ class Background:
         return job.view()
 
     async def _run(self, job: Job) -> None:
-        outcome = cancelled(CancelationError.for_reason(CancelationReason.SIGNAL))
+        outcome = _stopped_at_shutdown()
         try:
             outcome = await self._outcome(job)
         finally:
@@ -389,6 +401,10 @@ class Background:
             await self._empty.wait()
 
 
+def _stopped_at_shutdown() -> Outcome:
+    return cancelled(CancelationError.for_reason(CancelationReason.SIGNAL))
+
+
 def _progress_of(job: Job) -> dict[str, Any]:
     progress = job.progress_so_far
     return {} if progress is None else {"progress": progress.model_dump(mode="json")}
@@ -407,10 +423,10 @@ def checked_work(work: Any, count: int) -> Work:
         what = what.func
     if not callable(what) or inspect.isgeneratorfunction(what) or inspect.isasyncgenfunction(what):
         raise TypeError(f"work must be an async function that takes the Cancelable, not {work!r}")
-    is_plain = inspect.isfunction(what) and not inspect.iscoroutinefunction(what)
+    is_plain = inspect.isbuiltin(what) or (inspect.isfunction(what) and not inspect.iscoroutinefunction(what))
     if is_plain and what.__name__ != "<lambda>" and not hasattr(what, "__wrapped__"):
         raise TypeError(
-            f"work must be an async function that takes the Cancelable, and {what.__qualname__}() is not async. Run a "
+            f"work must be an async function that takes the Cancelable, and {what.__name__}() is not async. Run a "
             "blocking function inside of one: `await cancel.run_in_thread(function)`, or `cancel.run_in_process(function)`"
         )
     try:

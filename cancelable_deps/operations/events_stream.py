@@ -29,13 +29,15 @@ _HEARTBEAT: Final = b": waiting\n\n"
 
 
 class EventsResponse(CancelableStreamingResponse):
-    """A stream of the events of an operation. It ends with the operation, or when its client leaves."""
+    """A stream of Server-Sent Events."""
 
     media_type = SSE
 
-    def __init__(self, operations: Operations, id: str, owner: Owner) -> None:
-        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        super().__init__(_pieces(operations, id, owner), headers=headers, media_type=SSE)
+
+def events_response(operations: Operations, id: str, owner: Owner) -> EventsResponse:
+    """Return a stream of the events of an operation. It ends with the operation, or when its client leaves."""
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    return EventsResponse(_pieces(operations, id, owner), headers=headers)
 
 
 async def _pieces(operations: Operations, id: str, owner: Owner) -> AsyncGenerator[bytes]:

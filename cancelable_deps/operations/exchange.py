@@ -280,7 +280,7 @@ class Exchange:
 
     def tell(self, worker: str, kind: str, data: dict[str, Any]) -> None:
         """Send an entry to a worker soon, in order, if the store can be reached; otherwise it is lost."""
-        self._outbox.put(worker, {"kind": kind, "data": data}, is_urgent=True)
+        self._outbox.put(worker, {"tell": kind, "data": data}, is_urgent=True)
 
     async def _send_answers(self, worker: str, answers: list[dict[str, Any]]) -> None:
         try:
@@ -290,10 +290,9 @@ class Exchange:
 
     def _take_answers(self, entry: Entry) -> None:
         for answer in entry.data.get("answers", ()):
-            if "re" not in answer:
-                handler = self._answering.get(answer.get("kind"))
-                if handler is not None:
-                    self._handle(entry._replace(kind=answer["kind"], data=answer["data"]), handler)
+            told = self._answering.get(answer.get("tell", ""))
+            if told is not None:
+                self._handle(entry._replace(kind=answer["tell"], data=answer["data"]), told)
                 continue
             question = self._questions.get(answer.get("re", ""))
             if question is not None:

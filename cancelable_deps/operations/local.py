@@ -46,8 +46,8 @@ class Local:
         self.worker = worker
         self.loop = loop
         self.clock = clock_of(loop)
-        self.early = EarlyCancels(memory, loop.time)
-        self.ended = EndedOperations(memory, loop.time)
+        self.early = EarlyCancels(memory, loop)
+        self.ended = EndedOperations(memory, loop)
         self.ends: Counter[str] = Counter()
         self.observers: list[Callable[[Running, str], object]] = []
         self._operations = operations

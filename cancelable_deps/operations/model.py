@@ -7,8 +7,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_serializer
-from pydantic_core import from_json, to_json
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..kernel.reasons import CancelationReason
 from .accepted import AcceptedResponse
@@ -54,17 +53,6 @@ class Progress(BaseModel):
     model_config = _frozen
     message: str | None = None
     metadata: Mapping[str, Any] = Field(default_factory=dict)
-
-    @field_serializer("metadata", when_used="json")
-    def _in_json(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the metadata as JSON has them. Work may report anything, and must not spoil a list for that."""
-        try:
-            encoded: dict[str, Any] = from_json(
-                to_json(metadata, bytes_mode="base64", inf_nan_mode="null", serialize_unknown=True)
-            )
-        except ValueError:
-            return {"error": "these metadata cannot be encoded as JSON"}
-        return encoded
 
 
 class Operation(BaseModel):

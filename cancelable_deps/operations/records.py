@@ -8,6 +8,7 @@ from copy import copy
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastapi import HTTPException as OwnHTTPException
 from fastapi.encoders import jsonable_encoder
 from starlette.exceptions import HTTPException
 
@@ -164,5 +165,5 @@ def error_of(fields: Mapping[str, Any], state: OperationState) -> HTTPException:
         error.status_code = int(fields.get("status", error.status_code))
         return error
     if "detail" in fields:
-        return HTTPException(int(fields["status"]), fields["detail"], headers=fields.get("headers") or None)
+        return OwnHTTPException(int(fields["status"]), fields["detail"], headers=fields.get("headers") or None)
     return OperationFailed(str(fields.get("message")), int(fields.get("status", 500)))

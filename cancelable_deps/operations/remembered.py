@@ -6,8 +6,7 @@ from collections import OrderedDict, deque
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from ..kernel.loops.base import EventLoop
     from ..kernel.token import Cause
     from .names import Owner
     from .running import Running
@@ -23,9 +22,9 @@ class EarlyCancels:
     Each owner has 1,000 places, and operators as many: the oldest is forgotten for one more.
     """
 
-    def __init__(self, memory: float, clock: Callable[[], float]) -> None:
+    def __init__(self, memory: float, loop: EventLoop) -> None:
         self._memory = memory
-        self._clock = clock
+        self._loop = loop
         self._of_owners: OrderedDict[Owner, OrderedDict[str, tuple[float, Cause]]] = OrderedDict()
 
     def __bool__(self) -> bool:
@@ -40,7 +39,7 @@ class EarlyCancels:
         known = self._of_owners.setdefault(owner, OrderedDict())
         self._of_owners.move_to_end(owner)
         first = known.pop(id, (0.0, cause))[1]
-        known[id] = (self._clock() + self._memory, first)
+        known[id] = (self._loop.time() + self._memory, first)
         if len(known) > MOST_OF_OWNER:
             known.popitem(last=False)
         if len(self._of_owners) > MOST_OWNERS:
@@ -50,11 +49,11 @@ class EarlyCancels:
         """Return the cause of a cancel by this owner that is remembered."""
         of_owner = self._of_owners.get(owner)
         known = None if of_owner is None else of_owner.get(id)
-        return known[1] if known is not None and known[0] > self._clock() else None
+        return known[1] if known is not None and known[0] > self._loop.time() else None
 
     def _forget(self) -> None:
         """Forget what is too old. The owner whose last cancel is the oldest comes first, and so do its own."""
-        now = self._clock()
+        now = self._loop.time()
         while self._of_owners:
             owner, known = next(iter(self._of_owners.items()))
             while known and next(iter(known.values()))[0] <= now:
@@ -67,9 +66,9 @@ class EarlyCancels:
 class EndedOperations:
     """The operations of this worker that have ended, for ``memory`` seconds, if their ids are known to somebody."""
 
-    def __init__(self, memory: float, clock: Callable[[], float]) -> None:
+    def __init__(self, memory: float, loop: EventLoop) -> None:
         self._memory = memory
-        self._clock = clock
+        self._loop = loop
         self._order: deque[tuple[float, Running]] = deque()
         self._by_id: dict[str, list[Running]] = {}
 
@@ -79,7 +78,7 @@ class EndedOperations:
     def add(self, running: Running, id: str) -> None:
         """Remember an operation that has ended."""
         self._forget()
-        self._order.append((self._clock() + self._memory, running))
+        self._order.append((self._loop.time() + self._memory, running))
         self._by_id.setdefault(id, []).append(running)
 
     def find(self, id: str, owner: Owner) -> Running | None:
@@ -88,7 +87,7 @@ class EndedOperations:
         return next((each for each in reversed(self._by_id.get(id, ())) if each.belongs_to(owner)), None)
 
     def _forget(self) -> None:
-        now = self._clock()
+        now = self._loop.time()
         while self._order and (self._order[0][0] <= now or len(self._order) > MOST_ENDED):
             _, running = self._order.popleft()
             same = self._by_id.get(running.id, [])

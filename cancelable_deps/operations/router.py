@@ -23,7 +23,7 @@ from .answers import (
 from .bodies import body_of, body_schema, refusing
 from .conditions import checked
 from .errors import OperationUnknown
-from .events_stream import END_ID, EventsResponse
+from .events_stream import END_ID, EventsResponse, events_response
 from .model import Cancelation, Kind, Operation, OperationState
 from .names import ANYONE, MOST_ID, MOST_NAME, Owner, is_id
 from .operations import MOST_LISTED, Operations
@@ -265,7 +265,7 @@ def _add_reading(router: APIRouter, operations: Operations, rights: Rights, name
         await _found(operations, id, whose)
         if request.headers.get("last-event-id") == END_ID:
             return Response(status_code=204)
-        return EventsResponse(operations, id, whose)
+        return events_response(operations, id, whose)
 
 
 def _add_result(router: APIRouter, operations: Operations, rights: Rights) -> None:

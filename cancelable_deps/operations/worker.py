@@ -16,6 +16,7 @@ from ..kernel.loops.current import current_loop
 from ..kernel.reasons import CancelationReason
 from ..kernel.settings import settings
 from ..kernel.token import Cause
+from ..kernel.unwrap import raise_as_it_is
 from ..request.shutdown import running_shutdown
 from .backend import Identity
 from .background import Background
@@ -85,6 +86,7 @@ class OpenWorker:
             self.local.observers.append(on_event)
         async with self.exchange.backend.connect(self.exchange.identity, memory=limits.memory, lease=limits.lease):
             self.local.open()
+            failure: BaseException | None = None
             try:
                 async with anyio.create_task_group() as tasks:
                     await self.exchange.run(tasks)
@@ -92,7 +94,8 @@ class OpenWorker:
                     tasks.start_soon(self._end_at_shutdown)
                     try:
                         yield
-                    except BaseException:
+                    except BaseException as exc:
+                        failure = exc
                         # A lifespan that is cancelled must end without waiting.
                         self.background.give_up()
                         raise
@@ -100,7 +103,13 @@ class OpenWorker:
                         self.background.close()
                     await self._end_background()
                     tasks.cancel_scope.cancel()
+            except BaseExceptionGroup as group:
+                if failure is None or group.exceptions != (failure,):
+                    raise
+                # Who uses an `async with` gets the own exception back.
+                raise_as_it_is(failure)
             finally:
+                del failure
                 self.local.close()
                 with anyio.move_on_after(_GOODBYE_SECONDS, shield=True):
                     await self.exchange.leave()

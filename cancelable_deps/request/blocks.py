@@ -21,6 +21,7 @@ from .client import PastRequest
 if TYPE_CHECKING:
     from ..kernel.loops.base import EventLoop, PoliteScope
     from ..kernel.shields import OwnerOfClient
+    from .client_timeout import Budget
     from .policies import TimeoutPolicy
     from .state import RequestState
 
@@ -112,6 +113,12 @@ class RequestBlock(Block):
     def listening_begins(self) -> None:
         """Enter the scope, because the request is listened to, and may be cancelled at any time from now on."""
         self.begun_scope()
+
+    @property
+    def deadline(self) -> float:
+        """The earliest deadline of this block, the blocks around it, and the doors of its request."""
+        request, deadline = self.known_request, super().deadline
+        return deadline if request is None else min([deadline, *(door.own_deadline for door in request.doors)])
 
     @property
     def owner_of_client(self) -> OwnerOfClient:
@@ -226,28 +233,44 @@ class DoorBlock(RequestBlock):
 
     _is_whole = is_door = True
     policy: TimeoutPolicy | None = None
+    budget: Budget | None = None
+    """The time that the client gives, which the timeout never exceeds."""
+
     successor: DoorBlock | None = None
 
     def enter(self, loop: EventLoop | None = None) -> None:
         self.token.listen(self)
         super(RequestBlock, self).enter(loop)
 
-    def expire(self) -> None:
-        policy = self.policy
-        if policy is None or _timeouts_are_off():
-            super().expire()
-        else:
-            message = f"Timed out after {self.timeout:g} seconds"
-            self.token.cancel_because(
-                Cause(CancelationReason.TIMEOUT, message, status_code=policy.status_code, policy=policy)
-            )
+    def timeout_cause(self) -> Cause:
+        policy, budget = self.policy, self.budget
+        if budget is not None and self.timeout == budget.seconds:
+            return budget.cause()
+        if policy is None:
+            return super().timeout_cause()
+        message = f"Timed out after {self.timeout:g} seconds"
+        return Cause(CancelationReason.TIMEOUT, message, status_code=policy.status_code, policy=policy)
 
     def use_policy(self, policy: TimeoutPolicy) -> None:
         """Replace the timeout by that of ``policy``, which counts from the start of the block."""
         self.policy = policy
-        self.timeout = policy.enforced_timeout
+        self._replace_timeout(policy.enforced_timeout)
+
+    def _replace_timeout(self, timeout: float | None) -> None:
+        self.timeout = timeout if self.budget is None else self.budget.within(timeout)
         self.own_deadline = math.inf if self.timeout is None else self.started + self.timeout
         self.rearm()
+
+    def move_own_deadline(self, by: float) -> bool:
+        budget, timeout = self.budget, self.timeout
+        if budget is None or timeout is None:
+            return super().move_own_deadline(by)
+        if timeout >= budget.seconds:
+            return False
+        moved = super().move_own_deadline(min(by, budget.seconds - timeout))
+        # Not the sum, which may miss it by a rounding error.
+        self.timeout = min(timeout + by, budget.seconds)
+        return moved
 
     @property
     def is_left(self) -> bool:
@@ -278,6 +301,7 @@ class DoorBlock(RequestBlock):
             return
         block = self.successor = DoorBlock(state, cleanup_grace=self.grace)
         block.takes_groups_apart, block.policy = self.takes_groups_apart, self.policy
+        block.budget = self.budget
         loop = block.loop = state.loop
         block.started, block.timeout, block.own_deadline = self.started, self.timeout, self.own_deadline
         block.outside = current.set(block)
@@ -304,10 +328,9 @@ class DoorBlock(RequestBlock):
         return outcome
 
     def drop_timeout(self) -> None:
-        """Remove the deadline."""
-        self.policy = self.timeout = None
-        self.own_deadline = math.inf
-        self.rearm()
+        """Remove the deadline, but for that of the client."""
+        self.policy = None
+        self._replace_timeout(None)
 
     def finish(self) -> None:
         """Drop a cancellation that is not delivered yet, and the end of a grace, because the result is there."""
@@ -338,7 +361,7 @@ class DoorBlock(RequestBlock):
             return False
         scope.spares = None
         scope.hold()
-        self.call_late(self.state.loop.time() + self.cleanup_grace, self.resume)
+        self.call_after_grace(self.resume)
         return True
 
     def fire_at_last(self) -> None:

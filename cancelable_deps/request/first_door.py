@@ -417,6 +417,8 @@ class WholeDoorBlock(FirstDoorBlock):
         self._has_result = False
         if limits.timeout is not None:
             self.timeout = limits.timeout
+            if limits.budget is not None:
+                self.budget = limits.budget
         if limits.policy is not None:
             self.policy = limits.policy
         if limits.cleanup_grace is not None:

@@ -76,17 +76,18 @@ class TimeoutPolicy:
         if not self.advisory or elapsed <= self.timeout:
             return
         self.exceeded += 1
-        method = scope.get("method", "")
-        route = route_of(scope)
-        extra = {"method": method, "route": route, "limit": self.timeout, "elapsed": elapsed}
-        logger.info(
-            "%s %s took %.3f s, longer than its advisory limit of %g s",
-            method,
-            route,
-            elapsed,
-            self.timeout,
-            extra=extra,
-        )
+        log_exceeded(scope, elapsed, self.timeout, "its advisory limit of %g s")
+
+
+def log_exceeded(scope: Scope, elapsed: float, limit: float, what: str) -> None:
+    """Log a request that took longer than a ``limit`` that is not enforced.
+
+    :param what: the name of the limit, with a place for its seconds.
+    """
+    method = scope.get("method", "")
+    route = route_of(scope)
+    extra = {"method": method, "route": route, "limit": limit, "elapsed": elapsed}
+    logger.info(f"%s %s took %.3f s, longer than {what}", method, route, elapsed, limit, extra=extra)
 
 
 def found(policy: str | TimeoutPolicy, known: Mapping[str, TimeoutPolicy] | None) -> TimeoutPolicy:

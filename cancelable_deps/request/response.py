@@ -16,6 +16,7 @@ from ..kernel.unwrap import raise_as_it_is
 from .abort import abort_response
 
 if TYPE_CHECKING:
+    from starlette.exceptions import HTTPException
     from starlette.responses import Response
     from starlette.types import Message, Receive, Scope, Send
 
@@ -174,7 +175,7 @@ async def _let_listeners_end() -> None:
         await anyio.lowlevel.checkpoint()
 
 
-async def answer(error: CancelationError, scope: Scope, receive: Receive, send: Send) -> None:
+async def answer(error: HTTPException, scope: Scope, receive: Receive, send: Send) -> None:
     """Send the response to ``error``: that of its policy's writer, or JSON with the error's ``detail``."""
     response = await written(error, Request(scope, receive))
     if response is None:

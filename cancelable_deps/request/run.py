@@ -10,6 +10,7 @@ from ..kernel.errors import CancelationError
 from ..kernel.loops.current import current_loop
 from ..kernel.reasons import CancelationReason
 from ..kernel.unwrap import raise_as_it_is
+from .admission import admit
 from .blocks import DoorBlock
 from .first_door import WholeDoorBlock
 from .lifetime import Lifetime
@@ -18,6 +19,7 @@ from .state import SCOPE_KEY, RequestState
 from .websocket import SocketDoorBlock, SocketState
 
 if TYPE_CHECKING:
+    from starlette.exceptions import HTTPException
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from ..kernel.loops.base import EventLoop
@@ -61,12 +63,14 @@ async def _leave(block: DoorBlock, outcome: BaseException | None) -> BaseExcepti
 
 
 def first_door(scope: Scope, receive: Receive, send: Send, limits: Limits) -> WholeDoorBlock | None:
-    """Return the block of the first door of a request; ``None`` if the request has come by another door before.
+    """Return the block of the first door of a request; ``None`` if it is to be run by `run_in_another_door`.
+
+    That is if the request has come by another door before, or if its client may give a time for it.
 
     The middleware and the route class run the application in it in their own frames, as `run_through` does: each
     coroutine around an application costs every request something, and `end_first_door` most requests do not need.
     """
-    if SCOPE_KEY in scope:
+    if SCOPE_KEY in scope or limits.client_timeout is not None:
         return None
     if not streams_listen(scope):
         let_streams_listen(scope)
@@ -75,11 +79,15 @@ def first_door(scope: Scope, receive: Receive, send: Send, limits: Limits) -> Wh
 
 async def run_request(
     app: ASGIApp, scope: Scope, receive: Receive, send: Send, limits: Limits, cause: Cause | None
-) -> CancelationError | None:
+) -> HTTPException | None:
     """Run ``app`` in its own coroutine, and return the error of ours that the request is still to be answered with.
 
     :param cause: the cause of a cancellation that has come before the request.
     """
+    if limits.client_timeout is not None:
+        refusal, app, send, limits = admit(app, scope, send, limits)
+        if refusal is not None:
+            return refusal
     block = first_door(scope, receive, send, limits)
     if block is None:
         if cause is not None:
@@ -126,8 +134,11 @@ async def end_first_door(block: WholeDoorBlock, outcome: BaseException | None) -
 
 async def run_in_another_door(
     app: ASGIApp, scope: Scope, receive: Receive, send: Send, limits: Limits
-) -> CancelationError | None:
+) -> HTTPException | None:
     """Run ``app`` in a block of its own inside of another door; return and raise as `end_first_door`."""
+    if limits.client_timeout is not None:
+        # Perhaps the first one: the limits of this request have to be found out first.
+        return await run_request(app, scope, receive, send, limits, None)
     state: RequestState = scope[SCOPE_KEY].state
     block = _make_block(state, limits)
     watch = ResponseWatch(send, state, is_outermost=False)
@@ -147,8 +158,10 @@ def _make_block(state: RequestState, limits: Limits) -> DoorBlock:
     block.takes_groups_apart = False
     if state.default is None:
         state.default = block
-    elif limits.timeout is not None:
+    elif limits.replaces_default:
         state.set_default(block)
+    if limits.budget is not None:
+        block.budget = limits.budget
     if limits.policies:
         state.add_policies(limits.policies)
     if limits.policy is not None:

@@ -31,6 +31,9 @@ class Watcher(Protocol):
         """Return whether a cancellation of the request reaches ``task`` through this watcher."""
         ...
 
+    def shorten_grace(self, grace: float) -> None:
+        """Give the cleanup of a block at most ``grace`` seconds."""
+
 
 class Door(Watcher, Protocol):
     """A block around the whole handler."""
@@ -54,7 +57,10 @@ class Door(Watcher, Protocol):
         """Replace the timeout of the block by that of a `TimeoutPolicy`."""
 
     def drop_timeout(self) -> None:
-        """Remove the deadline of the block."""
+        """Remove the deadline of the block, but for that of the client."""
+
+    own_deadline: float
+    """When the block itself times out, on the clock of the loop."""
 
     @property
     def deadline(self) -> float:
@@ -75,6 +81,9 @@ class Listening:
         """Do nothing, because there is no work to cancel."""
 
     def token_is_made(self, token: CancelationToken) -> None:
+        """Do nothing, because there is no work to cancel."""
+
+    def shorten_grace(self, grace: float) -> None:
         """Do nothing, because there is no work to cancel."""
 
 

@@ -53,6 +53,15 @@ def current_loop() -> EventLoop:
     return known
 
 
+def runs_in_this_thread() -> bool:
+    """Return whether an event loop runs in this thread."""
+    try:
+        current_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
 def _of_asyncio(loop: Any) -> AsyncioLoop:
     seen = _seen.asyncio
     if seen is None or seen.loop is not loop:
