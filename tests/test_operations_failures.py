@@ -172,6 +172,12 @@ async def test_a_worker_that_is_killed_leaves_nothing(server: RedisServer, anyio
                 return found is not None and found.state is OperationState.RUNNING
 
             await until(runs, "the one that waited runs")
+        dead = next(each["ready"] for each in b.heard if "ready" in each)
+
+        async def is_forgotten() -> bool:
+            return "{app}:held:" + dead not in server.names()
+
+        await until(is_forgotten, "all that it had is given up")
         await a.cancel("waiter", wait=10)
 
     async def is_nothing_left() -> bool:
