@@ -37,7 +37,7 @@
 #   running local remembered conditions listing clock             what runs in this worker
 #   router schemas rights bodies prefer answers events_stream     the routes,
 #     page                                                        and the page in them
-#   cancels watching turns background doubtful records            what is done with it, here and in other workers
+#   cancels watching turns background archive doubtful records    what is done with it, here and in other workers
 #     accepted stoppable
 #   worker exchange outbox entries                                one worker, and what workers tell each other
 #   backend memory memory_keys                                    the store that they share
