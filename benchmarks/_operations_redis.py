@@ -85,7 +85,10 @@ async def other_worker(url: str, backend: str, count: int) -> AsyncIterator[anyi
         try:
             yield process
         finally:
-            process.kill()
+            # In good order: nobody waits then for the answers of a worker that is dead.
+            assert process.stdin
+            await process.stdin.send(b"end\n")
+            await process.wait()
 
 
 async def known(exchange: Exchange, count: int) -> None:

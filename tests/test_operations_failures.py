@@ -319,7 +319,16 @@ class Proxy:
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_uvicorn_workers_stop_each_others_requests(server: RedisServer) -> None:
     port, count = free_port(), 200
-    command = ["uvicorn", "tests.operations_app:app", "--workers", "3", "--port", str(port), "--log-level", "warning"]
+    command = [
+        "uvicorn",
+        "tests.operations_workers_app:app",
+        "--workers",
+        "3",
+        "--port",
+        str(port),
+        "--log-level",
+        "warning",
+    ]
     command += ["--timeout-worker-healthcheck", "60"]
     environment = {**os.environ, "REDIS_URL_OF_TEST": server.url}
     async with (
@@ -424,7 +433,7 @@ def cluster() -> Iterator[list[RedisServer]]:
         eventually(lambda: all("cluster_known_nodes:6" in info(each) for each in servers))
         for master, replica in zip(servers[:3], servers[3:], strict=True):
             id = master.command("CLUSTER", "MYID").decode().split("\r\n")[1]
-            eventually(lambda id=id, replica=replica: id in replica.command("CLUSTER", "NODES").decode())  # type: ignore[misc]
+            eventually(lambda id=id, replica=replica: id in replica.command("CLUSTER", "NODES").decode())
             replica.command("CLUSTER", "REPLICATE", id)
         eventually(lambda: all("cluster_state:ok" in info(each) for each in servers))
         eventually(lambda: all("master_link_status:up" in info(each, "INFO", "replication") for each in servers[3:]))
