@@ -210,34 +210,36 @@ async def test_a_worker_that_stands_still_for_longer_than_its_lease_is_given_up(
     server: RedisServer, anyio_backend: str
 ) -> None:
     lease = 2
-    async with opened(server.url, lease=lease) as [a]:
-        async with worker_process(server.url, lease=lease, backend=anyio_backend) as b:
-            await b.say("start", "one", "key")
-            await b.hears("started")
-            waiting = await a.start(forever, key="key", when_busy="wait")
-            b.process.send_signal(signal.SIGSTOP)
+    async with (
+        opened(server.url, lease=lease) as [a],
+        worker_process(server.url, lease=lease, backend=anyio_backend) as b,
+    ):
+        await b.say("start", "one", "key")
+        await b.hears("started")
+        waiting = await a.start(forever, key="key", when_busy="wait")
+        b.process.send_signal(signal.SIGSTOP)
 
-            async def is_lost() -> bool:
-                found = await a.get("one")
-                return found is not None and found.state is OperationState.LOST
-
-            await until(is_lost, "its operation is lost")
-            b.process.send_signal(signal.SIGCONT)
-            await b.hears("ended", "one")
+        async def is_lost() -> bool:
             found = await a.get("one")
-            assert found is not None
-            assert found.state is OperationState.LOST
+            return found is not None and found.state is OperationState.LOST
 
-            async def runs() -> bool:
-                now = await a.get(waiting.id)
-                return now is not None and now.state is OperationState.RUNNING
+        await until(is_lost, "its operation is lost")
+        b.process.send_signal(signal.SIGCONT)
+        await b.hears("ended", "one")
+        found = await a.get("one")
+        assert found is not None
+        assert found.state is OperationState.LOST
 
-            await until(runs, "the one that waited runs")
-            assert "given up" in "".join(b.log)
-            # It goes on under another name.
-            await b.say("start", "two", "-")
-            await b.hears("started", "two")
-            assert (await a.cancel("two", wait=10)).outcome == "cancelled"
+        async def runs() -> bool:
+            now = await a.get(waiting.id)
+            return now is not None and now.state is OperationState.RUNNING
+
+        await until(runs, "the one that waited runs")
+        assert "given up" in "".join(b.log)
+        # It goes on under another name.
+        await b.say("start", "two", "-")
+        await b.hears("started", "two")
+        assert (await a.cancel("two", wait=10)).outcome == "cancelled"
 
 
 async def test_a_proxy_that_cuts_and_delays(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
@@ -300,10 +302,13 @@ class Proxy:
     async def _connected(self, client: anyio.abc.SocketStream) -> None:
         with anyio.CancelScope() as scope:
             self._scopes.add(scope)
-            async with client, await anyio.connect_tcp("127.0.0.1", self.port) as redis:
-                async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(self._pass_on, client, redis, scope)
-                    tasks.start_soon(self._pass_on, redis, client, scope)
+            async with (
+                client,
+                await anyio.connect_tcp("127.0.0.1", self.port) as redis,
+                anyio.create_task_group() as tasks,
+            ):
+                tasks.start_soon(self._pass_on, client, redis, scope)
+                tasks.start_soon(self._pass_on, redis, client, scope)
         self._scopes.discard(scope)
 
     async def _pass_on(self, source: Any, goal: Any, scope: anyio.CancelScope) -> None:
