@@ -23,6 +23,7 @@ import cancelable_deps.testing
 from cancelable_deps import CancelationReason, begin_shutdown, configure
 from cancelable_deps.testing import Call, CancelableClient, SocketClosed, advance, assert_cancelled
 from tests.calls import CEILING, connected, get, hang_up, movable_clock, running
+from tests.redis_server import redis_server
 from tests.snippets import PAGES, ROOT, compiled, forgotten, run, snippets_of
 
 pytestmark = pytest.mark.anyio
@@ -356,6 +357,29 @@ async def test_databases_limit() -> None:
     await run("databases.md", "A limit that the server keeps")["report"](Connection())
     first, _ = Connection.statements
     assert re.fullmatch(r"select set_config\('statement_timeout', '30\d{3}', true\)", first)
+
+
+# operations-redis.md
+
+
+async def test_operations_across_workers() -> None:
+    heading = "Operations across workers"
+    assert compiled("operations-redis.md", "Operations across workers")
+    with redis_server() as server:
+        text = snippets_of(ROOT / "docs/operations-redis.md")[heading].replace(
+            "localhost:6379", f"127.0.0.1:{server.port}"
+        )
+        here: dict[str, Any] = {"__name__": "snippet"}
+        there: dict[str, Any] = {"__name__": "snippet"}
+        exec(text, here)  # noqa: S102 - our own pages
+        exec(text, there)  # noqa: S102 - our own pages
+        async with here["operations"] as operations, CancelableClient(there["app"]) as client:
+            operation = await operations.start(wait_until_stopped)
+            assert (await client.post(f"/jobs/{operation.id}/stop")).json() == "cancelled"
+
+
+async def wait_until_stopped(cancel: Any) -> None:
+    await anyio.sleep_forever()
 
 
 # shutdown.md, without-a-request.md, testing.md

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from typing import Any
 
 import anyio
 import anyio.abc
 import anyio.to_thread
+import coredis
+import httpx
 import pytest
+import redis.asyncio
 
-from cancelable_deps.operations import Operations, OperationState, OperationsUnavailable
+from cancelable_deps.operations import Operations, OperationState, OperationsUnavailable, RedisBackend
 
 from .machine import scaled
-from .redis_server import RedisServer, redis_server
+from .redis_server import RedisServer, free_port, redis_server
 from .redis_workers import forever, know_each_other, opened, worker_process
 from .stores import until
 
@@ -34,6 +41,13 @@ PERSISTENCE = {
 }
 CANCELS = 300
 ACKNOWLEDGED = ("cancelled", "stopping", "sent")
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    """Find the streams that coredis has left here, and not in another test."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
@@ -196,34 +210,36 @@ async def test_a_worker_that_stands_still_for_longer_than_its_lease_is_given_up(
     server: RedisServer, anyio_backend: str
 ) -> None:
     lease = 2
-    async with opened(server.url, lease=lease) as [a]:
-        async with worker_process(server.url, lease=lease, backend=anyio_backend) as b:
-            await b.say("start", "one", "key")
-            await b.hears("started")
-            waiting = await a.start(forever, key="key", when_busy="wait")
-            b.process.send_signal(signal.SIGSTOP)
+    async with (
+        opened(server.url, lease=lease) as [a],
+        worker_process(server.url, lease=lease, backend=anyio_backend) as b,
+    ):
+        await b.say("start", "one", "key")
+        await b.hears("started")
+        waiting = await a.start(forever, key="key", when_busy="wait")
+        b.process.send_signal(signal.SIGSTOP)
 
-            async def is_lost() -> bool:
-                found = await a.get("one")
-                return found is not None and found.state is OperationState.LOST
-
-            await until(is_lost, "its operation is lost")
-            b.process.send_signal(signal.SIGCONT)
-            await b.hears("ended", "one")
+        async def is_lost() -> bool:
             found = await a.get("one")
-            assert found is not None
-            assert found.state is OperationState.LOST
+            return found is not None and found.state is OperationState.LOST
 
-            async def runs() -> bool:
-                now = await a.get(waiting.id)
-                return now is not None and now.state is OperationState.RUNNING
+        await until(is_lost, "its operation is lost")
+        b.process.send_signal(signal.SIGCONT)
+        await b.hears("ended", "one")
+        found = await a.get("one")
+        assert found is not None
+        assert found.state is OperationState.LOST
 
-            await until(runs, "the one that waited runs")
-            assert "given up" in "".join(b.log)
-            # It goes on under another name.
-            await b.say("start", "two", "-")
-            await b.hears("started", "two")
-            assert (await a.cancel("two", wait=10)).outcome == "cancelled"
+        async def runs() -> bool:
+            now = await a.get(waiting.id)
+            return now is not None and now.state is OperationState.RUNNING
+
+        await until(runs, "the one that waited runs")
+        assert "given up" in "".join(b.log)
+        # It goes on under another name.
+        await b.say("start", "two", "-")
+        await b.hears("started", "two")
+        assert (await a.cancel("two", wait=10)).outcome == "cancelled"
 
 
 async def test_a_proxy_that_cuts_and_delays(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
@@ -286,10 +302,13 @@ class Proxy:
     async def _connected(self, client: anyio.abc.SocketStream) -> None:
         with anyio.CancelScope() as scope:
             self._scopes.add(scope)
-            async with client, await anyio.connect_tcp("127.0.0.1", self.port) as redis:
-                async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(self._pass_on, client, redis, scope)
-                    tasks.start_soon(self._pass_on, redis, client, scope)
+            async with (
+                client,
+                await anyio.connect_tcp("127.0.0.1", self.port) as redis,
+                anyio.create_task_group() as tasks,
+            ):
+                tasks.start_soon(self._pass_on, client, redis, scope)
+                tasks.start_soon(self._pass_on, redis, client, scope)
         self._scopes.discard(scope)
 
     async def _pass_on(self, source: Any, goal: Any, scope: anyio.CancelScope) -> None:
@@ -300,3 +319,148 @@ class Proxy:
                 await goal.send(data)
         except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
             scope.cancel()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_uvicorn_workers_stop_each_others_requests(server: RedisServer) -> None:
+    port, count = free_port(), 200
+    command = [
+        "uvicorn",
+        "tests.operations_workers_app:app",
+        "--workers",
+        "3",
+        "--port",
+        str(port),
+        "--log-level",
+        "warning",
+    ]
+    command += ["--timeout-worker-healthcheck", "60"]
+    environment = {**os.environ, "REDIS_URL_OF_TEST": server.url}
+    async with (
+        await anyio.open_process(
+            [sys.executable, "-m", *command], env=environment, stderr=None, stdout=None
+        ) as process,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60, limits=httpx.Limits()) as client,
+    ):
+        try:
+
+            async def are_there() -> bool:
+                try:
+                    return len((await client.get("/worker")).json()) == 4
+                except httpx.HTTPError:
+                    return False
+
+            await until(are_there, "three workers know each other")
+            statuses: list[int] = []
+            pairs: set[str] = set()
+            times: list[float] = []
+
+            async def wait(number: int) -> None:
+                # A connection each, so that the workers share them.
+                async with httpx.AsyncClient(base_url=client.base_url, timeout=60) as own:
+                    answer = await own.get("/wait", headers={"operation-id": f"r{number}"} if number % 2 else {})
+                    statuses.append(answer.status_code)
+
+            async def stop(id: str) -> None:
+                async with httpx.AsyncClient(base_url=client.base_url, timeout=60) as own:
+                    begin = time.perf_counter()
+                    pid, outcome = (await own.post(f"/stop/{id}")).json()
+                    times.append(time.perf_counter() - begin)
+                    pairs.add(pid)
+                    assert outcome == "cancelled"
+
+            async with anyio.create_task_group() as tasks:
+                for number in range(count):
+                    tasks.start_soon(wait, number)
+
+                async def all_ids() -> list[str] | None:
+                    # A connection of its own: one that is kept may be closed meanwhile.
+                    async with httpx.AsyncClient(base_url=client.base_url, timeout=60) as own:
+                        ids: list[str] = (await own.get("/ids")).json()
+                    return ids if len(ids) == count else None
+
+                for id in await until(all_ids, "all requests run"):
+                    await stop(id)
+            assert Counter(statuses) == {499: count}
+            assert len(pairs) == 3
+            times.sort()
+            print(
+                f"\nPOST to cancelled: p50 {times[count // 2] * 1000:.1f} ms, p99 {times[-count // 100] * 1000:.1f} ms"
+            )
+        finally:
+            process.send_signal(signal.SIGTERM)
+            await process.wait()
+
+
+@pytest.mark.parametrize(
+    ("library", "anyio_backend"), [("redis", "asyncio"), ("coredis", "asyncio"), ("coredis", "trio")], ids=str
+)
+async def test_a_cluster_whose_master_dies(library: str, cluster: list[RedisServer]) -> None:
+    async with AsyncExitStack() as stack:
+        workers = []
+        for _ in range(2):
+            client = cluster_client(library, cluster[0].port)
+            operations = Operations(RedisBackend(client=client, lease=3), background_grace=0)
+            workers.append(await stack.enter_async_context(operations))
+        a, b = workers
+        await know_each_other(a, b)
+        first = await a.start(forever)
+        assert (await b.cancel(first.id, wait=10)).outcome == "cancelled"
+        second = await a.start(forever, id="second")
+        owner = next(each for each in cluster[:3] if each.names())
+        owner.kill()
+
+        async def is_stopped() -> bool:
+            return await cancelled_or_none(b, second.id) == "cancelled"
+
+        await until(is_stopped, "the replica has taken over")
+
+
+def cluster_client(library: str, port: int) -> Any:
+    if library == "redis":
+        return redis.asyncio.RedisCluster(host="127.0.0.1", port=port)
+    return coredis.RedisCluster("127.0.0.1", port)
+
+
+@pytest.fixture
+def cluster() -> Iterator[list[RedisServer]]:
+    """Three masters, and a replica of each."""
+    options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--save", "")
+    servers = [RedisServer(*options, port=free_cluster_port()) for _ in range(6)]
+    try:
+        for server in servers:
+            server.start()
+        for number, server in enumerate(servers[:3]):
+            slots = [number * 5462, min(16383, number * 5462 + 5461)]
+            server.command("CLUSTER", "ADDSLOTSRANGE", *map(str, slots))
+        for server in servers[1:]:
+            server.command("CLUSTER", "MEET", "127.0.0.1", str(servers[0].port))
+        eventually(lambda: all("cluster_known_nodes:6" in info(each) for each in servers))
+        for master, replica in zip(servers[:3], servers[3:], strict=True):
+            id = master.command("CLUSTER", "MYID").decode().split("\r\n")[1]
+            eventually(lambda id=id, replica=replica: id in replica.command("CLUSTER", "NODES").decode())
+            replica.command("CLUSTER", "REPLICATE", id)
+        eventually(lambda: all("cluster_state:ok" in info(each) for each in servers))
+        eventually(lambda: all("master_link_status:up" in info(each, "INFO", "replication") for each in servers[3:]))
+        yield servers
+    finally:
+        for server in servers:
+            server.close()
+
+
+def info(server: RedisServer, *command: str) -> str:
+    return server.command(*(command or ("CLUSTER", "INFO"))).decode()
+
+
+def free_cluster_port() -> int:
+    # Its bus has a port that is higher by 10,000.
+    while (port := free_port()) > 50_000:
+        pass
+    return port
+
+
+def eventually(condition: Any) -> None:
+    until_ = time.monotonic() + scaled(20)
+    while not condition():
+        assert time.monotonic() < until_, "the cluster does not come about"
+        time.sleep(0.05)
