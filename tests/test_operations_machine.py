@@ -16,7 +16,20 @@ from tests.operations import Steps, nothing_is_kept, until
 STEPS = st.lists(
     st.tuples(
         st.sampled_from(
-            ["start", "start", "finish", "cancel", "cancel", "pause", "cut", "resume", "kill", "lose", "lose all", "advance"]
+            [
+                "start",
+                "start",
+                "finish",
+                "cancel",
+                "cancel",
+                "pause",
+                "cut",
+                "resume",
+                "kill",
+                "lose",
+                "lose all",
+                "advance",
+            ]
         ),
         st.integers(0, 2),
         st.integers(0, 5),
