@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Annotated
 
 from fastapi import Depends, FastAPI
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from benchmarks._asgi import Work
 from benchmarks._handlers import Handler, app_with, calling_handler, entering_handler, event_handler, plain_handler
@@ -19,6 +19,7 @@ from cancelable_deps import (
     cancelable_with_timeout,
     with_cancelation,
 )
+from cancelable_deps.operations import Operations
 
 Build = Callable[[Work], ASGIApp]
 
@@ -49,6 +50,31 @@ def _middleware(timeout: float | None, handler: Callable[[Work], Handler]) -> Bu
         return app
 
     return build
+
+
+def _operations(is_named: bool) -> Build:
+    def build(work: Work) -> ASGIApp:
+        app = app_with(plain_handler(work))
+        operations = Operations()
+        app.add_middleware(RequestCancelationMiddleware, operations=operations, operation_id="operation-id")
+        return _Opened(app, operations, is_named)
+
+    return build
+
+
+class _Opened:
+    """An application whose operations are opened by its first request, as the benchmark runs no lifespans."""
+
+    def __init__(self, app: ASGIApp, operations: Operations, is_named: bool) -> None:
+        self._app = app
+        self._operations = operations
+        self._header = [(b"operation-id", b"a-name-of-36-characters-as-uuids-are")] if is_named else []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._operations.is_open:
+            await self._operations.__aenter__()
+        scope["headers"] += self._header
+        await self._app(scope, receive, send)
 
 
 def _decorated_handler(work: Work) -> Handler:
@@ -89,6 +115,8 @@ OURS = [
     _ours("route class", _route_class(CancelableRoute), "decorator", Target(1.07, 1.14)),
     _ours("route class.with_timeout(30)", _route_class(CancelableRoute.with_timeout(30)), "decorator", _LIMITED),
     _ours("middleware", _middleware(None, plain_handler), "middleware", Target(1.07, 1.14), SEND_MIDDLEWARE),
+    _ours("middleware(operations=...)", _operations(False), None, Target(1.08, 1.14), SEND_MIDDLEWARE),
+    _ours("middleware(operations=...), with an id", _operations(True), None, floor=SEND_MIDDLEWARE),
     _ours("middleware(default_timeout=30)", _middleware(30, plain_handler), "middleware", _LIMITED, SEND_MIDDLEWARE),
     _ours("RequestCancelable", _cancelable, "handle", _HANDLE, DEPENDENCY),
     _ours("cancelable_with_timeout(30)", _cancelable_timeout, "handle", _HANDLE, DEPENDENCY),

@@ -2,7 +2,7 @@
 
 Requests are in flight under the middleware, and idle. `cancel` is from the call to the end of the request, its cleanup
 and its answer included. `longest block` is the longest time in which the event loop did nothing else while all requests
-were listed, counted and stopped. All of it is CPU time of the process, so that other load on the machine does not count.
+were listed, counted and stopped; the garbage collector, whose pauses grow with the whole process, is off then. All of it is CPU time of the process, so that other load on the machine does not count.
 Medians, unless it is said otherwise; MISSED marks a figure that misses its target.
 """
 
@@ -66,7 +66,7 @@ def line(figure: Figure) -> str:
 async def _measure(running: int, calls: int) -> list[Figure]:
     operations = Operations()
     app = _app(operations)
-    async with operations.lifespan()(app):
+    async with operations:
         figures = [*await _ids(app, operations, calls), *await _starts(operations, calls)]
         configure(listen_after=0)
         tasks = [await _begun(app) for _ in range(running)]
@@ -186,9 +186,13 @@ async def _longest_block(call: Callable[[], Awaitable[object]]) -> float:
             now = time.process_time()
             longest, last = max(longest, now - last), now
 
+    gc.disable()
     looking = asyncio.get_running_loop().create_task(look())
     await asyncio.sleep(0)
-    await call()
+    try:
+        await call()
+    finally:
+        gc.enable()
     looking.cancel()
     return longest
 

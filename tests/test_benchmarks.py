@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import _instructions, check, inflight, overhead
+from benchmarks import _instructions, check, inflight, operations, overhead
 from benchmarks._asgi import at_once, serve
 from benchmarks._doors import OURS
 from benchmarks._rivals import BY_HAND
@@ -203,3 +203,27 @@ def test_the_matrix_of_databases_prints_a_row_and_what_it_could_not_measure() ->
     assert rows[2][0] == "sqlite3 in threads"
     assert all(cell.startswith(("stops", "504; stops")) for cell in rows[2][1:])
     assert rows[3][0].startswith("pymongo")
+
+
+def test_operations_prints_a_line_for_each_figure(capsys: pytest.CaptureFixture[str]) -> None:
+    operations.main(["--running=20", "--calls=5", "--loop=asyncio"])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    names = {line[:44].rstrip() for line in lines}
+    assert {"cancel by id, end to end", "list 100", "count", "start to 202", "starts a second", "cancel_all"} <= names
+    assert all(float(line[44:56].replace(",", "")) >= 0 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "is_least", "word"),
+    [
+        (1, 1, False, "ok"),
+        (1.1, 1, False, "MISSED"),
+        (1, 1, True, "ok"),
+        (0.9, 1, True, "MISSED"),
+        (1, None, False, ""),
+    ],
+)
+def test_operations_marks_a_missed_target(value: float, target: float | None, is_least: bool, word: str) -> None:
+    line = operations.line(operations.Figure("name", value, "ms", target, is_least))
+    assert line.endswith(word)
+    assert ("MISSED" in line) == (word == "MISSED")

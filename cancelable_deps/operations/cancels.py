@@ -33,7 +33,7 @@ _OUTCOMES: Final[dict[OperationState, Outcome]] = {
     OperationState.CANCELLED: "cancelled",
     OperationState.LOST: "lost",
 }
-_PART: Final = 100
+_PART: Final = 10
 """So many are stopped before the event loop does something else."""
 
 
@@ -101,7 +101,9 @@ class Cancels:
     async def _ask(self, data: dict[str, Any], worker: str, owner: Owner) -> Cancelation:
         answers = await self._exchange.ask("cancel", data, to=[worker], timeout=data["wait"])
         is_dead = worker in answers.dead or worker not in self._exchange.alive
-        return _lost(owner) if is_dead and not answers.of else _sum_of(answers)
+        # The goodbye of a worker counts as a "no", which is true of a worker that lives.
+        is_found = any(not answer.get("no") for answer in answers.of.values())
+        return _lost(owner) if is_dead and not is_found else _sum_of(answers)
 
     def asked(self, entry: Entry) -> Any:
         """Stop an operation for another worker, and answer it."""

@@ -119,8 +119,9 @@ def _matches_request(conditions: Conditions, request: Any) -> bool:
         return False
     if conditions.kind is not None and ("websocket" if scope["type"] == "websocket" else "request") != conditions.kind:
         return False
-    state = OperationState.RUNNING if request.cause is None else OperationState.STOPPING
-    return conditions.state is None or conditions.state == state
+    if conditions.state is None:
+        return True
+    return conditions.state == (OperationState.RUNNING if request.cause is None else OperationState.STOPPING)
 
 
 def _matches(conditions: Conditions, running: Running) -> bool:

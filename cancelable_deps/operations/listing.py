@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 CHUNK: Final = 5000
 """So many are looked at before the event loop does something else."""
 
+_VIEWS: Final = 100
+"""So many are shown before the event loop does something else."""
+
 MOST: Final = 1000
 
 
@@ -67,7 +70,11 @@ class Listing:
         total = 0
         async for part in everything_that(self._local, conditions):
             total += len(part)
-            found += [as_running(self._local, each).view() for each in part[: limit - len(found)]]
+            wanted = part[: limit - len(found)]
+            for begin in range(0, len(wanted), _VIEWS):
+                views = wanted[begin : begin + _VIEWS]
+                found += [as_running(self._local, each).view() for each in views if runs(each)]
+                await anyio.lowlevel.checkpoint()
         return found, total
 
     async def answer(self, entry: Entry) -> dict[str, Any]:
