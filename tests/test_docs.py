@@ -502,6 +502,25 @@ async def test_operations_of_a_queue() -> None:
         assert (await operations.get("thumbnails-7")).state == "finished"
 
 
+# operations-http.md
+
+
+async def test_operations_over_http() -> None:
+    names = run("operations-http.md", "Operations over HTTP")
+    ann, admin = ("ann", "x"), ("admin", "x")
+    async with cancelable_deps.testing.CancelableClient(names["app"]) as client:
+        started = await client.post("/reports", auth=ann)
+        path = started.headers["location"]
+        assert (started.status_code, path) == (202, f"/operations/{started.json()['id']}")
+        result = await client.get(f"{path}/result", auth=ann, headers={"prefer": "wait=10"})
+        assert (result.status_code, result.json()) == (200, {"pages": 3})
+        assert (await client.get(path, auth=("bob", "x"))).status_code == 404
+        assert (await client.get(f"/admin{path}", auth=ann)).status_code == 403
+        assert (await client.get(f"/admin{path}", auth=admin)).json()["state"] == "finished"
+        page = await client.get("/admin/operations/page", auth=admin)
+    assert page.headers["content-type"].startswith("text/html")
+
+
 # moving-from.md
 
 

@@ -32,6 +32,7 @@ from examples import (
     disconnect,
     latest_wins,
     middleware,
+    operations_page,
     partial_result,
     policies,
     processes,
@@ -350,6 +351,22 @@ async def test_cancel_by_id() -> None:
         assert (await client.post("/stop/my-next-report")).json()["outcome"] == "unknown"
         early = await client.get("/report", headers={"operation-id": "my-next-report"})
     assert early.status_code == 499
+
+
+async def test_operations_page() -> None:
+    admin = ("admin", "secret")
+    async with CancelableClient(operations_page.app, ceiling=CEILING) as client:
+        assert (await client.get("/admin/operations/page")).status_code == 401
+        assert (await client.get("/admin/operations/page", auth=("admin", "guessed"))).status_code == 401
+        assert "<title>Operations</title>" in (await client.get("/admin/operations/page", auth=admin)).text
+        async with client.start("GET", "/report/7") as call:
+            await call.running()
+            [shown] = (await client.get("/admin/operations/?label=report:7", auth=admin)).json()["operations"]
+            assert shown["progress"] == {"message": "rendering", "metadata": {"done": 0, "total": 60}}
+            started = await client.post("/exports/8")
+            for path in (f"/admin/operations/{shown['id']}", started.headers["location"]):
+                assert (await client.post(f"{path}/cancel", auth=admin)).json()["outcome"] == "cancelled"
+    assert call.status == 499
 
 
 @movable_clock

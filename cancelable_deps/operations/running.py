@@ -68,6 +68,9 @@ class Running:
     key: str | None = None
     labels: Mapping[str, str] = {}
     progress_so_far: Progress | None = None
+    has_record = False
+    """Whether the store has a record of it, as of background work."""
+
     is_waiting = False
     was_stopped_late = False
     """Whether it was cancelled when its response was complete, and background work was left."""
