@@ -96,6 +96,8 @@ async def test_no_acknowledged_cancel_is_lost_when_redis_is_killed_and_the_worke
                 await anyio.sleep(0.5)
                 await anyio.to_thread.run_sync(server.start)
 
+            answers: dict[str, str] = {}
+            answers: dict[str, str] = {}
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(disturb)
                 answers = await cancelled_during(a, ids, 3)
@@ -400,6 +402,8 @@ async def test_a_cluster_whose_master_dies(library: str, cluster: list[RedisServ
         workers = []
         for _ in range(2):
             client = cluster_client(library, cluster[0].port)
+            if library == "redis":
+                stack.push_async_callback(client.aclose)
             operations = Operations(RedisBackend(client=client, lease=3), background_grace=0)
             workers.append(await stack.enter_async_context(operations))
         a, b = workers
