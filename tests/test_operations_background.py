@@ -534,7 +534,7 @@ async def test_the_grace_begins_with_the_signal() -> None:
 async def test_a_lifespan_that_is_cancelled_ends_at_once() -> None:
     async with workers(2) as (hub, (a, _)):
         operations = hub.operations(background_grace=1000)
-        started: list[Operation] = []
+        started: list[Any] = []
         with anyio.CancelScope() as scope, anyio.fail_after(CEILING):
             async with operations:
                 started.append(await operations.start(endless))

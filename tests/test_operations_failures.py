@@ -97,7 +97,6 @@ async def test_no_acknowledged_cancel_is_lost_when_redis_is_killed_and_the_worke
                 await anyio.to_thread.run_sync(server.start)
 
             answers: dict[str, str] = {}
-            answers: dict[str, str] = {}
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(disturb)
                 answers = await cancelled_during(a, ids, 3)
