@@ -361,7 +361,11 @@ async def test_operations_page() -> None:
         assert "<title>Operations</title>" in (await client.get("/admin/operations/page", auth=admin)).text
         async with client.start("GET", "/report/7") as call:
             await call.running()
-            [shown] = (await client.get("/admin/operations/?label=report:7", auth=admin)).json()["operations"]
+            shown: dict[str, Any] = {}
+            with anyio.fail_after(CEILING):
+                while not shown.get("progress"):
+                    listed = (await client.get("/admin/operations/?label=report:7", auth=admin)).json()["operations"]
+                    shown = listed[0] if listed else {}
             assert shown["progress"] == {"message": "rendering", "metadata": {"done": 0, "total": 60}}
             started = await client.post("/exports/8")
             for path in (f"/admin/operations/{shown['id']}", started.headers["location"]):

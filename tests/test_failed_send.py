@@ -146,6 +146,8 @@ class Sends(Response):
 @pytest.mark.parametrize("kind", ["response", "ours", "generator", "app"])
 @pytest.mark.parametrize("door", ["decorator", "middleware", "route", "all"])
 async def test_a_response_cleans_up_undisturbed(door: str, kind: str) -> None:
+    if kind == "generator":
+        pytest.importorskip("fastapi.sse", reason="generator endpoints came with FastAPI 0.135")
     line = Line("http")
     done: list[str] = []
 

@@ -139,7 +139,9 @@ async def test_a_request_is_listed_and_stopped_by_its_id(door: str) -> None:
     async with client_of(site.app) as client:
         async with client.start("GET", "/work") as call:
             found = await the_only_one(operations)
-            assert (found.kind, found.method, found.route, found.state) == ("request", "GET", "/work", "running")
+            assert (found.kind, found.method, found.state) == ("request", "GET", "running")
+            # Older versions of Starlette do not say which of their own routes they have found.
+            assert found.route == "/work" or (door == "starlette" and found.route is None)
             assert found.worker == operations.worker.local.worker
             stopped = await operations.cancel(found.id, message="enough")
             assert stopped.outcome == "cancelled"

@@ -18,7 +18,7 @@ from .remembered import EarlyCancels, EndedOperations
 from .running import RefusedRequest, Running, RunningBlock, RunningRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from starlette.types import Scope
 
@@ -52,6 +52,7 @@ class Local:
         self.observers: list[Callable[[Running, str], object]] = []
         self._operations = operations
         self._by_id: dict[str, list[Running]] = {}
+        self._young: dict[RunningRequest, None] = {}
         self._arrived: dict[str, list[Scope]] = {}
         self._blocks: dict[RunningBlock, None] = {}
         self._in_flight = in_flight_of(loop)
@@ -84,9 +85,13 @@ class Local:
         running: RunningRequest | None = request.operation
         if running is not None and running.has_ended:
             # Only its blocks are known, and another one has followed.
-            request.operation = None
-        if request.operation is None and OPERATION_ID_KEY in request.scope and self.has(request.scope):
+            request.operation = running = None
+        if running is not None:
+            self._young.pop(running, None)
+        if OPERATION_ID_KEY in request.scope and self.has(request.scope):
             self.of_request(request)
+            # From here on it is known otherwise.
+            self.depart(request.scope[OPERATION_ID_KEY], request.scope)
 
     def request_ended(self, request: RequestState) -> None:
         """Note the end of a request."""
@@ -104,6 +109,8 @@ class Local:
         running: RunningRequest | None = request.operation
         if running is None:
             running = request.operation = RunningRequest(self, request)
+            if not request.is_old:
+                self._young[running] = None
             id: str | None = request.scope.get(OPERATION_ID_KEY)
             if id is not None:
                 running.use_id(id)
@@ -133,6 +140,8 @@ class Local:
             self._forget_id(running, running.known_id)
 
     def _end(self, running: Running, state: OperationState, end: str) -> None:
+        if isinstance(running, RunningRequest):
+            self._young.pop(running, None)
         self.ends[str(end)] += 1
         running.end(state)
         id = running.known_id
@@ -196,12 +205,15 @@ class Local:
 
     def find(self, id: str, owner: Owner) -> list[Running]:
         """Return the operations of an id that run, and belong to ``owner``."""
-        for scope in self._arrived.get(id, ()):
-            # One that is too young to be known otherwise.
+        self._know_of(self._arrived.get(id, ()))
+        return [running for running in self._by_id.get(id, ()) if running.belongs_to(owner)]
+
+    def _know_of(self, arrived: Iterable[Scope]) -> None:
+        """Make the operations of requests that are named, and too young to be known otherwise."""
+        for scope in list(arrived):
             request = scope.get(SCOPE_KEY)
             if request is not None:
                 self.of_request(request.state)
-        return [running for running in self._by_id.get(id, ()) if running.belongs_to(owner)]
 
     def find_ended(self, id: str, owner: Owner) -> Running | None:
         """Return the last operation of an id that has ended, if it belongs to ``owner``."""
@@ -210,7 +222,10 @@ class Local:
     def everything(self) -> list[RequestState | RunningBlock]:
         """Return all that runs here, in the order of its start; requests without an object of their own as they are."""
         shared = len(self.loop.extras[_OPEN]) > 1
+        self._know_of(scope for same in self._arrived.values() for scope in same)
         requests = list(self._in_flight.requests)
+        # Young ones too, if somebody has asked for them.
+        requests += [running.request for running in self._young if running.request is not None]
         if shared:
             requests = [request for request in requests if self.has(request.scope)]
         if not self._blocks:
