@@ -35,7 +35,10 @@
 # operations/ what runs, and stopping it from elsewhere
 #   operations model errors names dependencies keys               what users see
 #   running local remembered conditions listing clock             what runs in this worker
-#   cancels watching turns background records accepted stoppable  what is done with it, here and in other workers
+#   router schemas rights bodies prefer answers events_stream     the routes,
+#     page                                                        and the page in them
+#   cancels watching turns background archive doubtful records    what is done with it, here and in other workers
+#     accepted stoppable
 #   worker exchange outbox entries                                one worker, and what workers tell each other
 #   backend memory memory_keys                                    the store that they share
 #   redis/(store scripts layout graves choice client              the same in Redis,

@@ -15,7 +15,7 @@ from cancelable_deps.testing import CancelableClient
 from tests.machine import scaled
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Mapping
 
 ALICE, BOB, ADMIN = {"x-user": "alice"}, {"x-user": "bob"}, {"x-admin": "yes"}
 LONGEST = scaled(20)
@@ -34,7 +34,9 @@ async def wait_until_stopped(cancel: Cancelable) -> None:
     await anyio.sleep_forever()
 
 
-async def report_and_wait(cancel: Cancelable, done: int, total: int) -> None:
+async def report_and_wait(cancel: Cancelable, done: object, total: int, may_begin: anyio.Event | None = None) -> None:
+    if may_begin is not None:
+        await may_begin.wait()
     await cancel.report_progress("pages", {"done": done, "total": total})
     await anyio.sleep_forever()
 
@@ -82,10 +84,10 @@ class Place:
         self.app = app
         self.client = client
 
-    async def get(self, path: str, headers: dict[str, str] = ALICE, **more: str) -> Any:
+    async def get(self, path: str, headers: Mapping[str, str] = ALICE, /, **more: str) -> Any:
         return await self.client.get(path, headers={**headers, **more})
 
-    async def post(self, path: str, headers: dict[str, str] = ALICE, **options: Any) -> Any:
+    async def post(self, path: str, headers: Mapping[str, str] = ALICE, /, **options: Any) -> Any:
         return await self.client.post(path, headers=headers, **options)
 
     async def until(self, id: str, *states: str) -> None:

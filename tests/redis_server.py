@@ -92,7 +92,7 @@ class RedisServer:
             connection.sendall(f"*{len(words)}\r\n{''.join(parts)}".encode())
             return connection.recv(1 << 20)
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         return [line for line in self.command("KEYS", "*").decode().split("\r\n")[2::2] if line]
 
     def kill(self) -> None:

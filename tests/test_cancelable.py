@@ -928,6 +928,7 @@ class Listener:
         await self.method(block)
 
 
+@pytest.mark.usefixtures("small_heap")
 @pytest.mark.parametrize(
     "kind",
     [

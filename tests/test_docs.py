@@ -23,6 +23,7 @@ import cancelable_deps.testing
 from cancelable_deps import CancelationReason, begin_shutdown, configure
 from cancelable_deps.testing import Call, CancelableClient, SocketClosed, advance, assert_cancelled
 from tests.calls import CEILING, connected, get, hang_up, movable_clock, running
+from tests.redis_server import redis_server
 from tests.snippets import PAGES, ROOT, compiled, forgotten, run, snippets_of
 
 pytestmark = pytest.mark.anyio
@@ -358,6 +359,29 @@ async def test_databases_limit() -> None:
     assert re.fullmatch(r"select set_config\('statement_timeout', '30\d{3}', true\)", first)
 
 
+# operations-redis.md
+
+
+async def test_operations_across_workers() -> None:
+    heading = "Operations across workers"
+    assert compiled("operations-redis.md", "Operations across workers")
+    with redis_server() as server:
+        text = snippets_of(ROOT / "docs/operations-redis.md")[heading].replace(
+            "localhost:6379", f"127.0.0.1:{server.port}"
+        )
+        here: dict[str, Any] = {"__name__": "snippet"}
+        there: dict[str, Any] = {"__name__": "snippet"}
+        exec(text, here)  # noqa: S102 - our own pages
+        exec(text, there)  # noqa: S102 - our own pages
+        async with here["operations"] as operations, CancelableClient(there["app"]) as client:
+            operation = await operations.start(wait_until_stopped)
+            assert (await client.post(f"/jobs/{operation.id}/stop")).json() == "cancelled"
+
+
+async def wait_until_stopped(cancel: Any) -> None:
+    await anyio.sleep_forever()
+
+
 # shutdown.md, without-a-request.md, testing.md
 
 
@@ -476,6 +500,25 @@ async def test_operations_of_a_queue() -> None:
     async with names["operations"] as operations:
         await names["job"]("thumbnails-7")
         assert (await operations.get("thumbnails-7")).state == "finished"
+
+
+# operations-http.md
+
+
+async def test_operations_over_http() -> None:
+    names = run("operations-http.md", "Operations over HTTP")
+    ann, admin = ("ann", "x"), ("admin", "x")
+    async with cancelable_deps.testing.CancelableClient(names["app"]) as client:
+        started = await client.post("/reports", auth=ann)
+        path = started.headers["location"]
+        assert (started.status_code, path) == (202, f"/operations/{started.json()['id']}")
+        result = await client.get(f"{path}/result", auth=ann, headers={"prefer": "wait=10"})
+        assert (result.status_code, result.json()) == (200, {"pages": 3})
+        assert (await client.get(path, auth=("bob", "x"))).status_code == 404
+        assert (await client.get(f"/admin{path}", auth=ann)).status_code == 403
+        assert (await client.get(f"/admin{path}", auth=admin)).json()["state"] == "finished"
+        page = await client.get("/admin/operations/page", auth=admin)
+    assert page.headers["content-type"].startswith("text/html")
 
 
 # moving-from.md

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import re
 import runpy
+import sqlite3
 import sys
 import threading
 from pathlib import Path
@@ -31,6 +32,7 @@ from examples import (
     disconnect,
     latest_wins,
     middleware,
+    operations_page,
     partial_result,
     policies,
     processes,
@@ -229,11 +231,19 @@ async def test_processes(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_databases(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_databases(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    connected_to = threading.Event()
+
+    def connect(path: str, *, check_same_thread: bool) -> sqlite3.Connection:
+        connected_to.set()
+        return sqlite3.connect(path, check_same_thread=check_same_thread)
+
+    monkeypatch.setattr(databases, "sqlite3", SimpleNamespace(connect=connect))
     async with CancelableClient(databases.app, ceiling=CEILING, lifespan=True) as client:
         assert [(await client.post("/visits")).json() for _ in range(2)] == [1, 2]
-        async with client.start("GET", "/count", hang_up=HangUp.after_request(-1)) as call:
-            pass
+        async with client.start("GET", "/count") as call:
+            assert await anyio.to_thread.run_sync(connected_to.wait, CEILING)
+            await call.hang_up()
     assert call.status == 499
     assert capsys.readouterr().out == "the query is over: disconnect\n"
 
@@ -341,6 +351,22 @@ async def test_cancel_by_id() -> None:
         assert (await client.post("/stop/my-next-report")).json()["outcome"] == "unknown"
         early = await client.get("/report", headers={"operation-id": "my-next-report"})
     assert early.status_code == 499
+
+
+async def test_operations_page() -> None:
+    admin = ("admin", "secret")
+    async with CancelableClient(operations_page.app, ceiling=CEILING) as client:
+        assert (await client.get("/admin/operations/page")).status_code == 401
+        assert (await client.get("/admin/operations/page", auth=("admin", "guessed"))).status_code == 401
+        assert "<title>Operations</title>" in (await client.get("/admin/operations/page", auth=admin)).text
+        async with client.start("GET", "/report/7") as call:
+            await call.running()
+            [shown] = (await client.get("/admin/operations/?label=report:7", auth=admin)).json()["operations"]
+            assert shown["progress"] == {"message": "rendering", "metadata": {"done": 0, "total": 60}}
+            started = await client.post("/exports/8")
+            for path in (f"/admin/operations/{shown['id']}", started.headers["location"]):
+                assert (await client.post(f"{path}/cancel", auth=admin)).json()["outcome"] == "cancelled"
+    assert call.status == 499
 
 
 @movable_clock

@@ -179,7 +179,7 @@ async def test_mail_for_nobody_is_refused(store: Store) -> None:
         await until(is_refused, "nobody has that name")
 
 
-async def test_what_the_log_has_lost_is_missing(store: Store) -> None:
+async def test_what_the_log_has_forgotten_is_missing(store: Store) -> None:
     async with store.worker("wa") as a:
         await a.broadcast(b"one", "1")
         assert await a.missing(["1", "2"]) == {"2"}
@@ -199,14 +199,14 @@ async def test_workers_know_each_other(store: Store) -> None:
         beat = await a.beat(may_reap=False)
         assert [each.name for each in beat.alive] == [A]
         assert beat.alive[0][:4] == (A, "host", 1, "0")
-        assert (beat.is_fenced, beat.has_lost) == (False, False)
+        assert (beat.is_fenced, beat.has_forgotten) == (False, False)
 
 
-async def test_a_store_that_has_lost_everything_says_so_once(store: Store) -> None:
+async def test_a_store_that_has_forgotten_everything_says_so_once(store: Store) -> None:
     async with store.worker("wa") as a:
         store.lose_everything()
-        assert (await a.beat(may_reap=False)).has_lost
-        assert not (await a.beat(may_reap=False)).has_lost
+        assert (await a.beat(may_reap=False)).has_forgotten
+        assert not (await a.beat(may_reap=False)).has_forgotten
 
 
 async def test_records_and_places_of_a_dead_worker_are_given_up_and_it_is_told(store: Store) -> None:

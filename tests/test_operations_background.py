@@ -534,12 +534,13 @@ async def test_the_grace_begins_with_the_signal() -> None:
 async def test_a_lifespan_that_is_cancelled_ends_at_once() -> None:
     async with workers(2) as (hub, (a, _)):
         operations = hub.operations(background_grace=1000)
+        started: list[Any] = []
         with anyio.CancelScope() as scope, anyio.fail_after(CEILING):
             async with operations:
-                operation = await operations.start(endless)
+                started.append(await operations.start(endless))
                 scope.cancel()
                 await anyio.lowlevel.checkpoint()
-        assert (await ended(a, operation)).reason is CancelationReason.SIGNAL
+        assert (await ended(a, started[0])).reason is CancelationReason.SIGNAL
         cut = hub.operations(background_grace=1000)
         with anyio.CancelScope() as scope, anyio.fail_after(CEILING):
             async with cut:

@@ -125,7 +125,7 @@ async def test_the_latest_waits_for_the_end_of_the_one_before() -> None:
             await until(lambda: site.begun == ["1"])
             async with AsyncExitStack() as stack:
                 second = await in_turn(stack, client, site, "2", 2)
-                third = await in_turn(stack, client, site, "3", 3)
+                third = await stack.enter_async_context(client.start("GET", "/search?text=3"))
                 await second.ended()
                 assert second.status == 499
                 await advance(0.9)
@@ -364,15 +364,17 @@ async def test_who_waits_is_known_again_when_the_store_has_lost_everything() -> 
     hub = OperationsHub()
     sites = [Searches(at_most(1, user, queue=9, queue_timeout=100), operations=hub.operations()) for _ in range(2)]
     async with sites[0].client() as first, sites[1].client() as second:
-        async with first.start("GET", "/search?text=1"), second.start("GET", "/search?text=2") as two:
-            await until(lambda: sites[0].begun and len(sites[1].operations.worker.turns))
-            hub.lose_everything()
-            await advance(10)
-            # A limit may be exceeded for a moment, but nobody is forgotten.
-            sites[0].go_on.set()
-            sites[1].go_on.set()
-            await advance(10)
-            await two.ended()
+        async with first.start("GET", "/search?text=1"):
+            await until(lambda: sites[0].begun)
+            async with second.start("GET", "/search?text=2") as two:
+                await until(lambda: len(sites[1].operations.worker.turns))
+                hub.lose_everything()
+                await advance(10)
+                # A limit may be exceeded for a moment, but nobody is forgotten.
+                sites[0].go_on.set()
+                sites[1].go_on.set()
+                await advance(10)
+                await two.ended()
         assert two.status == 200
         nothing_is_kept(*(site.operations for site in sites))
 

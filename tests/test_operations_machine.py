@@ -138,9 +138,12 @@ async def play(steps: list[tuple[str, int, int]]) -> None:
         await machine.settle()
 
 
+ALL_HEALTH_CHECKS: list[Any] = list(HealthCheck)
+
+
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 @given(steps=STEPS)
-@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+@settings(deadline=None, max_examples=40, suppress_health_check=ALL_HEALTH_CHECKS, derandomize=True, database=None)
 def test_in_any_order(backend: str, steps: list[tuple[str, int, int]]) -> None:
     options: dict[str, Any] = {}
     if backend == "trio":

@@ -163,13 +163,13 @@ def test_a_cancel_stops_the_request_of_another_client(browser: Browser, address:
 @pytest.mark.real
 def test_nothing_is_stopped_without_a_confirmation(browser: Browser, address: str) -> None:
     with waiting(address, "kept", name="alice") as [client], opened(browser, address) as page:
-        for way_out in (
-            lambda: page.get_by_role("button", name="Keep it running").click(),
-            lambda: page.keyboard.press("Escape"),
-        ):
-            button = row_of(page, "alice").get_by_role("button", name="Stop")
+        button, keep = row_of(page, "alice").get_by_role("button", name="Stop"), "Keep it running"
+        for way_out in ("click", "key"):
             button.click()
-            way_out()
+            if way_out == "click":
+                page.get_by_role("button", name=keep).click()
+            else:
+                page.keyboard.press("Escape")
             expect(page.get_by_role("dialog")).to_have_count(0)
             expect(button).to_be_focused()
         page.get_by_role("button", name="Refresh").click()
@@ -303,7 +303,7 @@ def test_a_phone_shows_all_of_it(browser: Browser, address: str, scheme: Any) ->
     narrow = {"width": 380, "height": 700}
     long = "x" * 200
     with (
-        waiting(address, "phone", name=long, stage=long, done="1", total="2"),
+        waiting(address, f"phone-{scheme}", name=long, stage=long, done="1", total="2"),
         opened(browser, address, f"?owner={long}", viewport=narrow, color_scheme=scheme, has_touch=True) as page,
     ):
         row = page.locator("tr.operation")

@@ -576,6 +576,7 @@ def test_timeouts_are_off_under_a_debugger_unless_asked_for() -> None:
     assert done.stdout.split() == ["200", "200", "504", "504"]
 
 
+@pytest.mark.real
 def test_timeouts_strike_under_coverage(tmp_path: Path) -> None:
     program = PROGRAM.replace("sys.settrace(debugger.trace_dispatch)", "").replace("sys.settrace(None)", "")
     (tmp_path / "program.py").write_text(program)

@@ -53,7 +53,7 @@ from tests.calls import get, hang_up, movable_clock, running
 from tests.doors import endpoint
 from tests.leftovers import nothing_left
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("small_heap")]
 
 DOORS = ["decorator", "cancelable", "task_group", "event", "middleware", "route", "all"]
 STOPPING_DOORS = [door for door in DOORS if door != "event"]

@@ -38,7 +38,7 @@ from cancelable_deps.request.state import RequestState
 from .asgi import Call, running
 from .calls import CEILING, checked_socket
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("small_heap")]
 
 
 class Big:

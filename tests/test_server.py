@@ -106,12 +106,12 @@ async def ticks() -> AsyncIterator[bytes]:
 
 
 async def cut_stream(receive: Receive, scope: Scope) -> None:
-    """A stream on this server that is cut by its timeout."""
+    """A stream on this server that is cut by a timeout, which counts from its start."""
 
     async def send(message: Message) -> None: ...
 
     async def app(scope: Scope, receive: Receive, send: Any) -> None:
-        await CancelableStreamingResponse(ticks(), timeout=0.01)(scope, receive, send)
+        await CancelableStreamingResponse(ticks(), gap_timeout=0.01)(scope, receive, send)
 
     whole = {"method": "GET", "path": "/", "headers": [], "asgi": {"spec_version": "2.3"}, **scope}
     with suppress(CancelationError):

@@ -426,6 +426,7 @@ async def test_error_of_a_plain_cancelable_inside() -> None:
     assert closed(socket) == (4504, "Timed out after 0 seconds")
 
 
+@pytest.mark.usefixtures("small_heap")
 @pytest.mark.parametrize("door", DOORS)
 async def test_nothing_is_kept_alive(door: str) -> None:
     async def work(websocket: WebSocket) -> None:

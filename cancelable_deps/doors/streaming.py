@@ -209,14 +209,13 @@ class _Stream:
         message = {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
         # If the stream were stopped now, it would be unknown whether its start has been sent. So a stop waits until it has,
         # but no longer than a cleanup may take, because a send may block for ever.
-        let_through = _Limit(self._state.loop, self._block.cleanup_grace, lambda _: _resume(blocks))
         for block in blocks:
             block.hold()
-        let_through.begin()
+        self._block.call_after_grace(lambda: _resume(blocks))
         try:
             await self._send_on(message)
         finally:
-            let_through.end()
+            self._block.drop_late_call()
             _resume(blocks)
 
     async def _send_chunk(self, chunk: Chunk) -> None:

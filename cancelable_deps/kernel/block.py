@@ -34,7 +34,6 @@ class Block(Observed):
 
     # Class attributes are the defaults that most blocks never change: each attribute that is written costs a request.
     name: str | None = None
-    grace: float | None = None
     upstream: CancelationToken | None = None
     """A token that was given to the block, and that other blocks may share."""
 

@@ -159,12 +159,16 @@ class Interrupting:
                     return False
                 if self._not_held.is_set():
                     self._has_stopped = True
-                    self._stop()
-        except BaseException:
-            logger.exception("the function that interrupts a call failed: %r", self._stop)
+                    self._stop_logged()
         finally:
             self._tell_waiter()
         return True
+
+    def _stop_logged(self) -> None:
+        try:
+            self._stop()
+        except BaseException:
+            logger.exception("the function that interrupts a call failed: %r", self._stop)
 
     def _tell_waiter(self) -> None:
         if self._waiter is not None:

@@ -12,6 +12,8 @@ from .timed import Timed
 from .token import CancelationToken, Cause, telling_everybody
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from anyio import CancelScope
 
     from .loops.base import MemberScope, PoliteScope, Timer
@@ -25,6 +27,9 @@ class Stoppable(Timed):
     """Work that is stopped with the blocks inside of it when its token is cancelled."""
 
     cleanup_grace: float
+    grace: float | None = None
+    """The block's own ``cleanup_grace``; without one, that of the settings holds."""
+
     parent: Any = None
     """The block around this one in the same task, or around the thread in which this one is entered."""
 
@@ -40,7 +45,8 @@ class Stoppable(Timed):
     _token: CancelationToken | None = None
     _has_fired = False
     _is_deferred = False
-    _late_timer: Timer | None = None
+    _late_call: tuple[float, Callable[[], object], Timer] | None = None
+    """The time of the last call by `call_after_grace`, the function, and the timer."""
 
     @property
     def token(self) -> CancelationToken:
@@ -176,18 +182,63 @@ class Stoppable(Timed):
             self.fire_at_last()
         elif self.loop is not None:
             # Code that catches the error and continues here has the time of a cleanup.
-            self.call_late(self.loop.time() + self.cleanup_grace, self.fire_at_last)
+            self.call_after_grace(self.fire_at_last)
 
-    def call_late(self, when: float, callback: Any) -> None:
+    def call_after_grace(self, callback: Callable[[], object]) -> None:
+        """Call ``callback`` when the time of a cleanup has passed, if the block is still open then."""
         assert self.loop is not None
-        self._late_timer = self.loop.call_at(when, callback)
+        self._call_late(self.loop.time() + self.cleanup_grace, callback)
+
+    def _call_late(self, when: float, callback: Callable[[], object]) -> None:
+        assert self.loop is not None
+        self._late_call = (when, callback, self.loop.call_at(when, callback))
+
+    def drop_late_call(self) -> None:
+        """Prevent the call by `call_after_grace`."""
+        if self._late_call is not None:
+            self._late_call[-1].cancel()
+            self._late_call = None
+
+    def shorten_grace(self, grace: float) -> None:
+        """Give the cleanup of this block, and of the work inside that a cancellation reaches, at most ``grace`` seconds.
+
+        May be called in any thread, before or after a cancellation. A cleanup that runs now has ``grace`` seconds from
+        now; with 0 its next ``await`` is cancelled. Never lengthens a grace. Without effect if the block has been left.
+        A block in a worker thread, whose cleanup nothing interrupts, only keeps the limit.
+        """
+        loop = self.loop
+        if self.ended is not None:
+            return
+        if loop is not None and not loop.is_running_here():
+            loop.call_from_thread(self.shorten_grace, grace)
+            return
+        self.grace = min(self.cleanup_grace, grace)
+        scope, cause = self.scope, self.cause
+        if scope is not None:
+            scope.shorten_grace(grace)
+        for member in list((self.member_scopes or {}).values()):
+            member.shorten_grace(grace)
+        for child in self.open_children():
+            inner = child.scope
+            is_reached = scope is None or inner is None or scope.reaches(inner)
+            # A child in a shield has its own limits until that ends, unless it has been cancelled for the same cause.
+            if is_reached or (cause is not None and child.answers(cause)):
+                child.shorten_grace(grace)
+        if loop is not None:
+            self._shorten_late_call(loop.time() + grace)
+            loop.wake()
+
+    def _shorten_late_call(self, by: float) -> None:
+        if self._late_call is not None and by < self._late_call[0]:
+            callback = self._late_call[1]
+            self.drop_late_call()
+            self._call_late(by, callback)
 
     def stop_timers(self) -> None:
         if self.timeout_queue is not None:
             self.leave_queue()
-        if self._late_timer is not None:
-            self._late_timer.cancel()
-            self._late_timer = None
+        if self._late_call is not None:
+            self.drop_late_call()
 
     def check(self) -> None:
         """Raise the error of the cause if this block, or one around it, is cancelled or past its deadline."""

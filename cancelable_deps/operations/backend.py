@@ -55,8 +55,9 @@ class Beat(NamedTuple):
     is_fenced: bool
     """Whether the lease of the caller had run out, so that others take it for dead: it needs a new name."""
 
-    has_lost: bool = False
-    """Whether the store has lost what it had, the lease of the caller or entries, without any call having failed."""
+    has_forgotten: bool = False
+    """Whether the store has lost what it had without any call having failed: it does not know the caller any more
+    without having given it up, or its log ends before what the caller has read."""
 
 
 class Holder(NamedTuple):
@@ -172,8 +173,8 @@ class OperationsBackend(Protocol):
     ) -> Entered:
         """Take one of ``limit`` places of a key, or one of ``queue`` places to wait for it, or neither; atomically.
 
-        Holders whose worker is dead are dropped first. A call for an id that holds a place, or waits for one, changes
-        nothing and returns how it is: it is repeated when an answer is lost, and by those that wait.
+        Holders whose worker is dead are dropped first. An id that holds a place, or waits for one, keeps that, and the
+        answer says so: a call may be repeated.
 
         :param latest: supersede all that have entered before; those that wait are removed, those that hold stay until
             they leave.

@@ -18,11 +18,11 @@ from ..kernel.foreign import ThisTask
 from ..kernel.log import logger
 from ..kernel.reasons import CancelationReason
 from ..kernel.token import Cause
+from .archive import MOST_AGE, Archive
 from .backend import Unavailable
-from .conditions import Conditions, has_been
+from .doubtful import DoubtfulRecords
 from .errors import OperationBusy, OperationsUnavailable, OperationTaken
-from .model import Operation, OperationList, OperationState
-from .names import ANYONE
+from .model import Operation, OperationState
 from .records import (
     Outcome,
     TooLarge,
@@ -31,8 +31,6 @@ from .records import (
     failed,
     finished,
     first_fields,
-    is_of,
-    operation_of,
     without_frames,
 )
 from .running import Running, RunningBlock
@@ -46,20 +44,13 @@ if TYPE_CHECKING:
     from .backend import Record
     from .exchange import Exchange
     from .local import Local
-    from .names import Owner
 
     Work = Callable[..., Awaitable[object]]
 
-MOST_AGE: Final = 7 * 24 * 3600.0
-"""Seconds that the record of unended work is kept."""
-
-MOST_READ: Final = 1000
 _KEY_SCOPE: Final = "background"
 _MOST_ERRORS: Final = 1000
 _PROGRESS_SECONDS: Final = 0.25
 _PAUSE: Final = 1.0
-_DOUBT_SECONDS: Final = 60.0
-"""A call that has failed does not arrive after so long a time."""
 
 WHEN_BUSY: Final[dict[str, dict[str, Any]]] = {
     "refuse": {"queue": 0},
@@ -91,10 +82,10 @@ class Background:
         self._jobs: dict[Job, None] = {}
         self._starting: dict[Job, None] = {}
         self._unwritten: dict[Job, None] = {}
-        self._has_unwritten = anyio.Event()
-        self._doubtful: dict[str, float] = {}
-        """Records that calls were to create that have failed, and when."""
+        self.archive = Archive(local, exchange)
+        self.doubtful = DoubtfulRecords(local, exchange)
 
+        self._has_unwritten = anyio.Event()
         self._errors: OrderedDict[str, tuple[float, BaseException]] = OrderedDict()
         self._sender, self._receiver = anyio.create_memory_object_stream[Job](math.inf)
         self._empty = anyio.Event()
@@ -129,8 +120,8 @@ class Background:
             raise OperationsUnavailable("The server is shutting down")
         self._starting[job] = None
         try:
-            if id in self._doubtful:
-                await self._clear(id)
+            if id is not None and id in self.doubtful:
+                await self.doubtful.delete(id)
             known = None if id is None else await self._join(id, job.owner)
             if known is not None:
                 return known
@@ -152,15 +143,7 @@ class Background:
             return None
         if record.fields.get("owner") != owner:
             raise OperationTaken
-        return self._seen(id, record.fields)
-
-    def _seen(self, id: str, fields: dict[str, Any]) -> Operation:
-        """Return the operation of a record, as its worker sees it if it runs here."""
-        for running in self._local.find(id, ANYONE):
-            if isinstance(running, Job) and running in self._jobs:
-                # Not one that is about to find out that another is faster.
-                return running.view()
-        return operation_of(id, fields, self._local.clock.now())
+        return self.archive.seen(id, record.fields)
 
     async def _take_turn(self, job: Job, when_busy: str) -> None:
         if job.key is None or when_busy == "run":
@@ -184,7 +167,7 @@ class Background:
             record = await self._exchange.calling(self._exchange.backend.create(job.id, fields, ttl=MOST_AGE))
         except BaseException:
             # It may be there, or come yet, and nobody will work on it.
-            self._doubtful[job.id] = self._local.loop.time()
+            self.doubtful.add(job.id)
             self._local.discard(job)
             raise
         if not record.is_new:
@@ -193,9 +176,10 @@ class Background:
             await self._give_turn_back(job)
             if record.fields.get("owner") != job.owner:
                 raise OperationTaken
-            return self._seen(record.id, record.fields)
-        self._doubtful.pop(job.id, None)
+            return self.archive.seen(record.id, record.fields)
+        self.doubtful.discard(job.id)
         self._jobs[job] = None
+        job.has_record = True
         self._sender.send_nowait(job)
         return job.view()
 
@@ -295,59 +279,6 @@ class Background:
         # A copy, because who raises it adds its own frames.
         return copied(error) if error is not None and until > self._local.loop.time() else None
 
-    # Records.
-
-    async def recorded(self, id: str, owner: Owner) -> Operation | None:
-        """Return the operation of a record that belongs to ``owner``.
-
-        :raises Unavailable: if the store cannot be reached.
-        """
-        [record] = await self._exchange.calling(self._exchange.backend.load([id]))
-        return None if record is None or not is_of(record.fields, owner) else self._as_read(record)
-
-    def _as_read(self, record: Record) -> Operation:
-        return operation_of(record.id, record.fields, self._local.clock.now())
-
-    async def fields(self, id: str, owner: Owner) -> dict[str, Any] | None:
-        """Return the record of an operation of ``owner`` with its result.
-
-        :raises Unavailable: if the store cannot be reached.
-        """
-        [record] = await self._exchange.calling(self._exchange.backend.load([id], with_result=True))
-        return None if record is None or not is_of(record.fields, owner) else record.fields
-
-    async def mark_cancelled(self, id: str, owner: Owner, message: str | None) -> Operation | None:
-        """Note in the record that it is to stop, and return the operation; ``None`` if there is none of ``owner``.
-
-        :raises Unavailable: if the store cannot be reached.
-        """
-        known = await self.recorded(id, owner)
-        if known is None or known.state.is_final:
-            return known
-        mark = {"cancel": {"message": message, "at": self._local.clock.now()}}
-        record = await self._exchange.calling(self._exchange.backend.mark(id, mark))
-        return None if record is None else self._as_read(record)
-
-    async def history(self, owner: str | None, *, limit: int) -> list[Operation]:
-        """Return the operations that there are records of, the newest first.
-
-        :raises Unavailable: if the store cannot be reached.
-        """
-        records = await self._exchange.calling(
-            self._exchange.backend.history(owner, before=self._local.clock.now() + MOST_AGE, limit=limit)
-        )
-        return [self._seen(record.id, record.fields) for record in records]
-
-    async def ended(self, conditions: Conditions, limit: int) -> OperationList:
-        """Return the operations that there are records of and that fulfil the conditions, the newest first.
-
-        :raises Unavailable: if the store cannot be reached.
-        """
-        owner = None if conditions.owner is ANYONE else conditions.owner
-        now = self._local.clock.now()
-        found = [each for each in await self.history(owner, limit=MOST_READ) if has_been(conditions, each, now)]
-        return OperationList(items=found[:limit], total=len(found), unreachable=[])
-
     # Progress and signs of life.
 
     def note_change(self, running: Running, kind: str) -> None:
@@ -382,21 +313,6 @@ class Background:
             mark = (await self._create_again(job)).fields.get("cancel")
             if mark is not None:
                 job.stop(Cause(CancelationReason.MANUAL, mark.get("message")))
-
-    async def clear(self) -> None:
-        """Delete the records of work that was not started, as the store did not answer in time when they were created.
-
-        :raises Unavailable: if the store cannot be reached.
-        """
-        now = self._local.loop.time()
-        for id, at in list(self._doubtful.items()):
-            if await self._clear(id) or at < now - _DOUBT_SECONDS:
-                self._doubtful.pop(id, None)
-
-    async def _clear(self, id: str) -> bool:
-        fields = {"state": str(OperationState.FAILED), "ended": self._local.clock.now()}
-        done: bool = await self._exchange.calling(self._exchange.backend.change(id, fields, end_ttl=0.0))
-        return done
 
     def stop_everything(self, cause: Cause) -> None:
         """Stop all background work of this worker."""

@@ -68,7 +68,7 @@ class Cancels:
             "wait": wait,
             "grace": grace,
         }
-        marked = await self._background.mark_cancelled(id, owner, message)
+        marked = await self._background.archive.mark_cancelled(id, owner, message)
         if marked is not None:
             return await self._cancel_recorded(marked, data)
         worker = worker_of(id)
@@ -92,7 +92,7 @@ class Cancels:
         answered = await self._ask(data, operation.worker, ANYONE)
         if answered.outcome in ("unknown", "lost"):
             # Its worker is gone, or has just ended it. The record knows.
-            now = await self._background.recorded(operation.id, ANYONE)
+            now = await self._background.archive.recorded(operation.id, ANYONE)
             if now is not None:
                 outcome = outcome_of(now.state) if now.state.is_final else "sent"
                 return Cancelation(outcome=outcome, operation=now)

@@ -94,6 +94,9 @@ class Exchange:
         self.alive: dict[str, Identity] = {identity.name: identity}
         self.is_broken = False
         self._may_have_lost = False
+        self._trusts_after = 0.0
+        """When the store knows again who is alive."""
+
         self._clock = clock
         self._memory = memory
         self._lease = lease
@@ -112,8 +115,6 @@ class Exchange:
         self._missed = 0
         self._has_warned = False
         self._is_leaving = False
-        """Whether there has been a break since the last sign of life."""
-
         self._began = clock.now()
 
     @property
@@ -339,11 +340,17 @@ class Exchange:
         if self._has_warned:
             self._has_warned = False
             logger.info("the store of operations can be reached again")
-        self.alive = {identity.name: identity for identity in beat.alive}
-        self.alive.setdefault(self.identity.name, self.identity)
-        if beat.has_lost:
+        if beat.has_forgotten:
             # No call has failed, so that nobody else notices.
             self._note_break()
+        now = self._clock.now()
+        if self._may_have_lost:
+            self._trusts_after = now + self._lease
+        # After a break the others may live, and have given no sign of life yet: to leave them out would be to say that
+        # nobody knows an operation without having asked its worker.
+        former = self.alive if now < self._trusts_after else {}
+        self.alive = {**former, **{identity.name: identity for identity in beat.alive}}
+        self.alive.setdefault(self.identity.name, self.identity)
         if self.is_broken:
             with suppress(Unavailable):
                 await self._repair()

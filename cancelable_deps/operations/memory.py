@@ -258,12 +258,12 @@ class MemoryBackend:
         hub = self._hub
         # A lease that has run out is not enough: after an outage those of all have, and nobody was taken for dead.
         is_fenced = self._worker in hub.reaped
-        has_lost = not is_fenced and self._worker not in hub.workers
+        has_forgotten = not is_fenced and self._worker not in hub.workers
         if not is_fenced:
             hub.join(self._identity, self._lease)
         lost, granted = hub.reap() if may_reap else ([], [])
         alive = [identity for name, identity in hub.workers.items() if hub.is_alive(name)]
-        return Beat(alive, lost, granted, is_fenced, has_lost)
+        return Beat(alive, lost, granted, is_fenced, has_forgotten)
 
     async def broadcast(self, entry: bytes, id: str) -> Position:
         """Append an entry to the log."""

@@ -392,11 +392,11 @@ class Operations:
         :raises OperationUnknown: if there is no such work, or its result is forgotten (404).
         """
         whose, worker = checked_owners(owner), self.worker
-        fields = await _or_unavailable(worker.background.fields(checked_id(id), whose))
+        fields = await _or_unavailable(worker.background.archive.fields(checked_id(id), whose))
         if fields is not None and fields.get("ended") is None:
             async for _ in self.events(id, owner=owner):
                 pass
-            fields = await _or_unavailable(worker.background.fields(id, whose))
+            fields = await _or_unavailable(worker.background.archive.fields(id, whose))
         if fields is None or fields.get("ended") is None:
             raise OperationUnknown
         error = worker.background.error_here(id)
@@ -460,7 +460,7 @@ class Operations:
             owner=owner, kind=kind, key=key, route=route, labels=labels, older_than=older_than, state=state
         )
         if conditions.state is not None and OperationState(conditions.state).is_final:
-            return await _or_unavailable(self.worker.background.ended(conditions, limit))
+            return await _or_unavailable(self.worker.background.archive.ended(conditions, limit))
         return await _or_unavailable(self.worker.listing.all(conditions, limit, seconds(timeout, "timeout")))
 
 

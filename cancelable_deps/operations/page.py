@@ -22,7 +22,7 @@ _FILE: Final = "page.html"
 
 def page_responses() -> Callable[[], Response]:
     """Return a function that makes the response with the page, which is read now, when the application is built."""
-    html = files(__package__).joinpath(_FILE).read_text(encoding="utf-8")
+    html = files(__name__.rpartition(".")[0]).joinpath(_FILE).read_text(encoding="utf-8")
     headers = {
         **NO_STORE,
         "content-security-policy": content_security_policy(html),

@@ -232,6 +232,7 @@ def _add_cancel_all(router: APIRouter, operations: Operations, rights: Rights) -
                     dry_run=True, total=found.total, outcomes={}, cancelations=[], unreachable=found.unreachable
                 )
             )
+        stopped: list[Cancelation] = []
         # This request may be one of those that are stopped, and is to be answered.
         with anyio.CancelScope(shield=True):
             stopped = await operations.cancel_all(**conditions, owner=owner, message=wanted.message)

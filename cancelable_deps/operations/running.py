@@ -68,6 +68,9 @@ class Running:
     key: str | None = None
     labels: Mapping[str, str] = {}
     progress_so_far: Progress | None = None
+    has_record = False
+    """Whether the store has a record of it, as of background work."""
+
     is_waiting = False
     was_stopped_late = False
     """Whether it was cancelled when its response was complete, and background work was left."""
@@ -244,7 +247,7 @@ class RunningRequest(Running):
         if request is None:
             return
         if grace is not None:
-            request.shorten_grace(grace)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+            request.shorten_grace(grace)
         if request.is_closed:
             self.was_stopped_late = True
             request.stop_all(cause)
@@ -295,7 +298,7 @@ class RunningBlock(Running):
 
     def stop(self, cause: Cause, grace: float | None = None) -> None:
         if grace is not None:
-            block_of(self.cancelable).shorten_grace(grace)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+            block_of(self.cancelable).shorten_grace(grace)
         self.cancelable.token.cancel_because(cause)
 
 

@@ -57,8 +57,6 @@ class Turns:
         self._exchange = exchange
         self._turns: dict[str, Turn] = {}
         self._unleft: dict[str, Turn] = {}
-        """Turns that have left, which the store may not know."""
-
         self._fallback = Keys(lambda worker: True)
 
     def __len__(self) -> int:

@@ -83,7 +83,7 @@ class Watching:
         ended = self._local.find_ended(id, owner)
         if ended is not None:
             return ended.view()
-        known = await self._background.recorded(id, owner)
+        known = await self._background.archive.recorded(id, owner)
         if known is not None or not self._exchange.others:
             return known
         worker = worker_of(id)
@@ -161,7 +161,7 @@ class Watching:
             is_there = known.worker in self._exchange.alive and not self._followed[follower].is_known_as_gone
             if is_there and await self._exchange.send(known.worker, "follow", data):
                 return
-            now = await self._background.recorded(known.id, ANYONE)
+            now = await self._background.archive.recorded(known.id, ANYONE)
         except Unavailable:
             return
         if now is None:

@@ -147,7 +147,7 @@ class OpenWorker:
                     await self.background.write_again()
                 await self.turns.enter_again(only_waiting=not may_have_lost)
             await self.turns.leave_again()
-            await self.background.clear()
+            await self.background.doubtful.delete_all()
         finally:
             await self.turns.tell(beat.granted)
 

@@ -361,7 +361,7 @@ class DoorBlock(RequestBlock):
             return False
         scope.spares = None
         scope.hold()
-        self.call_late(self.state.loop.time() + self.cleanup_grace, self.resume)
+        self.call_after_grace(self.resume)
         return True
 
     def fire_at_last(self) -> None:

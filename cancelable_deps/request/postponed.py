@@ -22,10 +22,11 @@ class Postponed:
 
     def __init__(self, loop: EventLoop, seconds: float) -> None:
         self._blocks: dict[Stoppable, Cause] = {}
+        self._loop = loop
         self._timer: Timer | None = None
-        if seconds < math.inf:
-            self._timer = loop.call_at(loop.time() + seconds, self.end)
+        self._until = math.inf
         self.is_over = False
+        self.shorten(seconds)
 
     def add(self, block: Stoppable, cause: Cause) -> None:
         """Postpone the stop of ``block``."""
@@ -36,6 +37,16 @@ class Postponed:
         for block, cause in self._blocks.items():
             other.add(block, cause)
         self.forget()
+
+    def shorten(self, seconds: float) -> None:
+        """Call `end` after ``seconds`` at the latest, if it is not over yet. Never lengthens the time."""
+        until = self._loop.time() + seconds
+        if self.is_over or until >= self._until:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._until = until
+        self._timer = self._loop.call_at(until, self.end)
 
     def end(self) -> None:
         """Stop now all blocks that are left."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ..kernel.errors import CancelationError
+    from ..kernel.members import Members
     from ..kernel.token import Cause
 
 
@@ -58,6 +59,10 @@ class ResponseProgress(Client):
     """Whether the listeners inside the application have been told of a disconnect, and have time to end."""
 
     cleanup_grace: float | None = None
+    grace_limit: float | None = None
+    """The most that `shorten_grace` has left to any cleanup in the request."""
+
+    _watchers: Members[Any]
     _postponed: Postponed | None = None
     _guard: Postponed | None = None
 
@@ -95,6 +100,22 @@ class ResponseProgress(Client):
     @property
     def grace(self) -> float:
         return settings.cleanup_grace if self.cleanup_grace is None else self.cleanup_grace
+
+    def shorten_grace(self, grace: float) -> None:
+        """Give each cleanup in the request, and what is postponed until listeners have ended, ``grace`` seconds at most.
+
+        This holds for the blocks that are open, as `Stoppable.shorten_grace` says, and for those that are entered later.
+        May be called in any thread, before or after the request is cancelled. Never lengthens a grace.
+        """
+        if not self.loop.is_running_here():
+            self.loop.call_from_thread(self.shorten_grace, grace)
+            return
+        self.cleanup_grace = min(self.grace, grace)
+        self.grace_limit = grace if self.grace_limit is None else min(self.grace_limit, grace)
+        if self._postponed is not None:
+            self._postponed.shorten(grace)
+        for watcher in list(self._watchers):
+            watcher.shorten_grace(grace)
 
     def postpones(self, block: Stoppable, cause: Cause) -> bool:
         """Return whether ``block`` is stopped later than the request, or not at all."""

@@ -169,6 +169,8 @@ class RequestState(ResponseProgress, Defaults, Mortal):
                 self.in_flight.add_young(self)
             else:
                 self.arm()
+        if self.grace_limit is not None:
+            watcher.shorten_grace(self.grace_limit)
 
     def arm(self) -> None:
         """Start listening, and tell the watchers."""

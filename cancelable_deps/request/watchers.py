@@ -31,6 +31,9 @@ class Watcher(Protocol):
         """Return whether a cancellation of the request reaches ``task`` through this watcher."""
         ...
 
+    def shorten_grace(self, grace: float) -> None:
+        """Give the cleanup of a block at most ``grace`` seconds."""
+
 
 class Door(Watcher, Protocol):
     """A block around the whole handler."""
@@ -78,6 +81,9 @@ class Listening:
         """Do nothing, because there is no work to cancel."""
 
     def token_is_made(self, token: CancelationToken) -> None:
+        """Do nothing, because there is no work to cancel."""
+
+    def shorten_grace(self, grace: float) -> None:
         """Do nothing, because there is no work to cancel."""
 
 

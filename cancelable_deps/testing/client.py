@@ -359,10 +359,13 @@ class _Tasks:
                 await work()
             except (Exception, BaseExceptionGroup) as exc:
                 self._error = exc
+            finally:
+                # A task keeps its context, and so all that the application has put there.
+                self._applications.remove(worker)
 
         serve.__qualname__ = work.__qualname__  # the name of the task
         worker = self._loop.spawn(serve, copy_context())
-        self._applications = [worker, *self._alive]
+        self._applications.append(worker)
         return worker.cancel
 
     async def close(self) -> None:
@@ -384,7 +387,7 @@ class _Tasks:
                 worker.cancel()
             # Not at every pass of the loop, as anyio does: that would pierce the shields of the application's cleanup.
             with real_seconds(_NEXT_CANCELLATION):
-                for worker in self._alive:
+                for worker in list(self._alive):
                     await worker.join()
 
     async def _run(self) -> None:

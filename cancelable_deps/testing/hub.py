@@ -170,8 +170,9 @@ class _Connection(MemoryBackend):
     async def enter(
         self, key: str, id: str, *, limit: int, queue: int, latest: bool, waits: bool, again: bool = False
     ) -> Entered:
-        options: dict[str, Any] = {"limit": limit, "queue": queue, "latest": latest, "waits": waits, "again": again}
-        return await self._call(super().enter(key, id, **options))
+        return await self._call(
+            super().enter(key, id, limit=limit, queue=queue, latest=latest, waits=waits, again=again)
+        )
 
     async def leave(self, key: str, id: str) -> Sequence[Waiter]:
         return await self._call(super().leave(key, id))

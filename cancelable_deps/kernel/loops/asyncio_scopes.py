@@ -221,6 +221,21 @@ class _OurScope(CancelScope):
     def _become_firm(self) -> None:
         raise NotImplementedError
 
+    def shorten_grace(self, grace: float) -> None:
+        """Give the cleanup in this scope, and in our scopes inside, at most ``grace`` seconds."""
+        for scope in (self, *_ours_inside(self)):
+            scope._shorten_own_grace(grace)
+
+    def _shorten_own_grace(self, grace: float) -> None:
+        # Without a shield if an exception has stopped the task; with one also if the grace is that of a scope around.
+        is_cleaning_up = self.is_delivered and not self._cancel_called and (self._shield or self._grace > 0)
+        self._grace = min(self._grace, grace)
+        if self._unwinding is not None:
+            self._unwinding.shorten_grace(grace)
+        until = self._loop.time() + grace
+        if is_cleaning_up and until < self._deadline:
+            self._end_grace_at(until)
+
     @property
     def _is_told_by_error(self) -> bool:
         return self._unwinding is not None and self._unwinding.is_active
@@ -635,6 +650,18 @@ def tell(loop: EventLoop, error: BaseException) -> None:
 def _ours_in(task: Any) -> Iterator[_OurScope]:
     """Return the scopes of this package that are open in ``task``, innermost first."""
     return (scope for scope in _scopes_in(task) if isinstance(scope, _OurScope))
+
+
+def _ours_inside(scope: CancelScope) -> Iterator[_OurScope]:
+    """Yield the scopes of this package that are open inside ``scope``, in any task, and that no other's shield hides."""
+    todo = list(scope._child_scopes)
+    while todo:
+        inner = todo.pop()
+        if isinstance(inner, _OurScope):
+            yield inner
+        elif inner._shield:
+            continue
+        todo += inner._child_scopes
 
 
 def _scopes_in(task: Any) -> Iterator[CancelScope]:

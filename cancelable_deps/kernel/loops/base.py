@@ -153,6 +153,13 @@ class PoliteScope(Protocol):
     def move_deadline(self, deadline: float) -> None:
         """Change the deadline that is reported."""
 
+    def shorten_grace(self, grace: float) -> None:
+        """Give the cleanup in this scope, and in the scopes inside that no shield hides, at most ``grace`` seconds.
+
+        A cleanup that runs now ends its grace at the present end or ``grace`` seconds from now, whichever is earlier.
+        One that begins later has at most ``grace`` seconds. Never lengthens a grace.
+        """
+
     @property
     def is_lost(self) -> bool:
         """Whether an inner scope has swallowed the cancellation as its own, so that the work continued by mistake."""
@@ -191,6 +198,9 @@ class MemberScope(Protocol):
     def is_passed_by(self) -> bool:
         """Whether the cancellation came from further out than the task group, which must pass it on."""
         ...
+
+    def shorten_grace(self, grace: float) -> None:
+        """The same as `PoliteScope.shorten_grace`."""
 
     def pass_on(self) -> None:
         """Note, after `end`, that the group raises a cancellation from further out, which the task so receives."""

@@ -54,7 +54,7 @@ class AsyncioWatch:
     Then the scope is closed until the next step of the task, which follows when the future that it awaits is done.
     """
 
-    __slots__ = ("_before", "_future", "_handles", "_loop", "_pair", "_passes", "_struck", "_task")
+    __slots__ = ("_before", "_end_of_wait", "_future", "_handles", "_loop", "_pair", "_passes", "_struck", "_task")
 
     def __init__(self, pair: Pair, task: asyncio.Task[Any]) -> None:
         self._pair = pair
@@ -65,6 +65,7 @@ class AsyncioWatch:
         self._struck: list[asyncio.Task[Any]] = []
         self._before = 0
         self._passes = 0
+        self._end_of_wait = math.inf
 
     def start(self) -> None:
         is_stepping = getattr(self._task.get_coro(), "cr_running", False)
@@ -74,6 +75,11 @@ class AsyncioWatch:
             self._handles = [self._loop.call_soon(self._offer, context=Context())]
         else:
             self._offer()
+
+    def shorten_grace(self, grace: float) -> None:
+        until = self._loop.time() + grace
+        if self._struck and until < self._end_of_wait:
+            self._wait_for_others_until(until)
 
     def guard(self) -> None:
         self.stop()
@@ -173,9 +179,13 @@ class AsyncioWatch:
         future = _awaited_by(self._task)
         if future is not None:
             self._listen_to(future)
-        grace = self._pair.grace
-        if grace < math.inf:
-            self._handles = [self._loop.call_later(grace, self._offer, context=Context())]
+        self._wait_for_others_until(self._loop.time() + self._pair.grace)
+
+    def _wait_for_others_until(self, until: float) -> None:
+        for handle in self._handles:
+            handle.cancel()
+        self._end_of_wait = until
+        self._handles = [] if until == math.inf else [self._loop.call_at(until, self._offer, context=Context())]
 
     def _has_ended(self, task: asyncio.Task[Any]) -> None:
         if task in self._struck:

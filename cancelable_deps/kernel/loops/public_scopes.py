@@ -84,6 +84,9 @@ class Watch(Protocol):
     def stop(self) -> None:
         """Stop offering it."""
 
+    def shorten_grace(self, grace: float) -> None:
+        """Wait at most ``grace`` seconds from now for what cleans up before the cancellation is offered again."""
+
     def guard(self) -> None:
         """Stop offering it, and offer it again if a nursery loses it."""
 
@@ -317,6 +320,12 @@ class Pair:
         if self.is_delivered and not self._is_left_alone and self.grace > 0:
             self.close()
 
+    def shorten_grace(self, grace: float) -> None:
+        """Give the cleanup in this pair, and in those inside that are known, at most ``grace`` seconds."""
+        for outer in (self, *self._member_scopes):
+            for pair in _reached_pairs(outer):
+                _shorten_grace_of(pair, grace)
+
     # A task that is stopped by an exception.
 
     def note_unwinding(self, error: BaseException) -> None:
@@ -377,6 +386,34 @@ class Pair:
     @property
     def is_lost(self) -> bool:
         return self.nurseries.have_swallowed and not self._is_covered
+
+
+def _reached_pairs(outer: Pair) -> Iterator[Pair]:
+    """Yield ``outer`` and the inner pairs in the same task that no shield hides."""
+    yield outer
+    for pair in outer._pairs_inside():
+        if not pair._is_reached_from_above:
+            return
+        yield pair
+
+
+def _shorten_grace_of(pair: Pair, grace: float) -> None:
+    # Without a shield if an exception has stopped the task; left alone also if the grace is that of a pair around.
+    is_protected = pair._inner.shield or not pair._outer.cancel_called
+    is_cleaning_up = pair.is_delivered and (pair._is_left_alone or (is_protected and pair.grace > 0))
+    pair.grace = min(pair.grace, grace)
+    if pair._unwinding is not None:
+        pair._unwinding.shorten_grace(grace)
+    until = pair.loop.time() + grace
+    if is_cleaning_up and until < pair._inner.deadline:
+        pair._set_deadline(pair._inner, until)
+    if pair._watch is not None and not pair.is_delivered:
+        if pair.grace > 0:
+            pair._watch.shorten_grace(grace)
+        else:
+            # Without a grace, a cancellation is not offered, but let through.
+            pair._stop_watching()
+            pair.open()
 
 
 class PublicScope(Pair):

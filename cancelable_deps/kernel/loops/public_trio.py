@@ -56,6 +56,8 @@ class TrioWatch:
     def stop(self) -> None:
         self._instrument.remove(self)
 
+    def shorten_grace(self, grace: float) -> None: ...
+
     def guard(self) -> None:
         self._is_guarding = True
 

@@ -25,7 +25,7 @@ from trio._core._run import CancelStatus
 from .unwinding import HookedMemberScope, Unwinding, leave
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from anyio import CancelScope
 
@@ -151,6 +151,18 @@ def _let_pass(status: Any) -> None:
         if not inner._scope.shield:
             inner.__class__ = _Passing
             todo += inner._children
+
+
+def _ours_inside(status: Any) -> Iterator[TrioMemberScope]:
+    """Yield the scopes of this package that are open inside ``status``, in any task, and that no other's shield hides."""
+    todo = list(status._children)
+    while todo:
+        inner = todo.pop()
+        if isinstance(inner._scope, TrioMemberScope):
+            yield inner._scope
+        elif inner._scope.shield:
+            continue
+        todo += inner._children
 
 
 def _is_cancelled(value: Any) -> bool:
@@ -306,6 +318,22 @@ class TrioMemberScope(HookedMemberScope):
             self.is_delivered = True
             self._end_unwinding()
             self._leave_alone(self._loop.time() + self._grace)
+
+    def shorten_grace(self, grace: float) -> None:
+        """Give the cleanup in this scope, and in our scopes inside, at most ``grace`` seconds."""
+        for scope in (self, *_ours_inside(self.status)):
+            scope._shorten_own_grace(grace)
+
+    def _shorten_own_grace(self, grace: float) -> None:
+        scope = self._scope
+        # Without a shield if an exception has stopped the task; with one also if the grace is that of a scope around.
+        is_cleaning_up = self.is_delivered and not scope.cancel_called and (scope.shield or self._grace > 0)
+        self._grace = min(self._grace, grace)
+        if self._unwinding is not None:
+            self._unwinding.shorten_grace(grace)
+        until = self._loop.time() + grace
+        if is_cleaning_up and until < scope.deadline:
+            scope.deadline = until
 
     # A task that is stopped by an exception.
 

@@ -101,6 +101,16 @@ class Unwinding:
         if self._timer is None and until < math.inf:
             self._timer = self._loop.call_at(until, self._is_over)
 
+    def shorten_grace(self, grace: float) -> None:
+        """Protect the cleanup for at most ``grace`` seconds, from now or from an exception that is added later."""
+        self._grace = min(self._grace, grace)
+        by = self._loop.time() + grace
+        self._errors = tuple((error, min(until, by)) for error, until in self._errors)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+            self.start_timer()
+
     def end(self) -> None:
         """Forget all exceptions, without a call."""
         self._errors = ()

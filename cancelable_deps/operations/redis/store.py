@@ -151,7 +151,7 @@ class RedisBackend:
             ],
             [me, self._lease_ms, identity_text(self._worker), self._read_to, self._mail_read_to, self._memory_ms],
         )
-        has_lost = bool(lost) or (self._has_joined and not known)
+        has_forgotten = bool(lost) or (self._has_joined and not known)
         self._has_joined = not fenced
         self._has_gap = self._has_gap or bool(gap)
         await self._renew_places()
@@ -159,7 +159,7 @@ class RedisBackend:
         if may_reap and not fenced:
             for worker in dead:
                 await graves.reap(text(worker))
-        return Beat(identities_of(map(text, alive)), graves.lost, graves.granted, bool(fenced), has_lost)
+        return Beat(identities_of(map(text, alive)), graves.lost, graves.granted, bool(fenced), has_forgotten)
 
     async def _renew_places(self) -> None:
         """Keep the keys that are held for long. The dictionary is in the order of the renewals."""
