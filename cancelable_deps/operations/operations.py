@@ -405,7 +405,7 @@ class Operations:
         return result_of(fields)
 
     async def events(self, id: str, *, owner: object = ANYONE) -> AsyncGenerator[OperationEvent]:
-        """Iterate over the changes of an operation, first its present state, until its end.
+        """Iterate over the changes of an operation, first its present state and progress, until its end.
 
         A consumer that is slow misses changes in between, and never the last one. Leave a loop early by ``aclosing``.
 

@@ -132,6 +132,9 @@ class Watching:
         running.listeners.append(note)
         try:
             note(running, "end" if running.has_ended else "state")
+            if running.progress_so_far is not None and not running.has_ended:
+                # Work may have reported before anybody could listen.
+                note(running, "progress")
             async with aclosing(_until_end(changes)) as events:
                 async for event in events:
                     yield event
@@ -142,6 +145,8 @@ class Watching:
         follower = new_entry_id()
         changes = self._followed[follower] = _Changes()
         changes.note("state", known)
+        if known.progress is not None:
+            changes.note("progress", known)
         try:
             async with aclosing(_until_end(changes, lambda: self._follow(follower, known))) as events:
                 async for event in events:
