@@ -1,6 +1,6 @@
 """Our own doors, as a user writes them."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 from fastapi import Depends, FastAPI
@@ -70,10 +70,14 @@ class _Opened:
         self._operations = operations
         self._header = [(b"operation-id", b"a-name-of-36-characters-as-uuids-are")] if is_named else []
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._operations.is_open:
-            await self._operations.__aenter__()
-        scope["headers"] += self._header
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        # Not a coroutine of its own, which would be counted.
+        if self._header:
+            scope["headers"] += self._header
+        return self._app(scope, receive, send) if True else self._first(scope, receive, send)
+
+    async def _first(self, scope: Scope, receive: Receive, send: Send) -> None:
+        pass
         await self._app(scope, receive, send)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from starlette.responses import JSONResponse
@@ -23,6 +24,7 @@ OPERATION_ID_KEY: Final = "cancelable_deps.operation_id"
 _ID: Final = re.compile(rb"(?!\.{1,2}\Z)[A-Za-z0-9._~:-]{1,128}")
 _HEADER: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _STARTS: Final = frozenset({"http.response.start", "websocket.accept", "websocket.http.response.start"})
+_NAME: Final = itemgetter(0)
 _ADVICE: Final = (
     "An operation id has 1 to 128 of the characters A-Z a-z 0-9 . _ ~ : - (not . or .. alone) and is given once"
 )
@@ -55,11 +57,8 @@ class Naming:
 
     def is_used_by(self, scope: Scope) -> bool:
         """Return whether a request has the header."""
-        raw = self._raw
-        for name, _ in scope["headers"]:  # noqa: SIM110 - `any()` takes three times as long
-            if name == raw:
-                return True
-        return False
+        # Without a step of the interpreter for each header: every request pays for this.
+        return self._raw in map(_NAME, scope["headers"])
 
     async def serve(self, serve: Serve, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request that has the header: note its id, and echo it. A value that is no id is refused.
