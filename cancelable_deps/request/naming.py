@@ -28,6 +28,10 @@ _NAME: Final = itemgetter(0)
 _ADVICE: Final = (
     "An operation id has 1 to 128 of the characters A-Z a-z 0-9 . _ ~ : - (not . or .. alone) and is given once"
 )
+_NOT_OPEN: Final = (
+    "the operations of RequestCancelationMiddleware are not open: pass their lifespan to the application, "
+    "FastAPI(lifespan=operations.lifespan())"
+)
 _POLICY_VIOLATION: Final = 1008
 
 
@@ -121,14 +125,17 @@ def checked_naming(operations: Any, header: Any) -> Naming | None:
 
 def failing_without(operations: CancelsByName, send: Send) -> Send:
     """Return a ``send()`` of a lifespan that fails the start of an application if its operations are not open by then."""
+    has_failed = False
 
     async def send_or_fail(message: Message) -> None:
+        nonlocal has_failed
+        if has_failed:
+            return  # What a framework sends of the error below.
         if message["type"] == "lifespan.startup.complete" and not operations.is_open:
-            message = {
-                "type": "lifespan.startup.failed",
-                "message": "the operations of RequestCancelationMiddleware are not open: pass their lifespan to the "
-                "application, FastAPI(lifespan=operations.lifespan())",
-            }
+            has_failed = True
+            await send({"type": "lifespan.startup.failed", "message": _NOT_OPEN})
+            # The application would wait for its shutdown otherwise.
+            raise RuntimeError(_NOT_OPEN)
         await send(message)
 
     return send_or_fail
