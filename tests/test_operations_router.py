@@ -26,6 +26,7 @@ from cancelable_deps.operations import (
 )
 from cancelable_deps.operations import events_stream as stream_module
 from cancelable_deps.testing import Call, CancelableClient, HangUp
+from tests.calls import CEILING
 from tests.operations_app import (
     ADMIN,
     ALICE,
