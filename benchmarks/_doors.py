@@ -74,10 +74,10 @@ class _Opened:
         # Not a coroutine of its own, which would be counted.
         if self._header:
             scope["headers"] += self._header
-        return self._app(scope, receive, send) if True else self._first(scope, receive, send)
+        return self._app(scope, receive, send) if self._operations.is_open else self._first(scope, receive, send)
 
     async def _first(self, scope: Scope, receive: Receive, send: Send) -> None:
-        pass
+        await self._operations.__aenter__()
         await self._app(scope, receive, send)
 
 
