@@ -79,6 +79,23 @@ async def test_a_mounted_application_has_the_operations_of_the_one_around_it() -
         assert (await call.response()).status_code == 499
 
 
+async def test_a_request_that_is_asked_for_is_listed_before_it_is_old() -> None:
+    operations = Operations()
+    app = FastAPI(lifespan=operations.lifespan())
+
+    @app.get("/own")
+    async def own(operation: RequestOperation, operations: RequestOperations) -> bool:
+        return [each.id for each in (await operations.list()).items] == [operation.id]
+
+    @app.get("/other")
+    async def other(operations: RequestOperations) -> int:
+        return (await operations.list()).total
+
+    async with CancelableClient(app, ceiling=CEILING) as client:
+        assert (await client.get("/own")).json() is True
+        assert (await client.get("/other")).json() == 0
+
+
 async def test_two_applications_of_one_loop_do_not_see_each_others_requests() -> None:
     both = [Operations(), Operations()]
     apps = [FastAPI(lifespan=operations.lifespan()) for operations in both]

@@ -114,7 +114,6 @@ class Exchange:
         self._beats_in_a_row = 0
         self._missed = 0
         self._has_warned = False
-        self._is_leaving = False
         self._began = clock.now()
 
     @property
@@ -133,7 +132,6 @@ class Exchange:
 
     async def leave(self) -> None:
         """Say goodbye, so that others do not wait for the answers of this worker."""
-        self._is_leaving = True
         await self._say("bye", {})
 
     async def _say(self, kind: str, data: dict[str, Any]) -> None:

@@ -89,4 +89,7 @@ class Listing:
 
 def runs(each: RequestState | RunningBlock) -> bool:
     """Return whether it has not ended."""
-    return not each.has_ended if isinstance(each, Running) else each.is_old
+    if isinstance(each, Running):
+        return not each.has_ended
+    # A young one is known by its operation alone.
+    return each.is_old or (each.operation is not None and not each.operation.has_ended)

@@ -228,9 +228,9 @@ class Local:
         requests += [running.request for running in self._young if running.request is not None]
         if shared:
             requests = [request for request in requests if self.has(request.scope)]
-        if not self._blocks:
+        if not self._blocks and not self._young:
             return requests
-        # Both parts are nearly in order, which makes the sorting cheap.
+        # All parts are nearly in order, which makes the sorting cheap.
         return sorted([*requests, *self._blocks], key=_started)
 
     def blocks(self) -> Iterator[RunningBlock]:
