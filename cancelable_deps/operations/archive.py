@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from .conditions import Conditions, has_been
 from .model import Operation, OperationList
-from .names import ANYONE
+from .names import ANYONE, owner_as_data
 from .records import is_of, operation_of
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Archive:
 
         :raises Unavailable: if the store cannot be reached.
         """
-        owner = None if conditions.owner is ANYONE else conditions.owner
+        owner = owner_as_data(conditions.owner)
         now = self._local.clock.now()
         found = [each for each in await self.history(owner, limit=MOST_READ) if has_been(conditions, each, now)]
         return OperationList(items=found[:limit], total=len(found), unreachable=[])

@@ -14,7 +14,7 @@ from .conditions import Conditions
 from .exchange import Answers
 from .listing import MOST, as_running, everything_that, runs
 from .model import Cancelation, Operation, OperationState
-from .names import ANYONE, worker_of
+from .names import ANYONE, owner_as_data, owner_of_data, worker_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -63,7 +63,7 @@ class Cancels:
             return Cancelation(outcome=outcome_of(ended.state), operation=ended.view())
         data = {
             "target": id,
-            "owner": None if owner is ANYONE else owner,
+            "owner": owner_as_data(owner),
             "message": message,
             "wait": wait,
             "grace": grace,
@@ -109,7 +109,7 @@ class Cancels:
         """Stop an operation for another worker, and answer it."""
         data = entry.data
         id = str(data["target"])
-        owner: Owner = ANYONE if data.get("owner") is None else str(data["owner"])
+        owner = owner_of_data(data)
         cause = Cause(CancelationReason.MANUAL, data.get("message"))
         running = self._local.find(id, owner)
         self._remember(id, owner, cause)

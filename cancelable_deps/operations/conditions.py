@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 from ..hosts.starlette import route_template
 from ..kernel.options import seconds
 from .model import Kind, Operation, OperationState
-from .names import ANYONE, checked_key, checked_labels, checked_owners
+from .names import ANYONE, checked_key, checked_labels, checked_owners, owner_as_data
 from .running import Running
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Conditions(NamedTuple):
     def as_data(self) -> dict[str, Any]:
         """Return them as JSON has them."""
         fields = self._asdict()
-        fields["owner"] = None if self.owner is ANYONE else self.owner
+        fields["owner"] = owner_as_data(self.owner)
         return {name: value for name, value in fields.items() if value is not None}
 
     @classmethod

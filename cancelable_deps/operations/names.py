@@ -90,6 +90,16 @@ def checked_owners(value: object) -> Owner:
     return ANYONE if value is ANYONE else checked_owner(value)
 
 
+def owner_as_data(owner: Owner) -> str | None:
+    """Return an owner as an entry has it."""
+    return None if owner is ANYONE else owner
+
+
+def owner_of_data(data: Mapping[str, Any]) -> Owner:
+    """Return the owner that an entry has."""
+    return ANYONE if data.get("owner") is None else str(data["owner"])
+
+
 def checked_key(value: object) -> str:
     """Return a key, or an error as `checked_owner` does."""
     if isinstance(value, UUID) or (isinstance(value, int) and not isinstance(value, bool)):

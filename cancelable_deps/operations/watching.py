@@ -12,7 +12,7 @@ from .backend import Unavailable
 from .entries import new_entry_id
 from .errors import OperationUnknown
 from .model import Operation, OperationEvent, OperationState
-from .names import ANYONE, worker_of
+from .names import ANYONE, owner_as_data, owner_of_data, worker_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -89,7 +89,7 @@ class Watching:
         worker = worker_of(id)
         if worker is not None and worker not in self._exchange.others:
             return None
-        data = {"target": id, "owner": None if owner is ANYONE else owner}
+        data = {"target": id, "owner": owner_as_data(owner)}
         answers = await self._exchange.ask("get", data, to=None if worker is None else [worker], timeout=_ASK_SECONDS)
         found = [Operation.model_validate(each["operation"]) for each in answers.of.values() if "operation" in each]
         return max(found, key=lambda operation: operation.started, default=None)
@@ -101,7 +101,7 @@ class Watching:
 
     def _found(self, entry: Entry) -> Running | None:
         id = str(entry.data["target"])
-        owner: Owner = ANYONE if entry.data.get("owner") is None else str(entry.data["owner"])
+        owner = owner_of_data(entry.data)
         running = self._local.find(id, owner)
         return running[-1] if running else self._local.find_ended(id, owner)
 
