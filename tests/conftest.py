@@ -108,14 +108,14 @@ def asks_for_compat(expression: str) -> bool:
 
 
 def beyond_one_server(items: list[pytest.Item]) -> Iterator[pytest.Item]:
-    """Yield the cases of `one_server` that are neither on the first server nor the first of their test on another."""
+    """Yield the cases of `one_server` that are not on the first server, but the first of a test on each, if it asks."""
     seen: set[object] = set()
     for item in items:
         mark, parameters = item.get_closest_marker("one_server"), getattr(item, "callspec", None)
         if mark is None or parameters is None or not parameters.indices.get(*mark.args, 0):
             continue
         key = item.nodeid.partition("[")[0], parameters.indices[mark.args[0]]
-        if key in seen:
+        if key in seen or not mark.kwargs.get("others"):
             yield item
         seen.add(key)
 

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.anyio]
 
 
 async def test_every_filter_across_workers() -> None:
-    async with workers(2) as (hub, (a, b)):
+    async with workers(2, background_grace=0) as (hub, (a, b)):
         ann = await a.start(endless, owner="ann", key="k", labels={"stage": "one", "size": "big"})
         bob = await b.start(endless, owner="bob", key="k", labels={"stage": "two"})
         async with AsyncExitStack() as stack:
