@@ -23,6 +23,7 @@ from .backend import Unavailable
 from .doubtful import DoubtfulRecords
 from .errors import OperationBusy, OperationsUnavailable, OperationTaken
 from .model import Operation, OperationState
+from .names import ANYONE
 from .records import (
     Outcome,
     TooLarge,
@@ -139,11 +140,23 @@ class Background:
 
     async def _join(self, id: str, owner: str | None) -> Operation | None:
         [record] = await self._exchange.calling(self._exchange.backend.load([id]))
-        if record is None:
+        job = self._known_here(id) if record is None else None
+        if record is not None:
+            known_owner, known = record.fields.get("owner"), self.archive.seen(id, record.fields)
+        elif job is not None:
+            known_owner, known = job.owner, job.view()
+        else:
             return None
-        if record.fields.get("owner") != owner:
+        if known_owner != owner:
             raise OperationTaken
-        return self.archive.seen(id, record.fields)
+        return known
+
+    def _known_here(self, id: str) -> Job | None:
+        """Return the work of this process with an id whose record the store has lost: two would share one record."""
+        ended = self._local.find_ended(id, ANYONE)
+        jobs = [job for job in (*self._local.find(id, ANYONE), ended) if isinstance(job, Job) and job.has_record]
+        oldest = self._local.loop.time() - self._result_ttl
+        return next((job for job in jobs if job.ended_at is None or job.ended_at > oldest), None)
 
     async def _take_turn(self, job: Job, when_busy: str) -> None:
         if job.key is None or when_busy == "run":

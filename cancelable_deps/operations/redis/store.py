@@ -257,9 +257,10 @@ class RedisBackend:
         """Create a record, or return the one that has the id."""
         owner = fields.get("owner")
         pairs = as_pairs({name: value for name, value in fields.items() if name != "result"})
+        names, me = self._names, self._worker.name
         is_new, known = await self._run(
             scripts.CREATE,
-            [self._names.record(id), self._names.held(self._worker.name), *self._names.indexes(owner)],
+            [names.record(id), names.held(me), names.workers, names.tombstone(me), *names.indexes(owner)],
             [
                 id,
                 held_record(id),
@@ -267,9 +268,13 @@ class RedisBackend:
                 encoded(fields["created"]),
                 MOST_OF_ALL,
                 MOST_OF_OWNER,
+                me,
+                self._lease_ms,
                 *pairs,
             ],
         )
+        if is_new < 0:
+            raise Unavailable(_GIVEN_UP)
         if is_new:
             self._owners[id] = owner
         return Record(id, fields_of(list(map(text, known))) if known else fields, is_new=bool(is_new))
@@ -342,10 +347,12 @@ class RedisBackend:
         names, me = self._names, self._worker.name
         status, generation, earlier = await self._run(
             scripts.ENTER,
-            [*names.places(key), names.generations, names.held(me), names.workers, names.since],
+            [*names.places(key), names.generations, names.held(me), names.workers, names.since, names.tombstone(me)],
             [id, me, held_place(key, id), limit, queue, int(latest), int(waits), int(again), self._lease_ms],
         )
         found = text(status)
+        if found not in _STATUS:
+            raise Unavailable(_GIVEN_UP)
         if found != "refused":
             self._places[key, id] = time.monotonic()
         pairs = list(map(text, earlier))
@@ -364,6 +371,7 @@ class RedisBackend:
         return waiters_of(granted)
 
 
+_GIVEN_UP: Final = "this worker was given up, and does not know it yet"
 _STATUS: Final[dict[str, Any]] = {"admitted": "admitted", "waiting": "waiting", "refused": "refused"}
 
 
