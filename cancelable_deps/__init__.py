@@ -7,7 +7,7 @@
 # kernel/     stop a block of work, without the web
 #   cancelable task_group token errors reasons                    what users see
 #   block callbacks stoppable timed                               the classes under Cancelable, one job each
-#   remaining                                                     the time around the caller
+#   remaining detached                                            the time around the caller; work that goes on without it
 #   timeouts condition shields interrupting threads               what ends a block, what delays that, where work runs
 #     processes/(pool child)
 #   loops/(base current asyncio_loop trio_loop thread_loop        the event loops,
@@ -29,7 +29,7 @@
 # doors/      the ways into an application
 #   decorator options endpoint dress generators                   @with_cancelation
 #   middleware base_http wsgi route                               the application, one router
-#   dependencies streaming progress websocket lifespan            handles, responses, WebSockets, the shutdown
+#   dependencies event streaming progress websocket lifespan      handles, responses, WebSockets, the shutdown
 # deadlines/  the time of a request for the services that it calls
 #   forward transport
 # operations/ what runs, and stopping it from elsewhere
@@ -58,11 +58,13 @@ from .doors.dependencies import RequestTaskGroup as RequestTaskGroup
 from .doors.dependencies import cancelable_dependency as cancelable_dependency
 from .doors.dependencies import cancelable_with_timeout as cancelable_with_timeout
 from .doors.dependencies import cancellation as cancellation
+from .doors.dependencies import cancellation_event as cancellation_event
 from .doors.dependencies import create_request_task_group as create_request_task_group
 from .doors.dependencies import no_timeout as no_timeout
 from .doors.dependencies import request_task_group as request_task_group
 from .doors.dependencies import timeout_policy as timeout_policy
 from .doors.dependencies import wait_for_disconnect as wait_for_disconnect
+from .doors.event import RequestCancellationEvent as RequestCancellationEvent
 from .doors.lifespan import begin_shutdown as begin_shutdown
 from .doors.lifespan import cancelation_lifespan as cancelation_lifespan
 from .doors.lifespan import shutdown_token as shutdown_token
@@ -74,6 +76,7 @@ from .doors.streaming import cancelable_streaming_response as cancelable_streami
 from .doors.websocket import CancelableWebSocket as CancelableWebSocket
 from .kernel.cancelable import Cancelable as Cancelable
 from .kernel.cancelable import current_cancelable as current_cancelable
+from .kernel.detached import Detached as Detached
 from .kernel.errors import CancelationError as CancelationError
 from .kernel.errors import ConditionCancelation as ConditionCancelation
 from .kernel.errors import DisconnectCancelation as DisconnectCancelation
@@ -96,11 +99,13 @@ __all__ = [
     "CancelationToken",
     "CancellationEvent",
     "ConditionCancelation",
+    "Detached",
     "DisconnectCancelation",
     "ManualCancelation",
     "ParentCancelation",
     "RequestCancelable",
     "RequestCancelationMiddleware",
+    "RequestCancellationEvent",
     "RequestTaskGroup",
     "SignalCancelation",
     "TimeoutCancelation",
@@ -111,6 +116,7 @@ __all__ = [
     "cancelable_with_timeout",
     "cancelation_lifespan",
     "cancellation",
+    "cancellation_event",
     "configure",
     "create_request_task_group",
     "current_cancelable",

@@ -21,6 +21,8 @@ import cancelable_deps.deadlines
 import cancelable_deps.operations
 import cancelable_deps.testing
 from cancelable_deps import CancelationReason, begin_shutdown, configure
+from cancelable_deps.kernel.detached import all_detached
+from cancelable_deps.kernel.loops.current import current_loop
 from cancelable_deps.testing import Call, CancelableClient, SocketClosed, advance, assert_cancelled
 from tests.calls import CEILING, connected, get, hang_up, movable_clock, running
 from tests.redis_server import redis_server
@@ -159,6 +161,24 @@ async def test_event() -> None:
     answer = (await hang_up(app, "/count")).json()
     assert answer["stopped_by"] == "disconnect"
     assert answer["rows"] < 1000
+
+
+@movable_clock
+async def test_event_before_the_timeout() -> None:
+    app = run("handles.md", "A stopping point before the timeout")["app"]
+    call = await after(25.5, app, "/search")
+    assert call.status == 200
+    answer = call.json()
+    assert answer["complete"] is False
+    assert answer["found"] > 0
+
+
+async def test_detached_work() -> None:
+    names = run("handles.md", "Work that goes on")
+    assert (await hang_up(names["app"], "/prices/7")).status == 499
+    await all_detached(current_loop()).wait_empty()
+    assert names["prices"] == {"7": 42}
+    assert (await get(names["app"], "/prices/7")).json() == 42
 
 
 # middleware.md, policies.md, guarantees.md

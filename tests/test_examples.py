@@ -113,6 +113,14 @@ async def test_partial_result(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @movable_clock
+async def test_partial_result_before_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partial_result, "imported", {})
+    answer = (await stay(partial_result.app, "POST", "/imports/8", after=1.6)).json()
+    assert answer["stopped"] == "timeout"
+    assert 0 < answer["imported"] == partial_result.imported[8] < 30
+
+
+@movable_clock
 async def test_middleware_timeout() -> None:
     assert (await stay(middleware.app, "GET", "/report", after=2)).status_code == 504
 

@@ -69,8 +69,8 @@ def cancelation_lifespan(
     1. `shutdown_token` is cancelled at once.
     2. Requests in flight may go on for ``grace`` seconds. Those that still run are then cancelled: they are answered with
        503 and ``Retry-After``, streams are aborted, WebSockets are closed with 1012.
-    3. Work after a complete response (background tasks under the middleware or the route class) has another
-       ``background_grace`` seconds, and is then cancelled too.
+    3. Work after a complete response (background tasks under the middleware or the route class) and detached work have
+       another ``background_grace`` seconds, and are then cancelled too.
 
     Every cleanup has its own grace in addition. Give the server more time than all of these together: a server whose own
     timeout is shorter closes the connections first.

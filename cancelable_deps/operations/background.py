@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections import OrderedDict
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
@@ -357,29 +355,3 @@ def _progress_of(job: Job) -> dict[str, Any]:
 
 
 async def _nothing(cancel: Cancelable) -> None: ...
-
-
-def checked_work(work: Any, count: int) -> Work:
-    """Return work that can be started.
-
-    :raises TypeError: if it cannot.
-    """
-    what: Any = work
-    while isinstance(what, partial):
-        what = what.func
-    if not callable(what) or inspect.isgeneratorfunction(what) or inspect.isasyncgenfunction(what):
-        raise TypeError(f"work must be an async function that takes the Cancelable, not {work!r}")
-    is_plain = inspect.isbuiltin(what) or (inspect.isfunction(what) and not inspect.iscoroutinefunction(what))
-    if is_plain and what.__name__ != "<lambda>" and not hasattr(what, "__wrapped__"):
-        raise TypeError(
-            f"work must be an async function that takes the Cancelable, and {what.__name__}() is not async. Run a "
-            "blocking function inside of one: `await cancel.run_in_thread(function)`, or `cancel.run_in_process(function)`"
-        )
-    try:
-        inspect.signature(work).bind(*[None] * (count + 1))
-    except TypeError as exc:
-        raise TypeError(f"work is called with the Cancelable and the {count} arguments given here: {exc}") from None
-    except ValueError:
-        pass  # Some functions that are written in C have no signature.
-    typed: Work = work
-    return typed

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from ..kernel.detached import all_detached
+from ..kernel.errors import CancelationError
 from ..kernel.reasons import CancelationReason
 from ..kernel.token import Cause
 from ..request.in_flight import in_flight_of
@@ -13,7 +15,7 @@ from ..request.naming import OPERATION_ID_KEY
 from ..request.state import SCOPE_KEY
 from .clock import clock_of
 from .model import OperationState
-from .names import ANYONE, new_id
+from .names import ANYONE, MOST_NAME, new_id
 from .remembered import EarlyCancels, EndedOperations
 from .running import RefusedRequest, Running, RunningBlock, RunningRequest
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from starlette.types import Scope
 
+    from ..kernel.detached import Detached
     from ..kernel.loops.base import EventLoop
     from ..request.state import RequestState
     from .names import Owner
@@ -56,15 +59,19 @@ class Local:
         self._arrived: dict[str, list[Scope]] = {}
         self._blocks: dict[RunningBlock, None] = {}
         self._in_flight = in_flight_of(loop)
+        self._all_detached = all_detached(loop)
+        self._detached: dict[Detached[Any], RunningBlock] = {}
 
     def open(self) -> None:
         """Begin to observe the requests of the loop."""
         self._in_flight.observers += (self,)
+        self._all_detached.observers += (self,)
         self.loop.extras.setdefault(_OPEN, []).append(self)
 
     def close(self) -> None:
         """Observe nothing any more."""
         self._in_flight.observers = tuple(each for each in self._in_flight.observers if each is not self)
+        self._all_detached.observers = tuple(each for each in self._all_detached.observers if each is not self)
         self.loop.extras[_OPEN].remove(self)
 
     def has(self, scope: Scope) -> bool:
@@ -103,6 +110,30 @@ class Local:
             end = _end_of(request, running)
             state = OperationState.FINISHED if end == OperationState.FINISHED else OperationState.CANCELLED
             self._end(running, state, end)
+
+    def work_began(self, work: Detached[Any]) -> None:
+        """Note work that a request of these operations has detached; work of no request belongs to the first."""
+        request: RequestState | None = work.origin
+        is_own = self.loop.extras[_OPEN][0] is self if request is None else self.has(request.scope)
+        if not is_own:
+            return
+        running = self._detached[work] = RunningBlock(self, work.cancelable, "detached")
+        running.name = work.name[:MOST_NAME]
+        of_request: Running | None = None if request is None else request.operation
+        running.owner = None if of_request is None else of_request.owner
+        self.add(running, None)
+
+    def work_ended(self, work: Detached[Any]) -> None:
+        """Note the end of detached work."""
+        running = self._detached.pop(work, None)
+        if running is None:
+            return
+        if work.error is None:
+            state = OperationState.FINISHED
+        else:
+            stopped = isinstance(work.error, CancelationError) and work.error.reason is work.cancelable.reason
+            state = OperationState.CANCELLED if stopped else OperationState.FAILED
+        self.remove(running, state)
 
     def of_request(self, request: RequestState) -> RunningRequest:
         """Return the operation of a request, which is made when it is first asked for."""

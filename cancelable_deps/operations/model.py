@@ -15,7 +15,7 @@ from .accepted import AcceptedResponse
 if TYPE_CHECKING:
     from starlette.responses import Response
 
-Kind = Literal["request", "websocket", "background", "tracked"]
+Kind = Literal["request", "websocket", "background", "detached", "tracked"]
 
 
 class OperationState(StrEnum):

@@ -10,9 +10,9 @@ import anyio
 from ..kernel.cancelable import Cancelable
 from ..kernel.errors import CancelationError
 from ..kernel.log import logger
-from ..kernel.options import seconds
+from ..kernel.options import checked_work, name_of_work, seconds
 from .backend import Unavailable
-from .background import WHEN_BUSY, Job, checked_work
+from .background import WHEN_BUSY, Job
 from .conditions import checked
 from .errors import OperationsUnavailable, OperationUnknown
 from .local import STATE_KEY
@@ -245,7 +245,7 @@ class Operations:
         if when_busy != "run" and key is None:
             raise TypeError(f"when_busy={when_busy!r} needs a key: the name of the group that may be busy")
         job = Job(worker.local, Cancelable(timeout=timeout), checked_work_, args)
-        job.name = _name_of(work) if name is None else checked_name(name)
+        job.name = name_of_work(work) if name is None else checked_name(name)
         job.owner = None if owner is None else checked_owner(owner)
         job.key = None if key is None else checked_key(key)
         job.labels = {} if labels is None else checked_labels(labels)
@@ -447,7 +447,7 @@ class Operations:
         With a final ``state``, it is background work that has ended, the newest first.
 
         :param state: the default is all that have not ended.
-        :param kind: ``"request"``, ``"websocket"``, ``"background"`` or ``"tracked"``.
+        :param kind: ``"request"``, ``"websocket"``, ``"background"``, ``"detached"`` or ``"tracked"``.
         :param limit: how many to return, at most 1,000; ``total`` counts them all.
         :param timeout: seconds to wait for the other workers; ``unreachable`` names those that did not answer.
         :raises OperationsUnavailable: if the store cannot be reached (503).
@@ -472,8 +472,3 @@ async def _or_unavailable(call: Awaitable[T]) -> T:
         return await call
     except Unavailable:
         raise OperationsUnavailable from None
-
-
-def _name_of(work: Any) -> str:
-    function = getattr(work, "func", work)
-    return str(getattr(function, "__name__", type(function).__name__))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakSet
 
 import anyio
@@ -40,6 +40,13 @@ class PastRequest:
         """Do nothing, because the request has ended."""
 
 
+class Guard(Protocol):
+    """An object that defers the disconnect, and has to know of it at once."""
+
+    def client_left(self) -> None:
+        """Note that the client has left. Called once, or twice if the guard is made at that moment; in any thread."""
+
+
 class Client:
     """The part of a request that concerns its client."""
 
@@ -62,6 +69,7 @@ class Client:
     _deferred: anyio.Event | None = None
     _leaving: dict[Event, int] | None = None
     _left_after: float | None = None
+    _guards: dict[Guard, None] | None = None
 
     def as_owner(self) -> Owner:
         """Return the request as the owner of its reader."""
@@ -98,8 +106,21 @@ class Client:
             return
         self.has_left = True
         _clients_left.add(self.token)
+        for guard in list(self._guards or ()):
+            guard.client_left()
         if not self._deferrals:
             self._disconnect()
+
+    def add_guard(self, guard: Guard) -> None:
+        """Defer the disconnect, and tell ``guard`` of it. For any thread."""
+        self._guards = {**(self._guards or {}), guard: None}
+        self.defer_disconnect(1)
+        if self.has_left:
+            guard.client_left()
+
+    def remove_guard(self, guard: Guard) -> None:
+        """Tell ``guard`` nothing any more; its deferral it ends itself."""
+        self._guards = {other: None for other in self._guards or () if other is not guard} or None
 
     def defer_disconnect(self, by: int) -> None:
         """Count nested deferrals; a disconnect is reported when the count returns to zero. For any thread."""
