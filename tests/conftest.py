@@ -27,11 +27,13 @@ os.environ.setdefault("PYTEST_TIMEOUT", str(scaled(60)))
 # What `--public-api` runs: the kernel, the doors, and the drivers for whose sake a cleanup is not to be disturbed.
 ON_PUBLIC_API = {
     "test_cancelable.py",
+    "test_cancellation_event.py",
     "test_client_timeout.py",
     "test_deadlines.py",
     "test_decorator.py",
     "test_decorator_stack.py",
     "test_dependencies.py",
+    "test_detached.py",
     "test_every_door.py",
     "test_foreign.py",
     "test_forward_deadline.py",

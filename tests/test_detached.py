@@ -34,6 +34,7 @@ from cancelable_deps import (
 from cancelable_deps.kernel.detached import all_detached
 from cancelable_deps.kernel.loops.current import current_loop
 from cancelable_deps.operations import Operations, OperationState, RequestOperation
+from cancelable_deps.request.state import SCOPE_KEY
 from cancelable_deps.testing import CancelableClient, OperationsHub
 from tests.calls import CEILING, get, hang_up
 from tests.leftovers import nothing_left
@@ -255,7 +256,7 @@ async def test_it_keeps_nothing_of_its_request() -> None:
     handles: list[Any] = []
 
     async def handler(request: Request, cancel: RequestCancelable) -> None:
-        requests.append(weakref.ref(request))
+        requests.extend([weakref.ref(request), weakref.ref(request.scope[SCOPE_KEY].state)])
         async with cancel:
             handles.append(weakref.ref(cancel.detach(work)))
 
@@ -264,7 +265,7 @@ async def test_it_keeps_nothing_of_its_request() -> None:
     await work.started.wait()
     del call
     gc.collect()
-    assert requests[0]() is None
+    assert [reference() for reference in requests] == [None, None]
     # It lives while it runs, though nobody has its handle.
     assert handles[0]() is not None
     work.gate.set()

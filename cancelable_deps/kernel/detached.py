@@ -85,7 +85,7 @@ class Detached(Generic[R]):
 
         around = current.get()
         self.origin: Any = block.owner_of_client or (None if around is None else around.owner_of_client)
-        """The request that the work was started in."""
+        """The request that the work was started in, until the observers know of the work: it is not kept alive."""
 
         self._work: Callable[[], Awaitable[R]] | None = work
         self._value: Any = None
@@ -137,6 +137,7 @@ class Detached(Generic[R]):
     def start(self, loop: EventLoop, context: Context) -> None:
         """Start the work in ``loop``, which runs in this thread."""
         all_detached(loop).add(self)
+        self.origin = None
         # Kept, because asyncio itself refers to its tasks weakly.
         self._task = loop.spawn(self._run_in(loop), context)
 
