@@ -324,6 +324,7 @@ class Exchange:
             await self._beat()
 
     async def _beat(self) -> None:
+        self._forget(self._clock.now())
         try:
             beat = await self.calling(self.backend.beat(may_reap=self._beats_in_a_row > 3))
         except Unavailable:

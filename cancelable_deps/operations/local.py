@@ -234,6 +234,11 @@ class Local:
         if same:
             self._arrived[id] = same
 
+    def forget(self) -> None:
+        """Forget what is too old, also if nothing new comes."""
+        self.early.forget()
+        self.ended.forget()
+
     def find(self, id: str, owner: Owner) -> list[Running]:
         """Return the operations of an id that run, and belong to ``owner``."""
         self._know_of(self._arrived.get(id, ()))
