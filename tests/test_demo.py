@@ -195,6 +195,12 @@ def test_same_answer_with_and_without(demo: Demo, work: str) -> None:
     assert answers[0].json() == answers[1].json()
 
 
+def test_the_report_is_shop_by_shop(demo: Demo) -> None:
+    largest = httpx.get(f"{demo.address}/report", timeout=PATIENCE).json()
+    assert {f"shop {number}" for number in range(40)} == largest.keys()
+    assert all(len(sales) == 3 and sales == sorted(sales, reverse=True) for sales in largest.values())
+
+
 @pytest.mark.parametrize("path", ["/upload", "/plain/upload"])
 def test_upload_is_hashed(demo: Demo, path: str) -> None:
     body = os.urandom(500_000)

@@ -40,7 +40,7 @@ READERS = 4
 _CREATE = "CREATE TABLE sales (id INTEGER PRIMARY KEY, shop TEXT, cents INTEGER)"
 _FILL = """
     WITH RECURSIVE numbers (id) AS (SELECT ? UNION ALL SELECT id + 1 FROM numbers WHERE id < ?)
-    INSERT INTO sales SELECT id, 'shop ' || (id * 40503 >> 3) % 40, (id * 2654435761 >> 9) % 1000000 FROM numbers
+    INSERT INTO sales SELECT id, 'shop ' || ((id * 40503 >> 3) % 40), (id * 2654435761 >> 9) % 1000000 FROM numbers
 """
 _LARGEST = """
     SELECT shop, cents FROM (
