@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import anyio
 import anyio.lowlevel
 import pytest
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, HTTPException, Query
 from fastapi.responses import StreamingResponse
 
 from cancelable_deps import RequestCancelationMiddleware, cancelable_streaming_response
@@ -114,6 +114,33 @@ async def test_of_a_burst_the_newest_of_each_answers() -> None:
         assert len(newest) == 10
         assert {number for number, (status, _) in answers.items() if status == 200} == newest
         assert {status for status, _ in answers.values()} == {200, 499}
+        nothing_is_kept(site.operations)
+
+
+@pytest.mark.parametrize("door", [True, False])
+async def test_what_follows_a_response_is_not_stopped_by_a_newer_request(door: bool) -> None:
+    site = Searches(latest_only(user), door=door)
+    begun: list[str] = []
+    ended: list[str] = []
+
+    async def later(text: str) -> None:
+        begun.append(text)
+        await site.go_on.wait()
+        ended.append(text)
+
+    @site.app.get("/saved", dependencies=[Depends(latest_only(user))])
+    async def saved(text: str, background: BackgroundTasks) -> str:
+        background.add_task(later, text)
+        return text
+
+    async with site.client() as client:
+        async with client.start("GET", "/saved?text=a") as first:
+            await until(lambda: begun == ["a"])
+            async with client.start("GET", "/saved?text=b") as second:
+                await until(lambda: begun == ["a", "b"])
+                site.go_on.set()
+        assert sorted(ended) == ["a", "b"]
+        assert [(call.status, call.json()) for call in (first, second)] == [(200, "a"), (200, "b")]
         nothing_is_kept(site.operations)
 
 
