@@ -37,6 +37,7 @@ from examples import (
     policies,
     processes,
     route_class,
+    several_workers,
     shutdown,
     streaming,
     sync_handlers,
@@ -47,6 +48,7 @@ from examples import (
     websocket,
 )
 from tests.calls import CEILING, connected, movable_clock, running
+from tests.redis_server import redis_server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, MutableMapping
@@ -379,6 +381,26 @@ async def test_operations_page() -> None:
             for path in (f"/admin/operations/{shown['id']}", started.headers["location"]):
                 assert (await client.post(f"{path}/cancel", auth=admin)).json()["outcome"] == "cancelled"
     assert call.status == 499
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_several_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    ann, bob = {"user": "ann"}, {"user": "bob"}
+    with redis_server() as redis:
+        monkeypatch.setenv("REDIS_URL", redis.url)
+        app = importlib.reload(several_workers).app
+        async with CancelableClient(app, ceiling=CEILING) as client:
+            assert (await client.get("/health")).status_code == 200
+            async with client.start("GET", "/report", headers={**ann, "operation-id": "mine"}) as call:
+                await call.running()
+                assert (await client.post("/operations/mine/cancel", headers=bob)).status_code == 404
+                assert (await client.post("/operations/mine/cancel", headers=ann)).json()["outcome"] == "cancelled"
+            assert call.status == 499
+            started = await client.post("/reports", headers=ann)
+            path = started.headers["location"]
+            assert (await client.get(path, headers=bob)).status_code == 404
+            assert (await client.post(f"{path}/cancel", headers=ann)).json()["outcome"] == "cancelled"
+            assert (await client.get(f"{path}/result", headers=ann)).status_code == 499
 
 
 @movable_clock

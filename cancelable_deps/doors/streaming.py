@@ -122,7 +122,7 @@ class CancelableStreamingResponse(StreamingResponse):
                 with anyio.CancelScope(shield=True):
                     await state.aclose()
         if self.background is not None:
-            if not ours and state.cause is not None:
+            if not ours and state.cause is not None and not state.is_closed:
                 state.complete_response()
             await with_own_failures("the background of a response", self.background)
         if error is not None:

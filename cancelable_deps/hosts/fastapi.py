@@ -40,6 +40,19 @@ def last_item(scope: Scope, event: str, data: dict[str, str]) -> Any:
     return _sse.ServerSentEvent(event=event, data=data) if is_event_stream else None
 
 
+def route_as_included(scope: Scope) -> Any:
+    """Return the route of a request, with the path that it has where its router is included; ``None`` without one.
+
+    Since 0.137 FastAPI keeps an included router as it is. The path of its routes then lacks the prefixes of
+    ``include_router``; an object beside the route has them.
+    """
+    route = scope.get("route")
+    known = scope.get("fastapi")
+    context = known.get("effective_route_context") if isinstance(known, dict) else None
+    # It may be that of an application further out.
+    return context if context is not None and getattr(context, "original_route", None) is route else route
+
+
 def tells_that_it_was_swallowed(outcome: BaseException) -> bool:
     """Return whether ``outcome`` is how FastAPI fails when a dependency with ``yield`` has swallowed an error.
 

@@ -140,6 +140,10 @@ class Running:
         """
         raise NotImplementedError
 
+    def supersede(self, cause: Cause) -> None:
+        """Stop it for a newer one, unless its result is there."""
+        self.stop(cause)
+
     def set_waiting(self, is_waiting: bool) -> None:
         """Note whether it waits for its turn."""
         self.is_waiting = is_waiting
@@ -250,9 +254,14 @@ class RunningRequest(Running):
             request.shorten_grace(grace)
         if request.is_closed:
             self.was_stopped_late = True
-            request.stop_all(cause)
+            request.stop_background(cause)
         else:
             request.stop(cause)
+
+    def supersede(self, cause: Cause) -> None:
+        # What is left is the sending of the response, the end of its dependencies, and its background.
+        if self.request is not None and not self.request.is_closed:
+            self.stop(cause)
 
     def end(self, state: OperationState) -> None:
         """Note that it has ended, and forget the request."""

@@ -117,7 +117,7 @@ class Turns:
         turn = self._turns.get(holder.id)
         if turn is not None:
             if turn.running is not by:
-                turn.running.stop(superseded())
+                turn.running.supersede(superseded())
             return
         try:
             await self._exchange.send(holder.worker, "supersede", {"turn": holder.id})
@@ -128,7 +128,7 @@ class Turns:
         """Stop the operation whose key a newer one of another worker has taken."""
         turn = self._turns.get(entry.data["turn"])
         if turn is not None:
-            turn.running.stop(superseded())
+            turn.running.supersede(superseded())
 
     async def leave(self, turn: Turn) -> None:
         """Give the place back, and tell who has got it. Is not cancelled. May be called more than once."""

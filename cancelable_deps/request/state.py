@@ -262,6 +262,15 @@ class RequestState(ResponseProgress, Defaults, Mortal):
             for innermost in self.doors[-1:]:
                 innermost.stop_background(cause)
 
+    def stop_background(self, cause: Cause) -> None:
+        """Cancel the background work of a request whose result is there, but do not interrupt the sending of its end."""
+        if not self.postpone_until_end_is_out(self, cause):
+            self.stop_all(cause)
+
+    def stop_now(self, cause: Cause) -> None:
+        """Cancel what `stop_background` has postponed."""
+        self.stop_all(cause)
+
     async def aclose(self) -> None:
         """Do the same as `close`, and wait for the reader to end."""
         self.close()
