@@ -19,12 +19,15 @@ from .stores import until
 
 
 @asynccontextmanager
-async def opened(url: str, count: int = 1, *, lease: float = 3, **options: Any) -> AsyncIterator[list[Operations]]:
+async def opened(
+    url: str, count: int = 1, *, lease: float = 3, prefix: str = "app", **options: Any
+) -> AsyncIterator[list[Operations]]:
     """Several workers in this event loop."""
     options.setdefault("background_grace", 0)
     async with AsyncExitStack() as stack:
         yield [
-            await stack.enter_async_context(Operations(RedisBackend(url, lease=lease), **options)) for _ in range(count)
+            await stack.enter_async_context(Operations(RedisBackend(url, lease=lease, prefix=prefix), **options))
+            for _ in range(count)
         ]
 
 
