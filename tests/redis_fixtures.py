@@ -10,14 +10,6 @@ import pytest
 
 from .redis_server import RedisServer, SharedRedis, redis_server
 
-MARKS = [
-    pytest.mark.anyio,
-    pytest.mark.usefixtures("collected"),
-    # coredis leaves the streams of connections that break to the garbage collector.
-    pytest.mark.filterwarnings("ignore:Exception ignored in.*MemoryObject:pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore:Unclosed <MemoryObject:ResourceWarning"),
-]
-
 
 @pytest.fixture
 def collected() -> Iterator[None]:

@@ -96,12 +96,13 @@ class RedisServer:
 
     def start(self, *, wait: bool = True) -> None:
         self._process = subprocess.Popen(
-            [self.program, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", self.folder, *self.options],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            [self.program, *self.arguments()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         if wait:
             self.wait()
+
+    def arguments(self) -> list[str]:
+        return ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", self.folder, *self.options]
 
     def wait(self) -> None:
         """Wait until it answers, and has loaded its data."""

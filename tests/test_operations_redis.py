@@ -23,9 +23,8 @@ from cancelable_deps.operations import (
 from cancelable_deps.operations.entries import decoded
 
 from .machine import scaled
-from .redis_fixtures import MARKS
 from .redis_server import RedisServer, SharedRedis, free_port, redis_server
-from .redis_workers import forever, know_each_other, opened
+from .redis_workers import MARKS, forever, know_each_other, opened
 from .stores import identity, until
 
 pytest_plugins = ["tests.redis_fixtures"]
