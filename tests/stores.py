@@ -21,9 +21,9 @@ LEASE = 1.0
 CEILING = 20
 
 
-async def until(condition: Callable[[], Awaitable[Any]], what: str) -> Any:
+async def until(condition: Callable[[], Awaitable[Any]], what: str, ceiling: float = CEILING) -> Any:
     """Wait until something is true, and return it."""
-    with anyio.move_on_after(scaled(CEILING)):
+    with anyio.move_on_after(scaled(ceiling)):
         while True:
             if found := await condition():
                 return found
