@@ -42,7 +42,7 @@
 #   worker exchange outbox entries                                one worker, and what workers tell each other
 #   backend memory memory_keys                                    the store that they share
 #   redis/(store scripts layout graves choice client              the same in Redis,
-#     redis_py core_redis)                                        by either client library
+#     redis_py core_redis held_client)                            by either client library
 # databases/  sessions of SQLAlchemy, limits of PostgreSQL
 #   session statements
 # testing/    a client that hangs up

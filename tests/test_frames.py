@@ -15,12 +15,20 @@ from fastapi import BackgroundTasks, Depends, FastAPI, Request
 from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
+from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cancelable_deps import CancelableRoute, CancelationReason, RequestCancelationMiddleware, current_cancelable
+from cancelable_deps import (
+    CancelableRoute,
+    CancelationReason,
+    RequestCancelationMiddleware,
+    configure,
+    current_cancelable,
+    with_cancelation,
+)
 from cancelable_deps.hosts import frames
 from cancelable_deps.kernel.loops.current import current_loop
 from tests.calls import get
@@ -66,7 +74,9 @@ def outlive_the_limit() -> None:
         anyio.from_thread.run_sync(strike)
 
 
-@pytest.mark.parametrize("kind", ["async", "def", "def, validated", "its own response", "a file"])
+@pytest.mark.parametrize(
+    "kind", ["async", "def", "def, validated", "def, decorated, validated", "its own response", "a file"]
+)
 @pytest.mark.parametrize("door", DOORS)
 async def test_the_result_of_a_handler_that_is_late_is_the_response(door: str, kind: str, tmp_path: Any) -> None:
     app = application(door)
@@ -97,6 +107,7 @@ async def test_the_result_of_a_handler_that_is_late_is_the_response(door: str, k
         "async": order,
         "def": order_in_thread,
         "def, validated": order_in_thread,
+        "def, decorated, validated": with_cancelation(order_in_thread),
         "its own response": respond,
         "a file": send_file,
     }
@@ -105,6 +116,43 @@ async def test_the_result_of_a_handler_that_is_late_is_the_response(door: str, k
         call = await get(app)
     assert (call.status, call.body, billed) == (200, b'{"placed":true}', [True])
     assert call.is_complete
+
+
+async def strike_in_thread() -> None:
+    await anyio.to_thread.run_sync(outlive_the_limit)
+
+
+async def strike_in_thread_of_block() -> None:
+    block = current_cancelable()
+    assert block is not None
+    await block.run_in_thread(outlive_the_limit)
+
+
+async def strike_in_threadpool() -> None:
+    await run_in_threadpool(outlive_the_limit)
+
+
+@pytest.mark.parametrize("strikes", [strike_in_thread, strike_in_thread_of_block, strike_in_threadpool])
+@pytest.mark.parametrize("door", DOORS)
+async def test_a_handler_that_goes_on_after_its_thread_is_stopped_at_once(
+    door: str, strikes: Callable[[], Awaitable[None]]
+) -> None:
+    app = application(door)
+    events: list[str] = []
+
+    @app.get("/")
+    async def order() -> None:
+        await strikes()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            events.append("stopped")
+
+    configure(cleanup_grace=3600)
+    try:
+        assert ((await get(app)).status, events) == (504, ["stopped"])
+    finally:
+        configure(cleanup_grace=5)
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -227,5 +275,6 @@ def test_what_is_known_of_the_frameworks_is_there() -> None:
     assert {code.co_filename.rsplit("/", 2)[-2] for code in frames._SENDERS if code} == {"starlette", "fastapi"}
     assert frames._FASTAPIS_HANDLER is not None
     assert frames._FASTAPIS_CALL is not None
+    assert frames._STARLETTES_POOL is not None
     assert all("response" in code.co_varnames for code in frames._SENDERS if code)
     assert {"raw_response", "errors"} <= {*frames._FASTAPIS_HANDLER.co_varnames, *frames._FASTAPIS_HANDLER.co_cellvars}

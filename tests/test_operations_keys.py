@@ -415,23 +415,29 @@ async def test_a_key_that_could_not_be_given_back_is_given_back_later() -> None:
         nothing_is_kept(*(site.operations for site in sites))
 
 
+@pytest.mark.parametrize("holder", [0, 1])
 @movable_clock
-async def test_who_waits_is_known_again_when_the_store_has_lost_everything() -> None:
+async def test_who_waits_is_known_again_when_the_store_has_lost_everything_and_waits_on(holder: int) -> None:
     hub = OperationsHub()
     sites = [Searches(at_most(1, user, queue=9, queue_timeout=100), operations=hub.operations()) for _ in range(2)]
-    async with sites[0].client() as first, sites[1].client() as second:
-        async with first.start("GET", "/search?text=1"):
-            await until(lambda: sites[0].begun)
-            async with second.start("GET", "/search?text=2") as two:
-                await until(lambda: len(sites[1].operations.worker.turns))
+    held, waits = sites[holder], sites[1 - holder]
+    async with AsyncExitStack() as stack:
+        # Their signs of life come in this order.
+        clients = [await stack.enter_async_context(site.client()) for site in sites]
+        async with clients[holder].start("GET", "/search?text=1") as one:
+            await until(lambda: held.begun)
+            async with clients[1 - holder].start("GET", "/search?text=2") as two:
+                while not (await waits.operations.list(state="waiting")).items:
+                    await anyio.lowlevel.checkpoint()
                 hub.lose_everything()
-                await advance(10)
-                # A limit may be exceeded for a moment, but nobody is forgotten.
-                sites[0].go_on.set()
-                sites[1].go_on.set()
+                await advance(20)
+                assert waits.begun == []
+                held.go_on.set()
+                await one.ended()
+                waits.go_on.set()
                 await advance(10)
                 await two.ended()
-        assert two.status == 200
+        assert (one.status, two.status) == (200, 200)
         nothing_is_kept(*(site.operations for site in sites))
 
 

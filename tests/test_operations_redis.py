@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -25,36 +23,16 @@ from cancelable_deps.operations import (
 from cancelable_deps.operations.entries import decoded
 
 from .machine import scaled
-from .redis_server import RedisServer, free_port, redis_server
-from .redis_workers import forever, know_each_other, opened
+from .redis_server import RedisServer, SharedRedis, free_port, redis_server
+from .redis_workers import MARKS, forever, know_each_other, opened
 from .stores import identity, until
 
-pytestmark = [
-    pytest.mark.anyio,
-    # coredis leaves the streams of connections that break to the garbage collector.
-    pytest.mark.filterwarnings("ignore:Exception ignored in.*MemoryObject:pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore:Unclosed <MemoryObject:ResourceWarning"),
-]
+pytest_plugins = ["tests.redis_fixtures"]
+pytestmark = MARKS
 
 
-@pytest.fixture(autouse=True)
-def collected() -> Iterator[None]:
-    """Find the streams that coredis has left here, and not in another test."""
-    yield
-    gc.collect()
-
-
-@pytest.fixture
-def server() -> Iterator[RedisServer]:
-    with redis_server() as server:
-        yield server
-
-
-# In the short run.
-
-
-async def test_an_operation_is_stopped_from_another_worker(server: RedisServer) -> None:
-    async with opened(server.url, 2) as [a, b]:
+async def test_an_operation_is_stopped_from_another_worker(shared_redis: SharedRedis) -> None:
+    async with opened(shared_redis.url, 2, prefix=shared_redis.prefix) as [a, b]:
         await know_each_other(a, b)
         operation = await a.start(forever, owner="me")
         assert (await b.get(operation.id)) is not None
@@ -68,7 +46,7 @@ async def test_an_operation_is_stopped_from_another_worker(server: RedisServer) 
         assert len(await b.workers()) == 2
 
 
-async def test_results_and_progress_are_read_in_another_worker(server: RedisServer) -> None:
+async def test_results_and_progress_are_read_in_another_worker(shared_redis: SharedRedis) -> None:
     release = anyio.Event()
 
     async def work(cancel: Cancelable) -> dict[str, int]:
@@ -76,7 +54,7 @@ async def test_results_and_progress_are_read_in_another_worker(server: RedisServ
         await release.wait()
         return {"answer": 42}
 
-    async with opened(server.url, 2) as [a, b]:
+    async with opened(shared_redis.url, 2, prefix=shared_redis.prefix) as [a, b]:
         await know_each_other(a, b)
         operation = await a.start(work, owner="me")
         kinds = []
@@ -89,20 +67,22 @@ async def test_results_and_progress_are_read_in_another_worker(server: RedisServ
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_clients_of_the_application_are_used(server: RedisServer) -> None:
+async def test_clients_of_the_application_are_used(shared_redis: SharedRedis) -> None:
     import coredis
     import redis.asyncio
 
     own: list[Any] = [
         # LiteLLM's default: a read that waits for longer is an error.
-        redis.asyncio.Redis.from_url(server.url, socket_timeout=0.1),
-        redis.asyncio.Redis.from_url(server.url, decode_responses=True, protocol=3, max_connections=2),
-        coredis.Redis.from_url(server.url, stream_timeout=0.1),
-        coredis.Redis.from_url(server.url, decode_responses=True),
+        redis.asyncio.Redis.from_url(shared_redis.url, socket_timeout=0.1),
+        redis.asyncio.Redis.from_url(shared_redis.url, decode_responses=True, protocol=3, max_connections=2),
+        coredis.Redis.from_url(shared_redis.url, stream_timeout=0.1),
+        coredis.Redis.from_url(shared_redis.url, decode_responses=True),
     ]
     async with AsyncExitStack() as stack:
         workers = [
-            await stack.enter_async_context(Operations(RedisBackend(client=client, lease=3), background_grace=0))
+            await stack.enter_async_context(
+                Operations(RedisBackend(client=client, lease=3, prefix=shared_redis.prefix), background_grace=0)
+            )
             for client in own
         ]
         await know_each_other(*workers)
@@ -156,22 +136,22 @@ async def test_an_evicting_redis_is_warned_of(caplog: pytest.LogCaptureFixture) 
     assert caplog.text.count("allkeys-lru") == 1
 
 
-async def test_a_full_redis_is_unavailable(server: RedisServer) -> None:
-    async with opened(server.url) as [a]:
+async def test_a_full_redis_is_unavailable(own_redis: RedisServer) -> None:
+    async with opened(own_redis.url) as [a]:
         await a.start(forever, id="before")
-        server.command("CONFIG", "SET", "maxmemory", "1mb")
+        own_redis.command("CONFIG", "SET", "maxmemory", "1mb")
         with pytest.raises(OperationsUnavailable):
             await a.start(forever)
         # What runs here is stopped all the same.
         assert (await a.cancel("before", wait=10)).outcome == "cancelled"
-        server.command("CONFIG", "SET", "maxmemory", "0")
+        own_redis.command("CONFIG", "SET", "maxmemory", "0")
         await a.start(forever)
 
 
-async def test_entries_of_newer_and_of_unknown_kinds_are_ignored(server: RedisServer) -> None:
-    async with opened(server.url, 2) as [a, b]:
+async def test_entries_of_newer_and_of_unknown_kinds_are_ignored(shared_redis: SharedRedis) -> None:
+    async with opened(shared_redis.url, 2, prefix=shared_redis.prefix) as [a, b]:
         await know_each_other(a, b)
-        backend = RedisBackend(server.url, lease=3)
+        backend = RedisBackend(shared_redis.url, lease=3, prefix=shared_redis.prefix)
         async with backend.connect(identity("wnewer"), memory=60, lease=3):
             await backend.beat(may_reap=False)
             operation = await a.start(forever)
@@ -227,12 +207,12 @@ async def _ignoring_errors(work: Any) -> None:
         return
 
 
-async def test_after_a_flush_everything_is_there_again(server: RedisServer) -> None:
-    async with opened(server.url, 2, lease=1) as [a, b]:
+async def test_after_a_flush_everything_is_there_again(own_redis: RedisServer) -> None:
+    async with opened(own_redis.url, 2, lease=1) as [a, b]:
         await know_each_other(a, b)
         running = await a.start(forever, owner="me", key="key", when_busy="refuse")
         waiting = await b.start(forever, key="key", when_busy="wait")
-        server.command("FLUSHALL")
+        own_redis.command("FLUSHALL")
 
         async def is_back() -> bool:
             found = await b.get(running.id, owner="me")
@@ -249,14 +229,14 @@ async def test_after_a_flush_everything_is_there_again(server: RedisServer) -> N
         assert (await a.cancel(waiting.id, wait=10)).outcome == "cancelled"
 
 
-async def test_a_place_that_could_not_be_given_back_is_free_when_redis_is_back(server: RedisServer) -> None:
-    async with opened(server.url, 2, lease=1) as [a, b]:
+async def test_a_place_that_could_not_be_given_back_is_free_when_redis_is_back(own_redis: RedisServer) -> None:
+    async with opened(own_redis.url, 2, lease=1) as [a, b]:
         await know_each_other(a, b)
         operation = await a.start(forever, key="key", when_busy="refuse")
         waiting = await b.start(forever, key="key", when_busy="wait")
-        server.pause()
+        own_redis.pause()
         assert (await a.cancel(operation.id, wait=scaled(5))).outcome in ("cancelled", "stopping")
-        server.resume()
+        own_redis.resume()
 
         async def runs() -> bool:
             found = await _or_none(a.get(waiting.id))

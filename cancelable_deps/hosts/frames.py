@@ -13,6 +13,7 @@ from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 from fastapi import routing as fastapi_routing
+from starlette import concurrency as starlette_concurrency
 from starlette import routing as starlette_routing
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ _SENDERS = {
 _FASTAPIS_HANDLER = _inner(getattr(fastapi_routing, "get_request_handler", None), "app")
 # And that one awaits this, around the handler alone.
 _FASTAPIS_CALL = _inner(getattr(fastapi_routing, "run_endpoint_function", None))
+# This stands directly inside of it where a ``def`` handler runs in a thread.
+_STARLETTES_POOL = getattr(getattr(starlette_concurrency, "run_in_threadpool", None), "__code__", None)
 
 
 def handler_has_returned(task: Any) -> bool:
@@ -54,12 +57,16 @@ def handler_has_returned(task: Any) -> bool:
 
 def waits_for_thread_of_handler(task: Any) -> bool:
     """Return whether ``task``, on trio, waits for the thread in which a ``def`` handler runs."""
-    names = [(frame.f_code is _FASTAPIS_CALL, frame.f_code.co_name) for frame in _frames(task)]
+    frames = _frames(task)
+    if not any(frame.f_code is _FASTAPIS_CALL for frame in frames):
+        return False
+    inside = next(frames, None)
+    if inside is None or inside.f_code is not _STARLETTES_POOL:
+        # An ``async def`` handler, which goes on when its thread has ended.
+        return False
     # Waiting for a free thread, or standing at a checkpoint before that, does not count.
-    is_in_thread = ["to_thread_run_sync", "wait_task_rescheduled"] in [
-        [first, second] for (_, first), (_, second) in pairwise(names)
-    ]
-    return is_in_thread and any(is_call for is_call, _ in names)
+    names = [frame.f_code.co_name for frame in frames]
+    return ("to_thread_run_sync", "wait_task_rescheduled") in pairwise(names)
 
 
 def is_parsing_body(task: Any) -> bool:

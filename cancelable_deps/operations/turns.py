@@ -164,17 +164,19 @@ class Turns:
         if turn is not None:
             turn.admit()
 
-    async def enter_again(self, *, only_waiting: bool) -> None:
-        """Enter the turns once more that the store may have lost. A limit may be exceeded for a moment.
+    async def enter_again(self, *, may_have_lost: bool) -> None:
+        """Enter turns once more: those that hold a place if the store may have lost them, and otherwise those that wait.
 
-        Those that wait are asked for at each sign of life: who gave them their place may have failed to tell.
+        Those that wait are asked for at each sign of life, because who gave them their place may have failed to tell.
+        But not after a loss, when all those that hold one have to be there first; by the next sign of life they are.
+        A newcomer may come before them, so that a limit may be exceeded.
 
         :raises Unavailable: if the store cannot be reached.
         """
         for turn in list(self._turns.values()):
             is_waiting = turn.status == "waiting"
             is_entered = turn.status != "refused" and not turn.is_local and turn.id in self._turns
-            if not is_entered or (only_waiting and not is_waiting):
+            if not is_entered or is_waiting is may_have_lost:
                 continue
             options: dict[str, Any] = {"limit": turn.limit, "queue": ENDLESS, "again": not is_waiting}
             call = self._exchange.backend.enter(turn.key, turn.id, latest=False, waits=False, **options)

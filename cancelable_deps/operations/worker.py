@@ -142,11 +142,11 @@ class OpenWorker:
         try:
             if beat.is_fenced:
                 await self._go_on_as_another()
-                await self.turns.enter_again(only_waiting=False)
+                await self.turns.enter_again(may_have_lost=True)
             else:
                 if may_have_lost:
                     await self.background.write_again()
-                await self.turns.enter_again(only_waiting=not may_have_lost)
+                await self.turns.enter_again(may_have_lost=may_have_lost)
             await self.turns.leave_again()
             await self.background.doubtful.delete_all()
         finally:

@@ -73,7 +73,7 @@ def client_for(url: str | None, own: Any, longest_read: float) -> Client:
         return RedisPyClient(url, own, longest_read)
     from .core_redis import CoredisClient  # loads late
 
-    return CoredisClient(url, own)
+    return CoredisClient(url, own, longest_read)
 
 
 def _is_installed(library: str) -> bool:

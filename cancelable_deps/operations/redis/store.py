@@ -60,7 +60,8 @@ class RedisBackend:
 
     :param url: such as ``redis://localhost:6379/0``, ``rediss://...`` or ``unix://...``.
     :param client: instead of ``url``, the application's own ``redis.asyncio`` or ``coredis`` client: ``Redis``, one of a
-        Sentinel, or ``RedisCluster``. It is not closed. Reading needs one connection more for each process.
+        Sentinel, or ``RedisCluster``. It is not closed. Of redis-py's, the read that waits gets a connection of its own.
+        Of coredis' only the options are used, for two connections of its own.
     :param prefix: the beginning of all keys. Applications with different prefixes know nothing of each other.
     :param lease: seconds after which a worker that gives no sign of life is taken for dead. All workers need the same.
     :raises ImportError: if neither library is installed.
