@@ -75,12 +75,11 @@ class RequestCancelationMiddleware:
         operations: CancelsByName | None = None,
         operation_id: str | None = None,
     ) -> None:
-        self.app = app
+        self.app: ASGIApp = put_inner_doors(app)
         self._operations = operations
         self._naming = checked_naming(operations, operation_id)
         self._limits = Limits(default_timeout, cleanup_grace, policies, default_policy, client_timeout)
         self._excluded = _matchers(exclude)
-        put_inner_doors(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or (self._excluded and self._excludes(scope)):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from fastapi.exceptions import FastAPIError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from starlette.types import Scope
 
@@ -57,10 +57,14 @@ def functions_called(routes: Iterable[Any], apps: tuple[Any, ...] = ()) -> Itera
     for route in routes:
         for function in _functions_of(route):
             yield function, getattr(route, "path", ""), apps
-        # Since 0.137 FastAPI keeps an included router as it is, and the arguments of `include_router` beside it.
-        router = getattr(route, "original_router", route)
-        inner = getattr(router, "routes", None) or ()
+        inner = included_routes(route) or getattr(route, "routes", None) or ()
         yield from functions_called(inner, (*apps, getattr(route, "app", None)))
+
+
+def included_routes(route: Any) -> Sequence[Any]:
+    """Return the routes of the router that ``route`` stands for, if ``include_router`` has made it; otherwise none."""
+    # Since 0.137 FastAPI keeps an included router as it is, and the arguments of `include_router` beside it.
+    return getattr(getattr(route, "original_router", None), "routes", ())
 
 
 def _functions_of(route: Any) -> Iterator[Any]:
