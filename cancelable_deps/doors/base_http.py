@@ -8,7 +8,8 @@ the application in a task of its own.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakSet
 
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from starlette.applications import Starlette
@@ -39,6 +40,10 @@ if TYPE_CHECKING:
 _SEE_NO_ANSWER = {ServerErrorMiddleware, ExceptionMiddleware, AsyncExitStackMiddleware}
 # Neither do these, around routes with a `max_body_size`. By name, because older versions have none.
 _LIMIT_BODIES = {"RequestBodyLimitMiddleware", "_BodyLimitExceptionMiddleware"}
+
+
+under_ours: Final[WeakSet[Starlette]] = WeakSet()
+"""The applications that a middleware of ours stands around: outside of all of their own, which they cannot know."""
 
 
 def put_inner_doors(app: Any) -> Any:
@@ -97,6 +102,7 @@ def _put_inside(outer: Any) -> None:
 
 def _put_into_application(app: Starlette) -> None:
     """Put inner doors into an application, whose stack may be built only when it is first called."""
+    under_ours.add(app)
     if app.middleware_stack is not None:
         put_inner_doors(app.middleware_stack)
         return

@@ -19,6 +19,7 @@ from ..request.connection import connection_state, new_block
 from ..request.policies import POLICY_ATTRIBUTE, TimeoutPolicy, found
 from ..request.state import RequestState
 from ..request.watchers import WAITERS, Listening
+from .marks import TIMEOUT
 
 
 @final
@@ -91,6 +92,7 @@ def cancelable_with_timeout(
         state.lift_default()
         return cancelable_of(new_block(state, timeout=limit, cleanup_grace=grace))
 
+    setattr(cancelable_with_timeout_dependency, TIMEOUT, limit)
     return cancelable_with_timeout_dependency
 
 

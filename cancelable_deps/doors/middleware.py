@@ -135,6 +135,21 @@ class RequestCancelationMiddleware:
         return any(matches(scope) for matches in self._excluded)
 
 
+def limits_of_middleware(middleware: RequestCancelationMiddleware) -> Limits:
+    """Return the limits of a middleware of ours."""
+    return middleware._limits
+
+
+def operations_of_middleware(middleware: RequestCancelationMiddleware) -> CancelsByName | None:
+    """Return the operations that a middleware of ours was given."""
+    return middleware._operations
+
+
+def is_excluded(middleware: RequestCancelationMiddleware, scope: Scope) -> bool:
+    """Return whether a middleware of ours leaves a request alone."""
+    return middleware._excludes(scope)
+
+
 def _matchers(exclude: Any) -> list[Callable[[Scope], bool]]:
     if exclude is None:
         return []

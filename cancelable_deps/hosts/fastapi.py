@@ -6,7 +6,7 @@ from collections import deque
 from importlib import import_module
 from importlib.util import find_spec
 from traceback import walk_tb
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from fastapi.exceptions import FastAPIError
 
@@ -19,6 +19,9 @@ HAS_GENERATORS: Final = find_spec("fastapi.sse") is not None
 """Whether this FastAPI accepts generators as endpoints, as it does since 0.135."""
 
 _sse: Final[Any] = import_module("fastapi.sse") if HAS_GENERATORS else None
+
+EVENT_STREAM: Final[Any] = getattr(_sse, "EventSourceResponse", None)
+"""The response class of event streams; ``None`` before 0.135."""
 
 HANDLER_STACK_KEY: Final = "fastapi_function_astack"
 """The scope's key for the exit stack around dependencies and handler, which is closed when the handler has returned.
@@ -65,6 +68,47 @@ def included_routes(route: Any) -> Sequence[Any]:
     """Return the routes of the router that ``route`` stands for, if ``include_router`` has made it; otherwise none."""
     # Since 0.137 FastAPI keeps an included router as it is, and the arguments of `include_router` beside it.
     return getattr(getattr(route, "original_router", None), "routes", ())
+
+
+class RouteBelow(NamedTuple):
+    """A route, and what the routers that it was included by say of it."""
+
+    route: Any
+    path: str
+    calls: tuple[Any, ...]
+    """The functions that are called for its requests besides the endpoint: all dependencies."""
+
+    response_class: Any
+    owner: Any
+    """What holds the route: the list of an application or a router."""
+
+
+def routes_below(
+    routes: Sequence[Any], prefix: str = "", calls: tuple[Any, ...] = (), response_class: Any = None
+) -> Iterator[RouteBelow]:
+    """Yield the routes of an application, and those of the routers that it includes, but not those of its mounts."""
+    for route in routes:
+        inner = included_routes(route)
+        if inner:
+            router, context = route.original_router, route.include_context
+            more = [depends.dependency for owner in (router, context) for depends in owner.dependencies]
+            chosen = _chosen(router.default_response_class, context.default_response_class, response_class)
+            yield from routes_below(inner, prefix + context.prefix, (*calls, *more), chosen)
+        else:
+            path = prefix + getattr(route, "path", "")
+            called = [*calls, *_dependencies(getattr(route, "dependant", None))]
+            chosen = _chosen(getattr(route, "response_class", None), response_class)
+            yield RouteBelow(route, path, tuple(called), chosen, routes)
+
+
+def _chosen(*classes: Any) -> Any:
+    """Return the first response class that somebody has chosen; FastAPI wraps its own default into a placeholder."""
+    return next((cls for cls in classes if isinstance(cls, type)), None)
+
+
+def takes_background_tasks(route: Any) -> bool:
+    """Return whether FastAPI hands a `BackgroundTasks` to the endpoint of ``route``."""
+    return getattr(getattr(route, "dependant", None), "background_tasks_param_name", None) is not None
 
 
 def _functions_of(route: Any) -> Iterator[Any]:
