@@ -45,7 +45,7 @@ def _module(path: str, target: str) -> Any:
         sys.path.insert(0, folder)
     try:
         return import_module(path)
-    except Exception as exc:
+    except (Exception, SystemExit) as exc:
         if isinstance(exc, ModuleNotFoundError) and exc.name and f"{path}.".startswith(f"{exc.name}."):
             raise BadTarget(
                 f"{target}: there is no module {exc.name!r} in {folder} or the environment: {_HOW}"
