@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import httpx
 import pytest
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Request, WebSocket
 from fastapi.responses import StreamingResponse
@@ -492,6 +493,8 @@ async def test_def_handlers_under_a_default_timeout() -> None:
     assert codes(application(excluded, route=silent)) == []
     assert codes(application(limited, route=silent, dependencies=[Depends(no_timeout)])) == []
     assert codes(application(route=silent, route_class=CancelableRoute.with_timeout(3))) == ["def-without-check"]
+    # Nobody changes those of a package, such as one for metrics.
+    assert codes(application(limited, route=httpx.codes.is_error)) == []
 
 
 async def test_the_routes_of_a_finding_are_counted() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 
 from .findings import found, some_of
-from .reading import may_use, names_in, uses
+from .reading import is_installed, may_use, names_in, uses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -118,7 +118,7 @@ def _plain_defs(handlers: Sequence[tuple[Place, Handler]]) -> Iterator[Finding]:
                 "seen: a thread cannot be interrupted, so the timeout does nothing. Call current_cancelable().check() in its "
                 "loops, or make it `async def`, or use abandon_thread=True, or run_in_process().",
             )
-        else:
+        elif not is_installed(handler.function):
             unlimited.append(place.path)
     if unlimited:
         yield found(

@@ -9,6 +9,7 @@ import types
 import typing
 from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -43,6 +44,11 @@ def codes_of(function: Any) -> Iterator[CodeType]:
 def names_in(function: Any) -> set[str]:
     """Return the names of globals and attributes that a function uses."""
     return {name for code in codes_of(function) for name in code.co_names}
+
+
+def is_installed(function: Any) -> bool:
+    """Return whether a function belongs to an installed package, which nobody changes."""
+    return any({"site-packages", "dist-packages"} & set(Path(code.co_filename).parts) for code in codes_of(function))
 
 
 def objects_named(function: Any) -> Iterator[Any]:
