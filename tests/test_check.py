@@ -38,6 +38,7 @@ from cancelable_deps import (
     cancelable_with_timeout,
     cancelation_lifespan,
     configure,
+    create_request_task_group,
     current_cancelable,
     no_timeout,
     timeout_policy,
@@ -205,6 +206,12 @@ async def test_a_started_application_is_looked_at_as_it_is() -> None:
     app = hidden(Findable, Work())
     await get(app, "/nowhere")
     assert codes(app) == []
+    # What a function makes is known when it has been made.
+    for made in (Outer, Findable):
+        app = application(OURS, Middleware(lambda app, made=made: made(app)), BASE, route=Work().__call__)
+        assert codes(app) == []
+        await get(app, "/nowhere")
+        assert codes(app) == (["base-http-middleware"] if made is Outer else [])
 
 
 # Middleware that passes a receive() of its own on
@@ -579,6 +586,12 @@ async def test_websockets_of_the_route_class() -> None:
     assert (finding.level, finding.where) == ("warning", "/v1/chat/talk")
     assert codes(made(with_cancelation)) == []
     assert codes(made(lambda endpoint: endpoint, OURS)) == []
+    app = made(with_cancelation)
+
+    @app.websocket("/of-another-router")
+    async def talk(websocket: WebSocket) -> None: ...
+
+    assert codes(app) == []
 
 
 # WSGI
@@ -657,6 +670,10 @@ async def test_several_workers_with_operations_in_memory() -> None:
     )
 
 
+async def streams() -> StreamingResponse:
+    return StreamingResponse(["a"])
+
+
 async def test_a_timeout_that_proxies_do_not_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DYNO", raising=False)
 
@@ -678,8 +695,15 @@ async def test_a_timeout_that_proxies_do_not_wait_for(monkeypatch: pytest.Monkey
         "proxy-timeout"
     ]
     assert codes(application(policies, route=with_cancelation(policy="long")(polls))) == ["proxy-timeout"]
+    long = Middleware(RequestCancelationMiddleware, default_timeout=90)
+    assert codes(application(long, route=streams)) == []
     monkeypatch.setenv("DYNO", "web.1")
     assert "Heroku 30 s" in one(made(60), "proxy-timeout").message
+
+
+async def groups_by_hand(request: Request) -> None:
+    async with create_request_task_group(request):
+        pass
 
 
 def of_everybody() -> str:
@@ -695,6 +719,9 @@ async def test_a_lifespan_that_ends_nothing() -> None:
     stoppable = FastAPI(lifespan=cancelation_lifespan())
     stoppable.get("/", dependencies=[Depends(latest_only(of_everybody))])(polls)
     assert codes(stoppable) == []
+    by_hand = FastAPI(lifespan=cancelation_lifespan())
+    by_hand.get("/")(groups_by_hand)
+    assert codes(by_hand) == []
     inner = FastAPI(lifespan=cancelation_lifespan())
     inner.get("/")(polls)
     around = RequestCancelationMiddleware(inner)
@@ -782,6 +809,20 @@ async def test_each_finding_is_logged_once(caplog: pytest.LogCaptureFixture) -> 
     assert "base-http-middleware (middleware pass_on): It is a BaseHTTPMiddleware" in text
     await started(to_start(operations.lifespan(cancelation_lifespan())))
     assert len(lines(caplog)) == 2
+
+
+async def test_an_application_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[ASGIApp] = []
+
+    def check(app: ASGIApp) -> list[Finding]:
+        checked.append(app)
+        return []
+
+    monkeypatch.setattr(start_of_checks, "check_stack", check)
+    app = FastAPI(lifespan=Operations().lifespan(cancelation_lifespan()))
+    await started(app)
+    await started(app)
+    assert checked == [app]
 
 
 @pytest.mark.parametrize("lifespan", [cancelation_lifespan(check=False), Operations().lifespan(check=False), None])
