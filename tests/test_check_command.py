@@ -61,6 +61,12 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
     return name
 
 
+@pytest.fixture(autouse=True)
+def known_anyio(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of this is also run as on an anyio that we do not know, which is a finding."""
+    monkeypatch.setattr("cancelable_deps.checks.outside.hooks_are_known", lambda is_trio: True)
+
+
 def test_warnings_are_printed_and_make_it_fail(module: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", f"{module}:app"]) == 1
     printed = capsys.readouterr().out.splitlines()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import anyio
+import fastapi.routing
 import pytest
 from fastapi import APIRouter, FastAPI
 from starlette.middleware.gzip import GZipMiddleware
@@ -111,7 +112,12 @@ def alone(bridge: Any) -> RequestCancelationMiddleware:
     return RequestCancelationMiddleware(RequestCancelationMiddleware(bridge))
 
 
-@pytest.mark.parametrize("make", [under_gzip, of_a_host, of_an_included_router, alone])
+MAKERS: list[Callable[[Any], ASGIApp]] = [under_gzip, of_a_host, alone]
+if hasattr(fastapi.routing, "_IncludedRouter"):  # Before 0.137 FastAPI had no mounts in included routers.
+    MAKERS.append(of_an_included_router)
+
+
+@pytest.mark.parametrize("make", MAKERS)
 async def test_it_is_waited_for_wherever_it_stands(make: Callable[[Any], ASGIApp]) -> None:
     view = View()
     async with running(make(WSGIMiddleware(view)), "/x/") as call:

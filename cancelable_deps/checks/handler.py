@@ -86,6 +86,12 @@ class Handler:
         return isinstance(self.below.route, CancelableRoute)
 
     @property
+    def is_beside_routes_of_ours(self) -> bool:
+        """Whether its router makes its other routes of our class."""
+        chosen = getattr(self.below.router, "route_class", None)
+        return inspect.isclass(chosen) and issubclass(chosen, CancelableRoute)
+
+    @property
     def has_door(self) -> bool:
         """Whether a decorator, the route class or a dependency covers all of it."""
         stopped = any(getattr(call, STOPS_HANDLER, False) for call in self.below.calls)

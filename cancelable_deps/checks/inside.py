@@ -164,11 +164,10 @@ def _task_groups(handlers: Sequence[tuple[Place, Handler]]) -> Iterator[Finding]
 
 
 def _websockets(handlers: Sequence[tuple[Place, Handler]]) -> Iterator[Finding]:
-    owners = {id(handler.below.owner) for _, handler in handlers if handler.has_route_of_ours}
     for place, handler in handlers:
         if place.kind != "websocket" or place.is_covered or handler.has_handle:
             continue
-        if id(handler.below.owner) in owners:
+        if handler.is_beside_routes_of_ours:
             yield found(
                 "websocket-not-covered",
                 place.path,

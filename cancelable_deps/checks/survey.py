@@ -24,7 +24,7 @@ from .handler import Handler
 from .reading import is_a, variables_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 _MOST_NESTED = 50
 
@@ -143,7 +143,7 @@ def mounted_applications(
     app: Starlette, path: str = "", around: frozenset[int] = frozenset()
 ) -> Iterator[tuple[str, Starlette]]:
     """Yield the applications that are mounted in another one, with their paths."""
-    for below in routes_below(app.routes):
+    for below in routes_below(app.router):
         inner = application_in(below.route.app) if is_a(below.route, (Mount, Host)) else None
         if inner is not None and id(inner) not in around:
             yield path + below.path, inner
@@ -172,7 +172,7 @@ def _places(app: Any, path: str, layers: tuple[Layer, ...], around: frozenset[in
         yield from _places(app.router, path, layers + _layers_of(app, path), around)
     elif is_a(app, Router):
         layers += tuple(_chain(app.middleware_stack, path))
-        yield from _places_of(app.routes, path, layers, around)
+        yield from _places_of(app, path, layers, around)
     else:
         inner, hides = _inside(app)
         layer = replace(_layer(app, path), hides=hides)
@@ -182,8 +182,8 @@ def _places(app: Any, path: str, layers: tuple[Layer, ...], around: frozenset[in
             yield Place("asgi", path, layers)
 
 
-def _places_of(routes: Sequence[Any], path: str, layers: tuple[Layer, ...], around: frozenset[int]) -> Iterator[Place]:
-    for below in routes_below(routes):
+def _places_of(router: Router, path: str, layers: tuple[Layer, ...], around: frozenset[int]) -> Iterator[Place]:
+    for below in routes_below(router):
         route, full = below.route, path + below.path
         if is_a(route, (Mount, Host)):
             yield from _places(route.app, full, layers, around)

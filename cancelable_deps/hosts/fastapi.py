@@ -79,26 +79,25 @@ class RouteBelow(NamedTuple):
     """The functions that are called for its requests besides the endpoint: all dependencies."""
 
     response_class: Any
-    owner: Any
-    """What holds the route: the list of an application or a router."""
+    router: Any
+    """What it belongs to. Before 0.137 FastAPI made the routes of an included router anew, as those of the other one."""
 
 
 def routes_below(
-    routes: Sequence[Any], prefix: str = "", calls: tuple[Any, ...] = (), response_class: Any = None
+    router: Any, prefix: str = "", calls: tuple[Any, ...] = (), response_class: Any = None
 ) -> Iterator[RouteBelow]:
-    """Yield the routes of an application, and those of the routers that it includes, but not those of its mounts."""
-    for route in routes:
-        inner = included_routes(route)
-        if inner:
-            router, context = route.original_router, route.include_context
-            more = [depends.dependency for owner in (router, context) for depends in owner.dependencies]
-            chosen = _chosen(router.default_response_class, context.default_response_class, response_class)
+    """Yield the routes of a router, and those of the routers that it includes, but not those of its mounts."""
+    for route in router.routes:
+        if included_routes(route):
+            inner, context = route.original_router, route.include_context
+            more = [depends.dependency for owner in (inner, context) for depends in owner.dependencies]
+            chosen = _chosen(inner.default_response_class, context.default_response_class, response_class)
             yield from routes_below(inner, prefix + context.prefix, (*calls, *more), chosen)
         else:
             path = prefix + getattr(route, "path", "")
             called = [*calls, *_dependencies(getattr(route, "dependant", None))]
             chosen = _chosen(getattr(route, "response_class", None), response_class)
-            yield RouteBelow(route, path, tuple(called), chosen, routes)
+            yield RouteBelow(route, path, tuple(called), chosen, router)
 
 
 def _chosen(*classes: Any) -> Any:
