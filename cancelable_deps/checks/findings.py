@@ -14,7 +14,6 @@ LEVELS: Final[dict[str, Level]] = {
     # What the application has asked for does not happen.
     "base-http-middleware": "warning",
     "def-never-checks": "warning",
-    "disconnect-grace": "warning",
     "evicting-redis": "warning",
     "false-disconnect": "warning",
     "handle-without-door": "warning",
@@ -30,6 +29,7 @@ LEVELS: Final[dict[str, Level]] = {
     # A limit that one should know.
     "background-not-covered": "info",
     "def-without-check": "info",
+    "disconnect-grace": "info",
     "event-stream-grace": "info",
     "lifespan-in-mount": "info",
     "nothing-covered": "info",
