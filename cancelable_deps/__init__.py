@@ -1,8 +1,8 @@
 """Stop a FastAPI request's work when nobody needs it any more, and say why."""
 
 # The map. A folder is a floor, and imports from the floors above it in this list alone: `tests/test_layout.py`.
-# CONTRIBUTING.md says more of each file. Public are the names below and those of `databases`, `deadlines`, `operations`
-# and `testing`; other paths may change.
+# CONTRIBUTING.md says more of each file. Public are the names below and those of `checks`, `databases`, `deadlines`,
+# `operations` and `testing`; other paths may change.
 #
 # kernel/     stop a block of work, without the web
 #   cancelable task_group token errors reasons                    what users see
@@ -16,7 +16,7 @@
 #   settings options log foreign unwrap members sweep             tools
 # hosts/      facts about other software that it does not promise
 #   starlette fastapi route_handlers frames                       the frameworks
-#   servers signals debugger                                      their surroundings
+#   servers serving signals debugger                              their surroundings
 # request/    one request or WebSocket, whichever doors cover it
 #   first_door state client progress lifetime                     its first block, and the state that all doors share
 #   in_flight connection shutdown                                 all requests of a loop, how one is found, how all end
@@ -30,6 +30,7 @@
 #   decorator options endpoint dress generators                   @with_cancelation
 #   middleware base_http wsgi route                               the application, one router
 #   dependencies event streaming progress websocket lifespan      handles, responses, WebSockets, the shutdown
+#   at_start marks                                                for the checks
 # deadlines/  the time of a request for the services that it calls
 #   forward transport
 # operations/ what runs, and stopping it from elsewhere
@@ -45,6 +46,10 @@
 #     redis_py core_redis held_client)                            by either client library
 # databases/  sessions of SQLAlchemy, limits of PostgreSQL
 #   session statements
+# checks/     what in an application breaks or weakens cancellation; __main__ is its command
+#   stack store start target                                      how one asks: a call, a lifespan, a command
+#   around inside outside findings                                what is found: middleware, handlers, the server
+#   survey handler reading                                        how: the places of an application, their code
 # testing/    a client that hangs up
 #   client calls websockets clock tasks hub
 

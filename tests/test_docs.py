@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 import cancelable_deps
+import cancelable_deps.checks
 import cancelable_deps.databases
 import cancelable_deps.deadlines
 import cancelable_deps.operations
@@ -71,6 +72,7 @@ def test_the_reference_has_every_public_name() -> None:
     found = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
     public = [f"cancelable_deps.{name}" for name in cancelable_deps.__all__]
     for module in (
+        cancelable_deps.checks,
         cancelable_deps.databases,
         cancelable_deps.deadlines,
         cancelable_deps.operations,
@@ -87,7 +89,7 @@ def test_snippets_import_from_the_public_modules_alone() -> None:
         for snippet in snippets_of(page).values()
         for module in re.findall(r"(?:from|import) (cancelable_deps[\w.]*)", snippet)
     }
-    public = ("", ".databases", ".deadlines", ".operations", ".testing")
+    public = ("", ".checks", ".databases", ".deadlines", ".operations", ".testing")
     assert imports <= {f"cancelable_deps{module}" for module in public}
 
 
@@ -400,6 +402,13 @@ async def test_operations_across_workers() -> None:
 
 async def wait_until_stopped(cancel: Any) -> None:
     await anyio.sleep_forever()
+
+
+# check.md
+
+
+def test_check() -> None:
+    run("check.md", "When it runs")
 
 
 # shutdown.md, without-a-request.md, testing.md

@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, assert_type, get_args
+from typing import Annotated, Any, Literal, assert_type, get_args
 
 import httpx
 import pytest
@@ -25,6 +25,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 
 import cancelable_deps
+import cancelable_deps.checks
 import cancelable_deps.databases
 import cancelable_deps.deadlines
 import cancelable_deps.operations
@@ -51,8 +52,10 @@ from cancelable_deps import (
     wait_for_disconnect,
     with_cancelation,
 )
+from cancelable_deps.checks import Finding, check_stack, check_store
 from cancelable_deps.databases import cancelable_session, limit_statements
 from cancelable_deps.deadlines import ClientTimeout, DeadlineTransport, forward_deadline, no_deadline
+from cancelable_deps.operations import MemoryBackend
 from tests.snippets import PAGES, README
 
 DOCS = "".join(path.read_text() for path in [README, *PAGES] if path.name != "api.md")
@@ -61,6 +64,7 @@ EXAMPLES = "".join(path.read_text() for path in (Path(__file__).parent.parent / 
 
 MODULES = (
     cancelable_deps,
+    cancelable_deps.checks,
     cancelable_deps.databases,
     cancelable_deps.deadlines,
     cancelable_deps.operations,
@@ -133,6 +137,16 @@ def test_importing_brings_no_optional_dependency() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_nothing_loads_the_checks_but_a_start() -> None:
+    code = (
+        "import sys, cancelable_deps, cancelable_deps.operations\n"
+        "print([m for m in sys.modules if 'cancelable_deps.checks' in m or 'serving' in m], 'dis' in sys.modules)\n"
+        "import cancelable_deps.checks; assert 'argparse' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("[]")
 
 
 def test_nothing_needs_an_http_client() -> None:
@@ -301,6 +315,15 @@ async def code_with_deadlines() -> None:
     async with no_deadline(), httpx.AsyncClient(transport=transport):
         pass
     httpx.Client(transport=DeadlineTransport(httpx.HTTPTransport(), header="x-budget"), event_hooks={"request": [hook]})
+
+
+async def code_with_checks() -> None:
+    findings = check_stack(FastAPI(), workers=2, server_grace=timedelta(seconds=30))
+    assert_type(findings, list[Finding])
+    assert_type(await check_store(MemoryBackend()), list[Finding])
+    assert_type(findings[0].level, Literal["warning", "info"])
+    assert_type(findings[0].code + findings[0].where + findings[0].message, str)
+    cancelation_lifespan(check=False)
 
 
 @asynccontextmanager

@@ -8,15 +8,17 @@ the application in a task of its own.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakSet
 
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from starlette.applications import Starlette
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.middleware.exceptions import ExceptionMiddleware
-from starlette.routing import Mount, Router
+from starlette.routing import Host, Mount, Route, Router, WebSocketRoute
 
+from ..hosts.fastapi import included_routes
 from ..kernel.block import current
 from ..kernel.foreign import told
 from ..kernel.unwrap import raise_as_it_is
@@ -36,35 +38,71 @@ if TYPE_CHECKING:
 
 # Every application has these around its router. They do not look at responses, and need no answer inside of them.
 _SEE_NO_ANSWER = {ServerErrorMiddleware, ExceptionMiddleware, AsyncExitStackMiddleware}
+# Neither do these, around routes with a `max_body_size`. By name, because older versions have none.
+_LIMIT_BODIES = {"RequestBodyLimitMiddleware", "_BodyLimitExceptionMiddleware"}
 
 
-def put_inner_doors(app: Any) -> None:
-    """Put an `InnerDoor` at each such place of the stack of ``app``, and of the applications that are mounted in it."""
+under_ours: Final[WeakSet[Starlette]] = WeakSet()
+"""The applications that a middleware of ours stands around: outside of all of their own, which they cannot know."""
+
+
+def put_inner_doors(app: Any) -> Any:
+    """Put an `InnerDoor` at each such place of the stack of ``app``, and of the applications that its routes lead to.
+
+    Return what has to be called in place of ``app``: another application around it, if it bridges to WSGI.
+    """
+    if is_wsgi_bridge(app):
+        return Bridge(app)
+    outer, innermost = _put_into_chain(app)
+    if isinstance(innermost, Starlette):
+        _put_into_application(innermost)
+    elif isinstance(innermost, Router):
+        if outer is not None:
+            _put_inside(outer)
+        _put_into_its_end(innermost.middleware_stack)
+        _look_through(innermost.routes)
+    return app
+
+
+def _put_into_chain(app: Any) -> tuple[Any, Any]:
+    """Put inner doors between ``app`` and the end of the chain of middleware that it begins.
+
+    Return the last middleware, or ``None`` if no middleware of the chain could see an answer, and what it leads to.
+    """
     seen: set[int] = set()
     outer: Any = None
     is_observed = False
     # A router is excluded because its `app` is a method.
-    while hasattr(app, "app") and not isinstance(app, Router) and id(app) not in seen:
+    while hasattr(app, "app") and not isinstance(app, Router | Bridge) and id(app) not in seen:
         seen.add(id(app))
         if isinstance(app, BaseHTTPMiddleware):
             _put_inside(app)
-        is_observed = is_observed or type(app) not in _SEE_NO_ANSWER
+        is_observed = is_observed or _may_see_an_answer(app)
+        if is_wsgi_bridge(app.app):
+            app.app = Bridge(app.app)
         outer, app = app, app.app
-    if isinstance(app, Starlette):
-        _put_into_application(app)
-    elif isinstance(app, Router):
-        if outer is not None and is_observed:
-            _put_inside(outer)
-        _look_through_mounts(app.routes)
+    return outer if is_observed else None, app
+
+
+def _may_see_an_answer(app: Any) -> bool:
+    return type(app) not in _SEE_NO_ANSWER and type(app).__name__ not in _LIMIT_BODIES
+
+
+def _put_into_its_end(app: Any) -> None:
+    """Put inner doors into a chain of middleware that leads to an endpoint, or to the routes of a router."""
+    outer, _ = _put_into_chain(app)
+    if outer is not None:
+        _put_inside(outer)
 
 
 def _put_inside(outer: Any) -> None:
-    if not isinstance(outer, InnerDoor) and not isinstance(outer.app, InnerDoor):
+    if not isinstance(outer, InnerDoor) and not isinstance(outer.app, InnerDoor | Bridge):
         outer.app = InnerDoor(outer.app)
 
 
 def _put_into_application(app: Starlette) -> None:
     """Put inner doors into an application, whose stack may be built only when it is first called."""
+    under_ours.add(app)
     if app.middleware_stack is not None:
         put_inner_doors(app.middleware_stack)
         return
@@ -78,13 +116,14 @@ def _put_into_application(app: Starlette) -> None:
     app.build_middleware_stack = build_with_inner_doors  # type: ignore[method-assign]
 
 
-def _look_through_mounts(routes: Iterable[Any]) -> None:
+def _look_through(routes: Iterable[Any]) -> None:
     for route in routes:
-        if isinstance(route, Mount):
-            if is_wsgi_bridge(route.app):
-                route.app = Bridge(route.app)
-            else:
-                put_inner_doors(route.app)
+        if isinstance(route, Mount | Host):
+            route.app = put_inner_doors(route.app)
+        elif isinstance(route, Route | WebSocketRoute):
+            _put_into_its_end(route.app)
+        else:
+            _look_through(included_routes(route))
 
 
 class InnerDoor:

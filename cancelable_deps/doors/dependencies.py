@@ -20,6 +20,7 @@ from ..request.policies import POLICY_ATTRIBUTE, TimeoutPolicy, found
 from ..request.state import RequestState
 from ..request.watchers import WAITERS, Listening
 from .event import RequestCancellationEvent
+from .marks import TIMEOUT
 
 
 async def cancelable_dependency(request: HTTPConnection) -> Cancelable:
@@ -57,6 +58,7 @@ def cancelable_with_timeout(
         state.lift_default()
         return cancelable_of(new_block(state, timeout=limit, cleanup_grace=grace))
 
+    setattr(cancelable_with_timeout_dependency, TIMEOUT, limit)
     return cancelable_with_timeout_dependency
 
 

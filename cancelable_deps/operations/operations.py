@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, cast
 
 import anyio
 
+from ..doors.at_start import check_at_start
+from ..doors.marks import OPERATIONS
 from ..kernel.cancelable import Cancelable
 from ..kernel.errors import CancelationError
 from ..kernel.log import logger
@@ -145,12 +147,14 @@ class Operations:
             self._stack = AsyncExitStack()
 
     def lifespan(
-        self, lifespan: Callable[[App], AbstractAsyncContextManager[Any]] | None = None, /
+        self, lifespan: Callable[[App], AbstractAsyncContextManager[Any]] | None = None, /, *, check: bool = True
     ) -> Callable[[App], AbstractAsyncContextManager[dict[str, Any]]]:
         """Return a lifespan that opens the operations: ``FastAPI(lifespan=operations.lifespan())``.
 
         :param lifespan: your own lifespan, or that of `cancelation_lifespan`, whose state is passed on. It begins after
             the operations are open, and ends before they are closed.
+        :param check: whether to look for what breaks or weakens cancellation when the application starts; the same as in
+            `cancelation_lifespan`.
         :raises TypeError: if ``lifespan`` is not a lifespan.
         """
         if lifespan is not None and not callable(lifespan):
@@ -161,13 +165,12 @@ class Operations:
 
         @asynccontextmanager
         async def lifespan_with_operations(app: App) -> AsyncIterator[dict[str, Any]]:
-            async with self:
-                if lifespan is None:
-                    yield {STATE_KEY: self}
-                else:
-                    async with lifespan(app) as state:
-                        yield {**(state or {}), STATE_KEY: self}
+            async with self, nullcontext() if lifespan is None else lifespan(app) as state:
+                if check:
+                    check_at_start(app)
+                yield {**(state or {}), STATE_KEY: self}
 
+        setattr(lifespan_with_operations, OPERATIONS, self)
         return lifespan_with_operations
 
     @property

@@ -31,7 +31,7 @@ from .layout import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
     from datetime import timedelta
 
     from ..backend import Fields, Position
@@ -218,8 +218,8 @@ class RedisBackend:
     async def _begin(self) -> None:
         """Find the place in the log to begin at, and look whether this Redis keeps what it is given."""
         with anyio.move_on_after(_SLACK):
-            now, policy, most = map(text, await self._run(scripts.BEGIN, [self._names.log], []))
-            if policy not in ("", "noeviction") and most != "0":
+            now, policy = await self._time_and_policy(self._run)
+            if policy is not None:
                 logger.warning(
                     "this Redis deletes keys when its memory is full (maxmemory-policy %s): it may forget operations; "
                     "use one with noeviction",
@@ -228,6 +228,27 @@ class RedisBackend:
             self._read_to = f"{int(now) - self._memory_ms}-0"
             self._last_read = time.monotonic()
             return
+        raise Unavailable("the store does not answer")
+
+    async def _time_and_policy(self, run: Callable[..., Awaitable[Any]]) -> tuple[str, str | None]:
+        """Return the time of this Redis, and the policy by which it deletes keys; ``None`` if it keeps them."""
+        now, policy, most = map(text, await run(scripts.BEGIN, [self._names.log], []))
+        return now, policy if policy not in ("", "noeviction") and most != "0" else None
+
+    async def evicting_policy(self) -> str | None:
+        """Return the policy by which this Redis deletes keys when its memory is full; ``None`` if it keeps them.
+
+        Uses a connection of its own if the store is not open.
+
+        :raises OperationsUnavailable: if it does not answer within 2 seconds.
+        """
+        # Importing a client library may take long, and is not the store's time.
+        client = client_for(self._url, self._own, _SLACK) if self._client is None else None
+        with anyio.move_on_after(_SLACK):
+            if client is None:
+                return (await self._time_and_policy(self._run))[1]
+            async with client.opened():
+                return (await self._time_and_policy(client.script))[1]
         raise Unavailable("the store does not answer")
 
     def _taken(self, found: list[tuple[str, str, bytes]], inbox: str) -> list[tuple[Position, bytes]]:
