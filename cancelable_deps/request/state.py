@@ -221,7 +221,7 @@ class RequestState(ResponseProgress, Defaults, Mortal):
     def arm_now(self) -> None:
         """Start listening before ``listen_after`` has passed, because the caller needs the disconnect at once."""
         if not self.is_armed:
-            self._leave_in_flight()
+            self._leave_young()
             self.arm()
 
     def is_work(self, task: object) -> bool:
