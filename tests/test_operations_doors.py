@@ -396,8 +396,8 @@ async def test_an_operation_whose_handler_waits_for_the_disconnect_runs_on() -> 
 
     @app.get("/work")
     async def work(operation: RequestOperation, request: Request) -> str | None:
+        id, found = operation.id, None
         async with anyio.create_task_group() as tasks:
-            id = operation.id
             tasks.start_soon(wait_for_disconnect, request)
             # It has begun to listen, before the request is old.
             await anyio.wait_all_tasks_blocked()
