@@ -2,7 +2,7 @@
 
 # The map. A folder is a floor, and imports from the floors above it in this list alone: `tests/test_layout.py`.
 # CONTRIBUTING.md says more of each file. Public are the names below and those of `checks`, `databases`, `deadlines`,
-# `operations` and `testing`; other paths may change.
+# `observability`, `operations` and `testing`; other paths may change.
 #
 # kernel/     stop a block of work, without the web
 #   cancelable task_group token errors reasons                    what users see
@@ -13,7 +13,7 @@
 #   loops/(base current asyncio_loop trio_loop thread_loop        the event loops,
 #     asyncio_scopes trio_scopes unwinding known                  polite cancellation in their scopes,
 #     public_scopes public_asyncio public_trio)                   and the same by public API alone
-#   settings options log foreign unwrap members sweep             tools
+#   settings events options log foreign unwrap members sweep      tools
 # hosts/      facts about other software that it does not promise
 #   starlette fastapi route_handlers frames                       the frameworks
 #   servers serving signals debugger                              their surroundings
@@ -26,6 +26,7 @@
 #   watchers defaults                                             what listens; the timeout that a route replaces
 #   client_timeout durations admission                            the time that a client gives, in its headers
 #   run response abort sse                                        its way through a door, and its response
+#   report                                                        what is told of it to hooks
 # doors/      the ways into an application
 #   decorator options endpoint dress generators                   @with_cancelation
 #   middleware base_http wsgi route                               the application, one router
@@ -39,11 +40,14 @@
 #   router schemas rights bodies prefer answers events_stream     the routes,
 #     page                                                        and the page in them
 #   cancels watching turns background archive doubtful records    what is done with it, here and in other workers
-#     accepted stoppable
+#     accepted stoppable report
 #   worker exchange outbox entries                                one worker, and what workers tell each other
 #   backend memory memory_keys                                    the store that they share
 #   redis/(store scripts layout graves choice client              the same in Redis,
 #     redis_py core_redis held_client)                            by either client library
+# observability/ what an operator sees
+#   telemetry metrics spans gauges                                metrics and spans of OpenTelemetry
+#   operation_ids                                                 the id of the operation in each line of a log
 # databases/  sessions of SQLAlchemy, limits of PostgreSQL
 #   session statements
 # checks/     what in an application breaks or weakens cancellation; __main__ is its command

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import logging
 import re
 import runpy
 import sqlite3
@@ -20,8 +21,10 @@ import httpx
 import psutil
 import pytest
 import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
 
 from cancelable_deps import CancelationReason, CancelationToken, begin_shutdown
+from cancelable_deps.observability import operation_id_filter
 from cancelable_deps.testing import CancelableClient, HangUp, SocketClosed, advance, assert_cancelled
 from examples import (
     background_report,
@@ -32,6 +35,7 @@ from examples import (
     disconnect,
     latest_wins,
     middleware,
+    observability,
     operations_page,
     partial_result,
     policies,
@@ -401,6 +405,30 @@ async def test_several_workers(monkeypatch: pytest.MonkeyPatch) -> None:
             assert (await client.get(path, headers=bob)).status_code == 404
             assert (await client.post(f"{path}/cancel", headers=ann)).json()["outcome"] == "cancelled"
             assert (await client.get(f"{path}/result", headers=ann)).status_code == 499
+
+
+async def test_observability(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    caplog.handler.addFilter(operation_id_filter())
+    async with CancelableClient(observability.app, ceiling=CEILING) as client:
+        async with client.start("GET", "/reports/7") as call:
+            await call.running()
+            await call.hang_up()
+        async with client.start("GET", "/reports/8") as call:
+            await call.running()
+            id = vars(next(record for record in reversed(caplog.records) if record.name == "reports"))["operation_id"]
+            stopped = await client.post(f"/operations/{id}/cancel")
+            assert stopped.json()["outcome"] == "cancelled"
+        assert call.status == 499
+        page = (await client.get("/metrics", follow_redirects=True)).text
+    found = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
+    counted = [sample.labels for sample in found if sample.name == "cancelable_deps_cancelations_total"]
+    assert {(labels["http_route"], labels["reason"]) for labels in counted} >= {
+        ("/reports/{name}", "disconnect"),
+        ("/reports/{name}", "manual"),
+    }
+    asked = [sample.labels["outcome"] for sample in found if sample.name == "cancelable_deps_cancels_sent_total"]
+    assert asked == ["cancelled"]
 
 
 @movable_clock

@@ -16,7 +16,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 PACKAGE = Path(cancelable_deps.__file__).parent
-FLOORS = ("kernel", "hosts", "request", "doors", "databases", "deadlines", "operations", "checks", "testing")
+FLOORS = (
+    "kernel",
+    "hosts",
+    "request",
+    "doors",
+    "databases",
+    "deadlines",
+    "operations",
+    "observability",
+    "checks",
+    "testing",
+)
 FILES = sorted(PACKAGE.rglob("*.py"))
 LATE = "# loads late"
 KNOW_PRIVATE_NAMES_OF_OTHERS = ("kernel/loops/", "hosts/", "testing/clock.py")

@@ -26,6 +26,7 @@ from cancelable_deps import (
     RequestTaskGroup,
     cancelable_streaming_response,
     configure,
+    wait_for_disconnect,
     with_cancelation,
 )
 from cancelable_deps.kernel.loops.current import current_loop
@@ -475,6 +476,27 @@ async def test_a_def_handler_is_told(door: str) -> None:
                 assert found.progress.metadata == {"done": 1, "total": 2}
             assert (await operations.cancel(found.id)).outcome == "cancelled"
         assert call.status == 499
+        nothing_is_kept(operations)
+
+
+@pytest.mark.usefixtures("late")
+async def test_an_operation_whose_handler_waits_for_the_disconnect_runs_on() -> None:
+    operations = Operations()
+    app = FastAPI(lifespan=operations.lifespan())
+
+    @app.get("/work")
+    async def work(operation: RequestOperation, request: Request) -> str | None:
+        id, found = operation.id, None
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(wait_for_disconnect, request)
+            # It has begun to listen, before the request is old.
+            await anyio.wait_all_tasks_blocked()
+            found = await operations.get(id)
+            tasks.cancel_scope.cancel()
+        return None if found is None else found.state
+
+    async with client_of(app) as client:
+        assert (await client.get("/work")).json() == "running"
         nothing_is_kept(operations)
 
 

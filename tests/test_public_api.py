@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import subprocess
 import sys
 import types
@@ -18,6 +19,8 @@ import pytest
 from anyio import CapacityLimiter
 from anyio.abc import TaskGroup
 from fastapi import APIRouter, Depends, FastAPI, WebSocket
+from opentelemetry.metrics import MeterProvider
+from opentelemetry.trace import TracerProvider
 from psycopg import AsyncConnection as PsycopgConnection
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
@@ -28,6 +31,7 @@ import cancelable_deps
 import cancelable_deps.checks
 import cancelable_deps.databases
 import cancelable_deps.deadlines
+import cancelable_deps.observability
 import cancelable_deps.operations
 import cancelable_deps.testing
 from cancelable_deps import (
@@ -45,6 +49,7 @@ from cancelable_deps import (
     cancelable_streaming_response,
     cancelable_with_timeout,
     cancelation_lifespan,
+    configure,
     create_request_task_group,
     current_cancelable,
     progress_response,
@@ -55,6 +60,12 @@ from cancelable_deps import (
 from cancelable_deps.checks import Finding, check_stack, check_store
 from cancelable_deps.databases import cancelable_session, limit_statements
 from cancelable_deps.deadlines import ClientTimeout, DeadlineTransport, forward_deadline, no_deadline
+from cancelable_deps.observability import (
+    CancelationTelemetry,
+    ObservedEvent,
+    current_operation_id,
+    operation_id_filter,
+)
 from cancelable_deps.operations import MemoryBackend
 from tests.snippets import PAGES, README
 
@@ -67,6 +78,7 @@ MODULES = (
     cancelable_deps.checks,
     cancelable_deps.databases,
     cancelable_deps.deadlines,
+    cancelable_deps.observability,
     cancelable_deps.operations,
     cancelable_deps.testing,
 )
@@ -155,6 +167,18 @@ def test_nothing_needs_an_http_client() -> None:
         "import cancelable_deps; assert 'cancelable_deps.deadlines' not in sys.modules\n"
         "from cancelable_deps.deadlines import ClientTimeout, DeadlineTransport, forward_deadline\n"
         "ClientTimeout(['prefer']); forward_deadline(header='prefer'); DeadlineTransport(None, header='prefer')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_nothing_imports_opentelemetry_but_the_telemetry() -> None:
+    # FastAPI itself imports the API since 0.165.
+    code = (
+        "import sys, cancelable_deps; assert 'cancelable_deps.observability' not in sys.modules\n"
+        "from cancelable_deps.observability import CancelationTelemetry\n"
+        "ours = {f'cancelable_deps.observability.{name}' for name in ('metrics', 'spans')}\n"
+        "assert not ours & set(sys.modules)\n"
+        "CancelationTelemetry(); assert ours < set(sys.modules) and 'opentelemetry.sdk' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -324,6 +348,23 @@ async def code_with_checks() -> None:
     assert_type(findings[0].level, Literal["warning", "info"])
     assert_type(findings[0].code + findings[0].where + findings[0].message, str)
     cancelation_lifespan(check=False)
+
+
+def observe(event: ObservedEvent) -> None:
+    assert_type(event.what, Literal["started", "running", "cancelled", "ended", "exceeded", "cancel"])
+    assert_type(event.kind, Literal["request", "websocket", "background", "detached", "tracked"] | None)
+    assert_type(event.reason, CancelationReason | None)
+    assert_type(event.seconds, float)
+    assert_type(event.route, str | None)
+
+
+def code_with_telemetry(tracers: TracerProvider, meters: MeterProvider, handler: logging.Handler) -> None:
+    configure(on_event=CancelationTelemetry())
+    configure(on_event=[CancelationTelemetry(tracer_provider=tracers, meter_provider=meters), observe, print])
+    configure(on_event=(), cleanup_grace=3)
+    assert_type(current_operation_id(), str | None)
+    assert_type(operation_id_filter(), logging.Filter)
+    handler.addFilter(operation_id_filter(default=None))
 
 
 @asynccontextmanager

@@ -8,6 +8,7 @@ the application in a task of its own.
 
 from __future__ import annotations
 
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakSet
 
@@ -21,6 +22,7 @@ from starlette.routing import Host, Mount, Route, Router, WebSocketRoute
 from ..hosts.fastapi import included_routes
 from ..kernel.block import current
 from ..kernel.foreign import told
+from ..kernel.settings import settings
 from ..kernel.unwrap import raise_as_it_is
 from ..request.blocks import DoorBlock
 from ..request.connection import known_state
@@ -137,6 +139,9 @@ class InnerDoor:
         if state is None or state.is_closed:
             await self.app(scope, receive, send)
             return
+        if settings.hooks:
+            # A middleware further out may have set some for the request, such as the span that traces it.
+            state.inner_contexts += (copy_context(),)
         block = current.get()
         if not isinstance(block, DoorBlock) or not block.move_in(state):
             await self._run_in_task(state, scope, receive, send)
@@ -149,6 +154,8 @@ class InnerDoor:
                 await _settle(outcome, watch, state, scope, receive, send)
         finally:
             del outcome  # Its traceback refers to this frame: a reference cycle otherwise.
+            if state.inner_contexts:
+                state.inner_contexts = ()  # They refer to our block, and that to the state.
             block.move_out(state)
 
     async def _run_in_task(self, state: RequestState, scope: Scope, receive: Receive, send: Send) -> None:
@@ -170,6 +177,8 @@ class InnerDoor:
             del outcome  # Its traceback refers to this frame: a reference cycle otherwise.
             # The task refers to its context, that to our block, and that to the state: a reference cycle otherwise.
             state.main_tasks = tuple(other for other in state.main_tasks if other is not task)
+            if state.inner_contexts:
+                state.inner_contexts = ()
 
 
 async def _settle(

@@ -1,4 +1,4 @@
-"""Private parts of FastAPI: its exit stacks, its generator endpoints, the tree of its routes."""
+"""Private parts of FastAPI: its exit stacks, its generator endpoints, the tree of its routes, the spans it makes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from fastapi.exceptions import FastAPIError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from starlette.types import Scope
 
@@ -32,6 +32,18 @@ the rest of ours.
 
 REQUEST_STACK_KEY: Final = "fastapi_inner_astack"
 """The scope's key for the exit stack around the response and its background tasks; it is closed after errors, too."""
+
+
+_TELEMETRY_KEY: Final = "fastapi.telemetry"
+
+
+def span_of_request(scope: Mapping[str, Any]) -> Any:
+    """Return the span of OpenTelemetry that FastAPI itself makes of a request, as it does since 0.165; or ``None``.
+
+    It is not the current span in a handler, around which FastAPI has another one, and the API of OpenTelemetry leads from
+    none to the one around it. `tests/test_telemetry.py` fails when this changes.
+    """
+    return getattr(scope.get(_TELEMETRY_KEY), "span", None)
 
 
 def last_item(scope: Scope, event: str, data: dict[str, str]) -> Any:

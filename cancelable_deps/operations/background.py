@@ -32,6 +32,7 @@ from .records import (
     first_fields,
     without_frames,
 )
+from .report import tell_end, tell_work
 from .running import Running, RunningBlock
 from .turns import ENDLESS, Turn, Turns, key_name
 
@@ -191,6 +192,7 @@ class Background:
         self.doubtful.discard(job.id)
         self._jobs[job] = None
         job.has_record = True
+        tell_work("started", job)
         self._sender.send_nowait(job)
         return job.view()
 
@@ -208,6 +210,8 @@ class Background:
         try:
             if job.turn is not None and job.is_waiting:
                 await self._wait_for_turn(job, job.turn)
+            job.begin()
+            tell_work("running", job)
             async with job.cancelable:
                 result = await job.work(job.cancelable, *job.args)
             return finished(result, self._max_result)
@@ -231,10 +235,10 @@ class Background:
         job.set_waiting(False)
 
     async def _end(self, job: Job, outcome: Outcome) -> None:
+        tell_end(job, outcome.state, outcome.error)
         self._unwritten.pop(job, None)
         if outcome.state is OperationState.FAILED:
             job.error = outcome.error
-        if outcome.state is OperationState.FAILED:
             job.failure = outcome.fields["message"]
         self._remember_error(job)
         fields = {**outcome.fields, "state": str(outcome.state), "ended": self._local.clock.now(), **_progress_of(job)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import time
 from collections import OrderedDict
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -115,6 +116,8 @@ class Exchange:
         self._missed = 0
         self._has_warned = False
         self._began = clock.now()
+        self.beaten_at = time.monotonic()
+        """When the store has had the last sign of life of this worker, on the clock ``time.monotonic()``."""
 
     @property
     def others(self) -> list[str]:
@@ -334,6 +337,7 @@ class Exchange:
                 self._has_warned = True
                 logger.warning("the store of operations cannot be reached; requests go on, and local cancels work")
             return
+        self.beaten_at = time.monotonic()
         self._missed = 0
         self._beats_in_a_row += 1
         if self._has_warned:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, cast
 
@@ -32,6 +33,7 @@ from .names import (
     is_id,
 )
 from .records import result_of
+from .report import tell_cancel, tell_end, unavailable_told
 from .running import RunningBlock
 from .worker import OpenWorker
 
@@ -282,16 +284,21 @@ class Operations:
         running.key = None if key is None else checked_key(key)
         running.labels = {} if labels is None else checked_labels(labels)
         local.add(running, None if id is None else checked_id(id))
+        running.begin()
         state = OperationState.FAILED
+        error: BaseException | None = None
         try:
             async with running.cancelable as cancel:
                 yield cancel
             state = OperationState.FINISHED
-        except CancelationError as exc:
-            if exc.reason is running.cancelable.reason:
+        except BaseException as exc:
+            error = exc
+            if isinstance(exc, CancelationError) and exc.reason is running.cancelable.reason:
                 state = OperationState.CANCELLED
             raise
         finally:
+            tell_end(running, state, error)
+            del error  # Its traceback refers to this frame: a reference cycle otherwise.
             local.remove(running, state)
 
     # Stopping.
@@ -322,10 +329,14 @@ class Operations:
         """
         limit = seconds(wait, "wait")
         firmness = None if grace is None else seconds(grace, "grace")
+        asked_at = time.monotonic()
         call = self.worker.cancels.cancel(
             checked_id(id), checked_owners(owner), checked_message(message), limit, firmness
         )
-        return await _or_unavailable(call)
+        with unavailable_told(id, asked_at):
+            cancelation: Cancelation = await _or_unavailable(call)
+        tell_cancel(id, cancelation, asked_at)
+        return cancelation
 
     async def cancel_all(
         self,
@@ -354,8 +365,13 @@ class Operations:
             raise ValueError(
                 "cancel_all needs a condition: key, owner, route, labels or older_than (0 stops everything)"
             )
+        asked_at = time.monotonic()
         call = self.worker.cancels.cancel_all(conditions, checked_message(message), 1.0)
-        return await _or_unavailable(call)
+        with unavailable_told(None, asked_at):
+            cancelations: list[Cancelation] = await _or_unavailable(call)
+        for cancelation in cancelations:
+            tell_cancel(None, cancelation, asked_at)
+        return cancelations
 
     # Reading.
 

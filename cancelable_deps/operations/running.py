@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from datetime import timedelta
+from threading import RLock
 from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
 from ..hosts.starlette import route_template
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from ..request.state import RequestState
     from .clock import Clock
     from .names import Owner
+
+# One that can be taken twice, because a signal handler may log while its own thread makes an id.
+making: Final = RLock()
+"""Held while an operation or its id is made, for which several threads may ask."""
 
 _STOPPED: Final = (OperationState.STOPPING, OperationState.CANCELLED)
 
@@ -91,7 +96,9 @@ class Running:
     def id(self) -> str:
         """The id of the operation: its client's, or one that is made when it is first asked for."""
         if self._id is None:
-            self._id = self.home.name(self)
+            with making:
+                if self._id is None:
+                    self._id = self.home.name(self)
         return self._id
 
     @property
@@ -304,6 +311,14 @@ class RunningBlock(Running):
     @property
     def deadline(self) -> float:
         return self.cancelable.deadline if self.cancelable.is_active else math.inf
+
+    def begin(self) -> None:
+        """Be the operation of whatever is logged in the block, which is about to be entered, until its end."""
+        block_of(self.cancelable).operation = self
+
+    def end(self, state: OperationState) -> None:
+        super().end(state)
+        block_of(self.cancelable).operation = None
 
     def stop(self, cause: Cause, grace: float | None = None) -> None:
         if grace is not None:

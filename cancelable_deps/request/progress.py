@@ -30,9 +30,6 @@ class ResponseProgress(Client):
     response_has_started = False
     """Whether the response has started, as the innermost `ResponseWatch` sees it."""
 
-    response_is_complete = False
-    """Whether the application has sent the last part of its response, so that only background work is left."""
-
     end_is_being_sent = False
     """Whether the server is sending the last part of the response."""
 
@@ -48,9 +45,6 @@ class ResponseProgress(Client):
 
     stream_was_cancelled = False
     """Whether the task that sent a stream was cancelled by other code."""
-
-    is_finished = False
-    """Whether the handler's result is there: the sending of it is not cancelled."""
 
     aborted_by: CancelationError | None = None
     """The error that stopped a stream further in, whose response is to be aborted."""
