@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "check",
         help="name what in an application breaks or weakens cancellation",
         description="Name what in an application breaks or weakens cancellation, and what to do about it. Its module is "
-        "imported; nothing of it is run. Exits with 1 if there are warnings, with 0 if there are none, with 2 if it "
+        "imported, and the Redis of its operations is asked; nothing else is run. Exits with 1 if there are warnings, with 0 if there are none, with 2 if it "
         "could not check.",
     )
     check.add_argument("target", help="the application, as for uvicorn: main:app, main:create_app()")

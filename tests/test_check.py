@@ -339,11 +339,17 @@ async def test_middleware_that_passes_messages_through() -> None:
         count = 0
 
         async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-            async def receive_and_count() -> Message:
-                message = await receive()
+            async def has_received(message: Message) -> None:
                 if message["type"] == "http.request":
                     self.count = len(message["body"])
+
+            async def on_receive(message: Message) -> Message:
                 return message
+
+            async def receive_and_count() -> Message:
+                message = await receive()
+                await has_received(message)
+                return await on_receive(message)
 
             await self.app(scope, receive_and_count, send)
 

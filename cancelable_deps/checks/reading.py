@@ -85,9 +85,9 @@ def receives_that_never_wait(functions: Iterable[Any]) -> Iterator[CodeType]:
     """Yield the code of functions that return messages of a request as ``receive()`` does, and wait for nothing."""
     for function in functions:
         for code in [code for outer in codes_of(function) for code in outer.co_consts if isinstance(code, CodeType)]:
-            is_receive = code.co_flags & inspect.CO_COROUTINE and code.co_argcount + code.co_kwonlyargcount <= 1
+            is_like_receive = code.co_flags & inspect.CO_COROUTINE and not code.co_argcount + code.co_kwonlyargcount
             returns_messages = bool(_MESSAGES & set(map(_if_text, code.co_consts))) or "receive" in code.co_name
-            if is_receive and returns_messages and not awaits(code):
+            if is_like_receive and returns_messages and not awaits(code):
                 yield code
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import signal
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _NAMES = ("self", "config")
 
@@ -39,7 +40,13 @@ def running_server() -> Serving | None:
     kinds = (_gunicorn, _uvicorn, _hypercorn, _granian)
     found = list(_objects_of_tasks())
     # gunicorn first: it may run a uvicorn, which it ends itself.
-    return next((serving for kind in kinds for owner in found if (serving := kind(owner)) is not None), None)
+    return next((serving for kind in kinds for owner in found if (serving := _asked(kind, owner)) is not None), None)
+
+
+def _asked(kind: Callable[[Any], Serving | None], owner: Any) -> Serving | None:
+    with suppress(Exception):  # a proxy that raises, or a server that has changed
+        return kind(owner)
+    return None
 
 
 def sigterm_kills() -> bool:

@@ -240,7 +240,7 @@ class RedisBackend:
 
         Uses a connection of its own if the store is not open.
 
-        :raises OperationsUnavailable: if it does not answer within 2 seconds.
+        :raises Unavailable: if it does not answer within 2 seconds.
         """
         # Importing a client library may take long, and is not the store's time.
         client = client_for(self._url, self._own, _SLACK) if self._client is None else None
