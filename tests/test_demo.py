@@ -75,8 +75,13 @@ class Demo:
         Thread(target=self._read_events, daemon=True).start()
 
     def end(self) -> None:
+        workers: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):
+            workers = psutil.Process(self.process.pid).children(recursive=True)
         with self.process:
             self.process.kill()
+            for worker in psutil.wait_procs(workers, PATIENCE)[1]:
+                worker.kill()
             # Before its output is closed.
             self._reader.join()
 
@@ -412,7 +417,10 @@ def test_no_worker_is_left(tmp_path: Path, number: signal.Signals) -> None:
             assert {worker.pid for worker in workers} >= clients.keys()
         demo.process.send_signal(number)
         assert demo.process.wait(PATIENCE) == (0 if number != signal.SIGKILL else -number)
-        assert psutil.wait_procs(workers, PATIENCE)[1] == []
+        left = psutil.wait_procs(workers, PATIENCE)[1]
+        for worker in left:
+            worker.kill()
+        assert left == []
     assert not re.search("Traceback|ERROR|WARN", "\n".join(demo.output))
     if number != signal.SIGKILL:
         assert list(tmp_path.iterdir()) == []
