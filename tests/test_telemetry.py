@@ -34,8 +34,8 @@ from cancelable_deps import (
 )
 from cancelable_deps.observability import CancelationTelemetry
 from cancelable_deps.operations import Operations, RequestOperations
-from cancelable_deps.testing import CancelableClient
-from tests.calls import CEILING, connected, get, hang_up
+from cancelable_deps.testing import CancelableClient, advance
+from tests.calls import CEILING, connected, get, hang_up, movable_clock
 from tests.operations import until
 
 pytestmark = pytest.mark.anyio
@@ -110,7 +110,11 @@ class Traced:
                         span.set_status(StatusCode.ERROR)
                 await send(message)
 
-            await self.app(scope, receive, send_noted)
+            async def receive_traced() -> Any:
+                with self.tracer.start_as_current_span("receive"):
+                    return await receive()
+
+            await self.app(scope, receive_traced, send_noted)
 
 
 def traced(kept: Kept, maker: str, door: str, timeout: float | None = None, **options: Any) -> FastAPI:
@@ -224,7 +228,42 @@ async def test_the_span_of_the_request_is_meant_and_not_one_of_the_handler(kept:
 
     assert (await hang_up(app)).status == 499
     only_span(kept)
-    assert [span.name for span in kept.spans(SpanKind.INTERNAL)] == ["step"]
+    assert {span.name for span in kept.spans(SpanKind.INTERNAL)} - {"receive"} == {"step"}
+
+
+async def test_a_span_of_receive_is_not_meant(kept: Kept) -> None:
+    """Somebody traces `receive()` as well, in which we wait when the timeout strikes."""
+    app = FastAPI()
+    app.add_middleware(Traced, tracer_provider=kept.tracers)
+
+    @app.get("/")
+    async def work(cancel: RequestCancelable) -> None:
+        with kept.tracers.get_tracer("handler").start_as_current_span("step"):
+            async with cancel:
+                await anyio.sleep(SHORT)
+                cancel.cancel_nowait()
+                await anyio.sleep_forever()
+
+    assert (await get(app)).status == 499
+    only_span(kept)
+
+
+async def test_a_span_around_everything_is_not_meant(kept: Kept) -> None:
+    app = FastAPI()
+    app.add_middleware(Traced, tracer_provider=kept.tracers)
+    app.add_middleware(RequestCancelationMiddleware)
+
+    @app.get("/")
+    async def work() -> None:
+        await anyio.sleep_forever()
+
+    async def gateway(scope: Any, receive: Any, send: Any) -> None:
+        with kept.tracers.get_tracer("gateway").start_as_current_span("gateway"):
+            await app(scope, receive, send)
+
+    assert (await hang_up(gateway)).status == 499
+    only_span(kept)
+    assert {span.name for span in kept.spans(SpanKind.INTERNAL)} >= {"gateway"}
 
 
 async def test_the_span_of_a_websocket(kept: Kept) -> None:
@@ -401,6 +440,16 @@ async def test_the_age_of_the_lease(kept: Kept) -> None:
     assert kept.points("lease.age") == others == []
 
 
+@movable_clock
+async def test_the_lease_is_young_again_after_a_sign_of_life(kept: Kept) -> None:
+    async with Operations() as operations:
+        operations.worker.exchange.beaten_at -= 1000
+        [(_, age)] = kept.points("lease.age")
+        assert age >= 1000
+        await advance(6)
+        await until(lambda: kept.points("lease.age")[0][1] < 1000)
+
+
 # Background work
 
 
@@ -435,6 +484,15 @@ async def test_background_work_has_a_span_that_is_linked_to_its_request(kept: Ke
     assert step.parent.span_id == work.context.span_id
     assert work.status.status_code is StatusCode.UNSET
     assert id not in str(work.attributes)
+
+
+async def test_background_work_is_no_part_of_the_start_of_the_application(kept: Kept) -> None:
+    with kept.tracers.get_tracer("server").start_as_current_span("startup"):
+        async with Operations() as operations:
+            job = await operations.start(sleep_forever, name="job")
+            await operations.cancel(job.id)
+    [work] = [span for span in kept.spans(SpanKind.INTERNAL) if span.name == "job"]
+    assert work.parent is None
 
 
 async def test_the_span_of_background_work_that_was_stopped_or_failed(kept: Kept) -> None:

@@ -135,6 +135,9 @@ class InnerDoor:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket" and settings.hooks:
+            await self._run_for_socket(scope, receive, send)
+            return
         state = known_state(scope) if scope["type"] == "http" else None
         if state is None or state.is_closed:
             await self.app(scope, receive, send)
@@ -157,6 +160,17 @@ class InnerDoor:
             if state.inner_contexts:
                 state.inner_contexts = ()  # They refer to our block, and that to the state.
             block.move_out(state)
+
+    async def _run_for_socket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application for a WebSocket, which the middleware stops and closes, and note the context for hooks."""
+        state = known_state(scope)
+        if state is not None:
+            state.inner_contexts += (copy_context(),)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            if state is not None:
+                state.inner_contexts = ()
 
     async def _run_in_task(self, state: RequestState, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application in a block of its own, in a task that may be another one than that of the middleware."""

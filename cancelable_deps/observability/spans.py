@@ -101,6 +101,5 @@ def _spans_around(event: ObservedEvent) -> Iterator[Span]:
         if of_fastapi is not None:
             yield of_fastapi
     for context in event.contexts:
-        # In a copy, as a task may be running in the context itself.
-        yield context.copy().run(get_current_span)
+        yield context.run(get_current_span)
     yield get_current_span()
