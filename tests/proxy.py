@@ -88,6 +88,8 @@ class _Link:
     def __init__(self, *sockets: socket.socket) -> None:
         self.is_dropped = False
         self._sockets = sockets
+        for each in sockets:
+            each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def close(self) -> None:
         for each in self._sockets:

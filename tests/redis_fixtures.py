@@ -6,9 +6,11 @@ import gc
 import os
 from collections.abc import Iterator
 
+import coredis
 import pytest
 
-from .redis_server import RedisServer, SharedRedis, redis_server
+from .redis_server import RedisServer, SharedRedis, redis_server, server_program
+from .stores import MemoryStore, RedisStore, Store
 
 
 @pytest.fixture
@@ -41,3 +43,22 @@ def shared_redis(redis_url: str) -> Iterator[SharedRedis]:
     shared = SharedRedis(redis_url)
     yield shared
     shared.forget()
+
+
+@pytest.fixture(scope="session")
+def valkey_url() -> Iterator[str]:
+    with redis_server(program=server_program("valkey")) as server:
+        yield server.url
+
+
+@pytest.fixture
+def store(store_kind: tuple[str, str], request: pytest.FixtureRequest) -> Iterator[Store]:
+    """A store of the kind that the test file gives as ``store_kind``."""
+    name = store_kind[0]
+    if name == "memory":
+        yield MemoryStore()
+        return
+    url = request.getfixturevalue("valkey_url" if name == "valkey" else "redis_url")
+    store = RedisStore(url, coredis.Redis.from_url if name == "coredis" else None)
+    yield store
+    store.close()

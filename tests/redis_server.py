@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -34,6 +35,18 @@ class SharedRedis:
         """The names of its keys."""
         with redis.Redis.from_url(self.url, decode_responses=True) as client:
             return sorted(client.scan_iter(f"{{{self.prefix}}}:*", count=1000))
+
+    def forget_entries(self, seconds: float) -> None:
+        """Delete the entries of its streams of the last ``seconds``."""
+        names = self.names()
+        with redis.Redis.from_url(self.url) as client:
+            now: Any = client.time()
+            since = int((now[0] + now[1] / 1e6 - seconds) * 1000)
+            for name in names:
+                if client.type(name) == b"stream":
+                    entries: Any = client.xrange(name, min=since)
+                    for id, _ in entries:
+                        client.xdel(name, id)
 
     def forget(self) -> None:
         """Delete its keys."""

@@ -132,12 +132,14 @@ async def cancelled_during(a: Operations, ids: list[str], seconds: float) -> dic
     return answers
 
 
-async def none_is_lost(what: str, a: Operations, b: WorkerProcess, ids: list[str], disturb: Work) -> None:
-    """Cancel the operations of ``b`` within three seconds while it is disturbed: all that were acknowledged end."""
+async def none_is_lost(
+    what: str, a: Operations, b: WorkerProcess, ids: list[str], disturb: Work, seconds: float = 3
+) -> None:
+    """Cancel the operations of ``b`` within some seconds while it is disturbed: all that were acknowledged end."""
     answers: dict[str, str] = {}
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(disturb)
-        answers = await cancelled_during(a, ids, 3)
+        answers = await cancelled_during(a, ids, seconds)
     acknowledged = {id for id, outcome in answers.items() if outcome in ACKNOWLEDGED}
     counted = Counter(answers.values())
     print(f"\n{what}: {dict(counted)}, acknowledged {len(acknowledged)}")

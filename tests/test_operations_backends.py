@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import anyio
-import coredis
 import pytest
 
 from cancelable_deps.operations.backend import Entered, Unavailable, Waiter
 
-from .redis_server import redis_server, server_program
-from .stores import KINDS, LEASE, MemoryStore, RedisStore, Store, identity, until
+from .machine import scaled
+from .stores import CEILING, LEASE, MemoryStore, Store, identity, kinds, until
 
 pytest_plugins = ["tests.redis_fixtures"]
 pytestmark = pytest.mark.anyio
@@ -24,33 +24,15 @@ QUEUE = {**TAKE, "queue": 2}
 LATEST = {**TAKE, "latest": True}
 
 
-@pytest.fixture(scope="module")
-def valkey_url() -> Iterator[str]:
-    with redis_server(program=server_program("valkey")) as server:
-        yield server.url
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> tuple[str, str]:
+@pytest.fixture(params=kinds("coredis-asyncio", "valkey"))
+def store_kind(request: pytest.FixtureRequest) -> tuple[str, str]:
     found: tuple[str, str] = request.param
     return found
 
 
 @pytest.fixture
-def anyio_backend(kind: tuple[str, str]) -> str:
-    return kind[1]
-
-
-@pytest.fixture
-def store(kind: tuple[str, str], request: pytest.FixtureRequest) -> Iterator[Store]:
-    name = kind[0]
-    if name == "memory":
-        yield MemoryStore()
-        return
-    url = request.getfixturevalue("valkey_url" if name == "valkey" else "redis_url")
-    store = RedisStore(url, coredis.Redis.from_url if name == "coredis" else None)
-    yield store
-    store.lose_everything()
+def anyio_backend(store_kind: tuple[str, str]) -> str:
+    return store_kind[1]
 
 
 def fields(worker: str = A, **more: Any) -> dict[str, Any]:
@@ -300,6 +282,94 @@ async def test_more_than_a_hundred_records_are_given_up_in_parts(store: Store) -
         assert {record.fields["state"] for record in await a.load(list(lost))} == {"lost"}
 
 
+# What may befall a store.
+
+
+async def works(call: Callable[[], Awaitable[Any]]) -> bool:
+    try:
+        with anyio.fail_after(1):
+            await call()
+    except (Unavailable, TimeoutError):
+        return False
+    return True
+
+
+async def received_at_last(backend: Any, last: bytes) -> list[bytes]:
+    """Read until an entry comes, through whatever fails; without what comes twice."""
+    entries: dict[bytes, None] = {}
+
+    async def is_there() -> bool:
+        with suppress(Unavailable):
+            entries.update(dict.fromkeys([data for _, data in await backend.receive()]))
+        return last in entries
+
+    await until(is_there, f"{last!r} comes")
+    return list(entries)
+
+
+async def test_a_store_that_stands_still_skips_nothing(store: Store) -> None:
+    async with store.workers("wa", "wb") as (a, b):
+        await a.broadcast(b"before", "before")
+        assert await received(b, 1) == [b"before"]
+        store.pause()
+        assert not await works(lambda: a.broadcast(b"during", "during"))
+        store.resume()
+        await until(lambda: works(lambda: a.broadcast(b"after", "after")), "it answers again")
+        entries = await received_at_last(b, b"after")
+        # The call that was given up may have been carried out.
+        assert [entry for entry in entries if entry not in (b"before", b"during")] == [b"after"]
+
+
+async def test_a_worker_that_is_cut_off_reads_later_what_it_has_missed(store: Store) -> None:
+    async with store.workers("wa", "wb") as (a, b):
+        await a.broadcast(b"before", "before")
+        assert await received(b, 1) == [b"before"]
+        store.pause(b)
+        for number in range(3):
+            await a.broadcast(b"%d" % number, str(number))
+        store.resume()
+        entries = await received_at_last(b, b"2")
+        assert [entry for entry in entries if entry != b"before"] == [b"0", b"1", b"2"]
+
+
+async def test_a_slow_store_keeps_the_order(store: Store) -> None:
+    store.delay(0.05)
+    async with store.workers("wa", "wb") as (a, b):
+        for number in range(5):
+            await a.broadcast(b"%d" % number, str(number))
+            await a.send(B, b"mail %d" % number, f"mail {number}")
+        entries = await received(b, 10)
+        assert [entry for entry in entries if b"mail" not in entry] == [b"%d" % number for number in range(5)]
+        assert [entry for entry in entries if b"mail" in entry] == [b"mail %d" % number for number in range(5)]
+        assert (await a.enter("key", "1", **TAKE)).status == "admitted"
+        assert (await b.enter("key", "2", **TAKE)).status == "refused"
+
+
+async def test_the_loss_of_the_last_entries_is_seen_and_mended(store: Store) -> None:
+    async with store.workers("wa", "wb") as (a, b):
+        for number in range(3):
+            await a.broadcast(b"%d" % number, str(number))
+        await received(b, 3)
+        await anyio.sleep(0.6)
+        for number in (3, 4):
+            await a.broadcast(b"%d" % number, str(number))
+        store.lose_last(0.5)
+        ids = [str(number) for number in range(5)]
+
+        async def lost() -> set[str]:
+            with suppress(Unavailable):
+                return set(await a.missing(ids))
+            return set()
+
+        assert await until(lost, "the loss is seen") == {"3", "4"}
+        for number in (3, 4):
+            await a.broadcast(b"%d" % number, str(number))
+        assert await a.missing(ids) == set()
+        with anyio.fail_after(scaled(CEILING)):
+            entries = await received_at_last(b, b"4")
+        assert [entry for entry in entries if entry in (b"3", b"4")] == [b"3", b"4"]
+
+
 # Records.
 
 
@@ -419,7 +489,7 @@ async def test_places_are_limited_and_handed_over_in_order(store: Store) -> None
 async def test_generations_increase_also_after_a_loss(store: Store) -> None:
     async with store.workers("wa", "wb") as (a, b):
         found = [await each.enter(key, f"{key}{each is a}", **LATEST) for key in ("x", "y") for each in (a, b)]
-        if isinstance(store, RedisStore):
+        if not isinstance(store, MemoryStore):
             store.lose_everything()
         found.append(await a.enter("x", "z", **LATEST))
         generations = [each.generation for each in found]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 
 import anyio
 import pytest
 
-from cancelable_deps.operations import OperationState, OperationsUnavailable, OperationTaken
+from cancelable_deps import CancelationError
+from cancelable_deps.operations import Operations, OperationState, OperationsUnavailable, OperationTaken
 from cancelable_deps.testing import OperationsHub, advance
 from tests.calls import movable_clock
 from tests.operations import all_known, ended, endless, nothing_is_kept, until, workers
@@ -43,6 +45,61 @@ async def test_a_paused_worker_reads_nothing_until_it_is_resumed() -> None:
         assert (await b.get(operation.id)).state is OperationState.RUNNING  # type: ignore[union-attr]
         hub.resume(b)
         assert (await ended(b, operation)).state is OperationState.CANCELLED
+
+
+async def note_outcome(operations: Operations, id: str, outcomes: list[str]) -> None:
+    outcomes.append((await operations.cancel(id, wait=10)).outcome)
+
+
+@movable_clock
+async def test_the_record_knows_of_an_end_whose_answer_does_not_come() -> None:
+    outcomes: list[str] = []
+    async with workers(2) as (hub, (a, b)), anyio.create_task_group() as tasks:
+        operation = await b.start(endless)
+        hub.pause(a)
+        tasks.start_soon(note_outcome, a, operation.id, outcomes)
+        await advance(11)
+        assert outcomes == ["cancelled"]
+        hub.resume(a)
+
+
+@movable_clock
+async def test_a_cancel_that_was_sent_stays_so_when_its_record_cannot_be_read() -> None:
+    outcomes: list[str] = []
+    async with workers(2) as (hub, (a, b)), anyio.create_task_group() as tasks:
+        operation = await b.start(endless)
+        hub.pause(b)
+        tasks.start_soon(note_outcome, a, operation.id, outcomes)
+        await advance(5)
+        hub.cut(a)
+        await advance(6)
+        assert outcomes == ["sent"]
+        hub.resume(a)
+        hub.resume(b)
+
+
+@movable_clock
+async def test_an_answer_that_cannot_be_sent_is_sent_again() -> None:
+    outcomes: list[str] = []
+
+    async def block() -> None:
+        with suppress(CancelationError):
+            async with b.track(id="block"):
+                try:
+                    await anyio.sleep_forever()
+                finally:
+                    hub.cut(b)
+                    await anyio.sleep(1)
+
+    async with workers(2) as (hub, (a, b)), anyio.create_task_group() as tasks:
+        tasks.start_soon(block)
+        await until(lambda: b.worker.local.everything())
+        tasks.start_soon(note_outcome, a, "block", outcomes)
+        await advance(2)
+        assert outcomes == []
+        hub.resume(b)
+        await advance(2)
+        assert outcomes == ["cancelled"]
 
 
 @movable_clock

@@ -90,9 +90,14 @@ class Cancels:
         if operation.state.is_final:
             return Cancelation(outcome=outcome_of(operation.state), operation=operation)
         answered = await self._ask(data, operation.worker, ANYONE)
-        if answered.outcome in ("unknown", "lost"):
-            # Its worker is gone, or has just ended it. The record knows.
-            now = await self._background.archive.recorded(operation.id, ANYONE)
+        if answered.outcome in ("unknown", "lost", "sent"):
+            # Its worker is gone, or has just ended it, or its answer was lost. The record knows.
+            try:
+                now = await self._background.archive.recorded(operation.id, ANYONE)
+            except Unavailable:
+                if answered.outcome != "sent":
+                    raise
+                now = None
             if now is not None:
                 outcome = outcome_of(now.state) if now.state.is_final else "sent"
                 return Cancelation(outcome=outcome, operation=now)

@@ -30,6 +30,9 @@ _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 2.0
 _MOST_REMEMBERED: Final = 100_000
 _OLD: Final = 2.0
+_ANSWER_SECONDS: Final = 5.0
+"""The longest that a worker tries to answer."""
+
 CALL_SECONDS: Final = 1.0
 """The longest that one call of the store may take, except reading."""
 
@@ -280,14 +283,21 @@ class Exchange:
             self._outbox.put(entry.sender, {"re": entry.id, **answer}, is_urgent=not answer.get("no"))
 
     def tell(self, worker: str, kind: str, data: dict[str, Any]) -> None:
-        """Send an entry to a worker soon, in order, if the store can be reached; otherwise it is lost."""
+        """Send an entry to a worker soon, in order; it is lost if the store cannot be reached for some seconds."""
         self._outbox.put(worker, {"tell": kind, "data": data}, is_urgent=True)
 
     async def _send_answers(self, worker: str, answers: list[dict[str, Any]]) -> None:
-        try:
-            await self.send(worker, "answers", {"answers": answers})
-        except Unavailable:
-            return  # The one who asks has given up by now, and says so.
+        pause = _FIRST_PAUSE
+        until = self._clock.now() + _ANSWER_SECONDS
+        while True:
+            try:
+                await self.send(worker, "answers", {"answers": answers})
+                return
+            except Unavailable:
+                if self._clock.now() + pause > until:
+                    return  # The one who asks has given up by now, and says so.
+            await anyio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _take_answers(self, entry: Entry) -> None:
         for answer in entry.data.get("answers", ()):
