@@ -51,7 +51,8 @@ def serve(listener: socket.socket, materials: Materials, redis: str | None = Non
         create_app(materials, ledger, Operations(backend, background_grace=0)),
         access_log=False,
         log_level="error",
-        timeout_graceful_shutdown=1,
+        # Nothing takes so long: the ledger and the lifespan end what runs. But a cleanup may have 5 s.
+        timeout_graceful_shutdown=6,
     )
     # After Config, which configures uvicorn's loggers and would drop the filter.
     logging.getLogger("uvicorn.error").addFilter(not_a_cut_stream)
