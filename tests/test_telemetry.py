@@ -358,7 +358,7 @@ async def test_an_unknown_path_is_no_attribute(kept: Kept) -> None:
         await anyio.sleep_forever()
 
     assert (await hang_up(RequestCancelationMiddleware(app), "/secret/17")).status == 499
-    assert kept.points("cancelations") == [({"reason": "disconnect", "kind": "request"}, 1)]
+    assert kept.points("cancelations") == [({"reason": "disconnect", "http.route": "", "kind": "request"}, 1)]
 
 
 async def test_advisory_limits(kept: Kept) -> None:
@@ -428,7 +428,7 @@ async def test_cancels_are_counted_by_what_becomes_of_them(kept: Kept) -> None:
         ({"outcome": "cancelled"}, 3),
         ({"outcome": "unknown"}, 1),
     ]
-    assert kept.points("cancelations") == [({"reason": "manual", "kind": "background"}, 2)]
+    assert kept.points("cancelations") == [({"reason": "manual", "http.route": "", "kind": "background"}, 2)]
 
 
 async def test_the_age_of_the_lease(kept: Kept) -> None:
@@ -525,7 +525,7 @@ async def test_background_work_that_never_begins_leaves_nothing_behind(kept: Kep
         await operations.cancel(first.id)
     assert telemetry == []
     assert [span.name for span in kept.spans(SpanKind.INTERNAL)] == ["sleep_forever"]
-    assert kept.points("cancelations") == [({"reason": "manual", "kind": "background"}, 2)]
+    assert kept.points("cancelations") == [({"reason": "manual", "http.route": "", "kind": "background"}, 2)]
 
 
 async def test_tracked_work_is_told_in_the_span_around_it(kept: Kept) -> None:
