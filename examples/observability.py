@@ -19,16 +19,14 @@ import uvicorn
 from fastapi import FastAPI
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.sdk.metrics import MeterProvider
-from prometheus_client import CollectorRegistry, make_asgi_app
+from prometheus_client import make_asgi_app
 
 from cancelable_deps import RequestCancelationMiddleware, configure
 from cancelable_deps.observability import CancelationTelemetry, operation_id_filter
 from cancelable_deps.operations import Operations, operations_router
 
 log = logging.getLogger("reports")
-registry = CollectorRegistry()
-meters = MeterProvider([PrometheusMetricReader(registry=registry)])
-telemetry = CancelationTelemetry(meter_provider=meters)
+telemetry = CancelationTelemetry(meter_provider=MeterProvider([PrometheusMetricReader()]))
 operations = Operations()
 
 
@@ -46,7 +44,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 app = FastAPI(lifespan=operations.lifespan(lifespan))
 app.add_middleware(RequestCancelationMiddleware, default_timeout=2, exclude=["/metrics*"], operations=operations)
 app.include_router(operations_router(operations, operator=anybody), prefix="/operations")
-app.mount("/metrics", make_asgi_app(registry))
+app.mount("/metrics", make_asgi_app())
 
 
 @app.get("/reports/{name}")

@@ -39,6 +39,7 @@ ON_PUBLIC_API = {
     "test_forward_deadline.py",
     "test_middleware.py",
     "test_nests.py",
+    "test_on_event.py",
     "test_polite.py",
     "test_polite_public.py",
     "test_postgres.py",

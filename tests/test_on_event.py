@@ -298,7 +298,6 @@ async def test_a_shutdown(told: list[ObservedEvent]) -> None:
         ("cancelled", CancelationReason.SIGNAL),
         ("ended", CancelationReason.SIGNAL),
     ] * 2
-    assert told[2].seconds < SHORT
 
 
 async def test_a_client_that_gives_too_little(told: list[ObservedEvent]) -> None:

@@ -35,7 +35,7 @@ from cancelable_deps import (
 from cancelable_deps.observability import CancelationTelemetry
 from cancelable_deps.operations import Operations, RequestOperations
 from cancelable_deps.testing import CancelableClient, advance
-from tests.calls import CEILING, connected, get, hang_up, movable_clock
+from tests.calls import CEILING, connected, get, hang_up, movable_clock, running
 from tests.operations import until
 
 pytestmark = pytest.mark.anyio
@@ -310,21 +310,29 @@ async def test_what_is_counted(kept: Kept, door: str) -> None:
 async def test_the_cleanup_is_a_part_of_what_a_cancellation_takes(kept: Kept) -> None:
     app = FastAPI()
     app.add_middleware(RequestCancelationMiddleware)
+    may_end = anyio.Event()
+    has_left: list[Callable[[], bool]] = []
 
     @app.get("/")
     async def work(cancel: RequestCancelable) -> None:
+        has_left.append(lambda: cancel.client_has_left)
         try:
             async with cancel.shield():
-                await anyio.sleep(0.1)
+                await may_end.wait()
             await anyio.sleep_forever()
         finally:
-            await anyio.sleep(0.05)
+            await anyio.sleep(SHORT)
 
-    assert (await hang_up(app)).status == 499
+    async with running(app) as call:
+        await call.listened_to()
+        await call.hang_up()
+        await until(lambda: has_left[0]())
+        await anyio.sleep(3 * SHORT)
+        may_end.set()
     [(_, (_, duration))] = kept.points("cancelation.duration")
     [(_, (_, cleanup))] = kept.points("cleanup.duration")
-    assert cleanup >= 0.05
-    assert cleanup + 0.04 < duration
+    assert cleanup >= SHORT
+    assert duration >= cleanup + 3 * SHORT
 
 
 async def test_a_cancellation_lasts_until_the_background_tasks_have_ended(kept: Kept) -> None:
@@ -358,7 +366,7 @@ async def test_an_unknown_path_is_no_attribute(kept: Kept) -> None:
         await anyio.sleep_forever()
 
     assert (await hang_up(RequestCancelationMiddleware(app), "/secret/17")).status == 499
-    assert kept.points("cancelations") == [({"reason": "disconnect", "kind": "request"}, 1)]
+    assert kept.points("cancelations") == [({"reason": "disconnect", "http.route": "", "kind": "request"}, 1)]
 
 
 async def test_advisory_limits(kept: Kept) -> None:
@@ -428,7 +436,7 @@ async def test_cancels_are_counted_by_what_becomes_of_them(kept: Kept) -> None:
         ({"outcome": "cancelled"}, 3),
         ({"outcome": "unknown"}, 1),
     ]
-    assert kept.points("cancelations") == [({"reason": "manual", "kind": "background"}, 2)]
+    assert kept.points("cancelations") == [({"reason": "manual", "http.route": "", "kind": "background"}, 2)]
 
 
 async def test_the_age_of_the_lease(kept: Kept) -> None:
@@ -525,7 +533,7 @@ async def test_background_work_that_never_begins_leaves_nothing_behind(kept: Kep
         await operations.cancel(first.id)
     assert telemetry == []
     assert [span.name for span in kept.spans(SpanKind.INTERNAL)] == ["sleep_forever"]
-    assert kept.points("cancelations") == [({"reason": "manual", "kind": "background"}, 2)]
+    assert kept.points("cancelations") == [({"reason": "manual", "http.route": "", "kind": "background"}, 2)]
 
 
 async def test_tracked_work_is_told_in_the_span_around_it(kept: Kept) -> None:

@@ -70,7 +70,7 @@ class Metrics:
                 if event.cleanup_seconds is not None:
                     self._cleanup.record(event.cleanup_seconds, attributes)
             case "exceeded":
-                self._advisory.add(1, _attributes_of(event))
+                self._advisory.add(1, {"http.route": event.route or "", "kind": str(event.kind)})
             case "cancel":
                 self._cancels.add(1, {"outcome": str(event.outcome)})
             case _:
@@ -78,8 +78,8 @@ class Metrics:
 
 
 def _attributes_of(event: ObservedEvent) -> dict[str, str]:
-    found = {"reason": event.reason, "http.route": event.route, "kind": event.kind}
-    return {name: str(value) for name, value in found.items() if value is not None}
+    # The same keys for each point: the exporter for Prometheus before 0.52 mixes up the labels otherwise.
+    return {"reason": str(event.reason), "http.route": event.route or "", "kind": str(event.kind)}
 
 
 def _observe_operations(options: CallbackOptions) -> Iterable[Observation]:
