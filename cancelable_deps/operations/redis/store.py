@@ -153,6 +153,9 @@ class RedisBackend:
             [me, self._lease_ms, identity_text(self._worker), self._read_to, self._mail_read_to, self._memory_ms],
         )
         has_forgotten = bool(lost) or (self._has_joined and not known)
+        if lost:
+            # An empty log would be a loss at each sign of life. What is read twice is known.
+            self._rewind(self._memory_ms + _REWIND)
         self._has_joined = not fenced
         self._has_gap = self._has_gap or bool(gap)
         await self._renew_places()
@@ -264,9 +267,9 @@ class RedisBackend:
                 self._read_to = position
         return [(position, data) for _, position, data in sorted(found, key=_by_position)]
 
-    def _rewind(self) -> None:
+    def _rewind(self, by: int = _REWIND) -> None:
         if self._read_to:
-            self._read_to = f"{max(0, int(self._read_to.partition('-')[0]) - _REWIND)}-0"
+            self._read_to = f"{max(0, int(self._read_to.partition('-')[0]) - by)}-0"
 
     async def missing(self, ids: Sequence[str]) -> set[str]:
         """Return which of these entries the log does not hold."""
