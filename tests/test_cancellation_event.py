@@ -180,6 +180,16 @@ async def test_a_guard_may_be_made_when_the_client_has_left_and_in_a_thread() ->
     assert seen == [CancelationReason.DISCONNECT, True]
 
 
+async def test_a_guard_is_entered_once() -> None:
+    async def handler(event: Event) -> str:
+        guard = event.guard()
+        with guard, pytest.raises(RuntimeError, match="entered once"):
+            guard.__enter__()
+        return "ok"
+
+    assert (await get(application("decorator", handler))).status == 200
+
+
 async def test_a_plain_event_has_no_guard() -> None:
     async def handler(event: CancellationEvent) -> str:
         with pytest.raises(RuntimeError, match="cancellation_event"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import threading
+import traceback
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -272,6 +274,88 @@ async def test_it_keeps_nothing_of_its_request() -> None:
     await all_ended()
     gc.collect()
     assert handles[0]() is None
+
+
+async def test_anothers_cancellation_is_its_failure(caplog: pytest.LogCaptureFixture) -> None:
+    if current_loop().is_trio:
+        pytest.skip("no task of trio ends with another's cancellation")
+
+    async def work(cancel: Cancelable) -> None:
+        other = asyncio.ensure_future(asyncio.sleep(100))
+        other.cancel()
+        await other
+
+    detached = Cancelable().detach(work)
+    with pytest.raises(RuntimeError, match="CancelledError"):
+        await detached.result()
+    Cancelable().detach(work, name="alone")
+    await all_ended()
+    assert [record.getMessage() for record in caplog.records] == ["detached work failed: alone"]
+
+
+async def test_each_who_waits_gets_an_error_of_its_own_with_the_frames_of_the_work() -> None:
+    async def fails(cancel: Cancelable) -> None:
+        raise ValueError("broken")
+
+    detached = Cancelable().detach(fails)
+    seen: list[BaseException] = []
+    for _ in range(3):
+        with pytest.raises(ValueError, match="broken") as raised:
+            await detached.result()
+        seen.append(raised.value)
+        assert [frame.name for frame in traceback.extract_tb(raised.value.__traceback__)][-1] == "fails"
+    assert len({*map(id, seen)}) == 3
+    assert len({len(traceback.extract_tb(error.__traceback__)) for error in seen}) == 1
+
+
+async def test_who_leaves_when_it_fails_has_it_logged(caplog: pytest.LogCaptureFixture) -> None:
+    gate = anyio.Event()
+
+    async def fails(cancel: Cancelable) -> None:
+        await gate.wait()
+        scope.cancel()
+        raise ValueError("broken")
+
+    detached = Cancelable().detach(fails)
+    with anyio.CancelScope() as scope:
+        gate.set()
+        await detached.result()
+    await all_ended()
+    assert [record.getMessage() for record in caplog.records] == ["detached work failed: fails"]
+
+
+async def test_work_of_a_request_that_is_gone_is_listed_too() -> None:
+    left: list[Cancelable] = []
+
+    async def handler(cancel: RequestCancelable) -> None:
+        async with cancel:
+            left.append(cancel)
+
+    async with Operations(background_grace=0) as operations:
+        assert (await get(application("middleware", handler))).status == 200
+        gc.collect()
+        detached = left[0].detach(Work())
+        assert (await operations.list(kind="detached")).total == 1
+        detached.cancel_nowait()
+        await all_ended()
+
+
+async def test_work_that_is_detached_in_a_shield_does_not_keep_the_block() -> None:
+    work = Work()
+    blocks: list[weakref.ref[Any]] = []
+
+    async def start() -> None:
+        async with Cancelable() as cancel:
+            with cancel.shield():
+                cancel.detach(work)
+            blocks.append(weakref.ref(cancel._block))
+
+    await start()
+    await work.started.wait()
+    gc.collect()
+    assert blocks[0]() is None
+    work.gate.set()
+    await all_ended()
 
 
 # The shutdown.

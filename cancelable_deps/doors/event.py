@@ -69,7 +69,8 @@ class RequestCancellationEvent:
     async def wait(self) -> CancelationReason:
         """Wait until the event is set, and return the reason.
 
-        Listening ends when the handler returns.
+        Listening ends when the handler returns. Call it in the handler: a timeout that is set or shortened while somebody
+        waits is noticed when it is over.
         """
         while self._own is not None and self._cause is None and (left := self.remaining()) < math.inf:
             # The timeout may be moved meanwhile.
@@ -113,9 +114,12 @@ class StoppingGuard:
         self._soft = soft
         self._timer: Timer | None = None
         self._defers = False
+        self._is_used = False
 
     def __enter__(self) -> Self:
-        self._defers = True
+        if self._is_used:
+            raise RuntimeError("a guard is entered once: call event.guard() for each section")
+        self._is_used = self._defers = True
         self._state.add_guard(self)
         return self
 

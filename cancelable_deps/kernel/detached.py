@@ -9,10 +9,13 @@ import anyio
 
 from .block import current
 from .errors import CancelationError
+from .foreign import ThisTask, as_failure
 from .log import logger
 from .loops.current import current_loop, runs_in_this_thread
 from .reasons import CancelationReason
+from .remaining import leave_hidden
 from .shields import leave_shields
+from .unwrap import copied
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -84,7 +87,9 @@ class Detached(Generic[R]):
         """The `Cancelable` of the work, which the work has got, too."""
 
         around = current.get()
-        self.origin: Any = block.owner_of_client or (None if around is None else around.owner_of_client)
+        owner: Any = block.owner_of_client or (None if around is None else around.owner_of_client)
+        # A request that has ended has left a substitute, which nobody knows.
+        self.origin: Any = owner if hasattr(owner, "scope") else None
         """The request that the work was started in, until the observers know of the work: it is not kept alive."""
 
         self._work: Callable[[], Awaitable[R]] | None = work
@@ -121,56 +126,75 @@ class Detached(Generic[R]):
         """Wait for the work, and return what it returns. A caller that is cancelled meanwhile leaves the work running.
 
         :raises CancelationError: if the work was stopped.
-        :raises Exception: what the work has raised. It is not logged then.
+        :raises Exception: what the work has raised, in a copy for each caller. It is not logged then.
         """
         self._is_asked_for += 1
         try:
             await self._ended.wait()
         except BaseException:
             self._is_asked_for -= 1
+            if self.has_ended:
+                # It has ended at this very moment, and was not logged, as somebody waited.
+                self._log_error()
             raise
         if self._error is not None:
-            raise self._error
+            # Who raises it adds its own frames.
+            raise copied(self._error).with_traceback(self._error.__traceback__)
         value: R = self._value
         return value
 
     def start(self, loop: EventLoop, context: Context) -> None:
         """Start the work in ``loop``, which runs in this thread."""
-        all_detached(loop).add(self)
-        self.origin = None
-        # Kept, because asyncio itself refers to its tasks weakly.
-        self._task = loop.spawn(self._run_in(loop), context)
+        try:
+            all_detached(loop).add(self)
+            # Kept, because asyncio itself refers to its tasks weakly.
+            self._task = loop.spawn(self._run_in(loop), context)
+        except BaseException:
+            self._end(loop)
+            raise
+        finally:
+            self.origin = None
 
     def _run_in(self, loop: EventLoop) -> Callable[[], Any]:
         async def detached() -> None:
             try:
                 await self._run()
             finally:
-                self._work = self._task = None
-                self._ended.set()
-                all_detached(loop).remove(self)
+                self._end(loop)
 
         detached.__qualname__ = f"detached {self.name}"
         return detached
 
+    def _end(self, loop: EventLoop) -> None:
+        self._work = self._task = None
+        self._ended.set()
+        all_detached(loop).remove(self)
+
     async def _run(self) -> None:
-        work = self._work
+        work, this_task = self._work, ThisTask()
         assert work is not None
         try:
             async with self.cancelable:
                 self._value = await work()
-        except Exception as exc:
-            self._error = exc
-            if self._is_asked_for:
-                return
-            if isinstance(exc, CancelationError) and exc.reason is self.cancelable.reason:
-                logger.info("detached work was stopped: %s (%s)", self.name, self.cancelable.reason)
-            else:
-                logger.exception("detached work failed: %s", self.name)
         except BaseException as exc:
-            # The event loop ends.
-            self._error = exc
-            raise
+            if this_task.is_ended_by(exc):
+                # The event loop ends.
+                self._error = exc
+                raise
+            self._error = as_failure(exc, self.name)
+            self._log_error()
+            if exc.__traceback__ is not None:
+                # Without this frame, which knows this object: a cycle otherwise.
+                exc.__traceback__ = exc.__traceback__.tb_next
+
+    def _log_error(self) -> None:
+        error = self._error
+        if error is None or self._is_asked_for:
+            return
+        if isinstance(error, CancelationError) and error.reason is self.cancelable.reason:
+            logger.info("detached work was stopped: %s (%s)", self.name, self.cancelable.reason)
+        else:
+            logger.error("detached work failed: %s", self.name, exc_info=error)
 
 
 def detach(block: Block, cancelable: Any, work: Callable[[], Awaitable[R]]) -> Detached[R]:
@@ -196,3 +220,4 @@ def _leave_blocks() -> None:
     """Leave all blocks and shields, in a context: what is detached has nothing around it, and keeps no request alive."""
     current.set(None)
     leave_shields()
+    leave_hidden()

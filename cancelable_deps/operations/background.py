@@ -16,6 +16,7 @@ from ..kernel.foreign import ThisTask
 from ..kernel.log import logger
 from ..kernel.reasons import CancelationReason
 from ..kernel.token import Cause
+from ..kernel.unwrap import copied, without_frames
 from .archive import MOST_AGE, Archive
 from .backend import Unavailable
 from .doubtful import DoubtfulRecords
@@ -26,11 +27,9 @@ from .records import (
     Outcome,
     TooLarge,
     cancelled,
-    copied,
     failed,
     finished,
     first_fields,
-    without_frames,
 )
 from .report import tell_end, tell_work
 from .running import Running, RunningBlock

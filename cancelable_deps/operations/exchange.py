@@ -254,7 +254,10 @@ class Exchange:
         entry = decoded(data)
         if entry is None or entry.id in self._seen:
             return
-        now = self._seen[entry.id] = self._clock.now()
+        now = self._clock.now()
+        if entry.at < now - self._memory - self._lease - _OLD:
+            return  # Read once more after a loss, and forgotten: it has done what it had to do.
+        self._seen[entry.id] = now
         if entry.kind in LASTING and entry.to is None:
             # Mail is sent again by its sender, who is the only one that is sure to have it.
             self._lasting[entry.id] = _Sent(now, data, None)
@@ -297,9 +300,11 @@ class Exchange:
     async def _send_answers(self, worker: str, answers: list[dict[str, Any]]) -> None:
         pause = _FIRST_PAUSE
         until = self._clock.now() + _ANSWER_SECONDS
+        # One id for all tries: an earlier one may have arrived.
+        id = new_entry_id()
         while True:
             try:
-                await self.send(worker, "answers", {"answers": answers})
+                await self.send(worker, "answers", {"answers": answers}, id)
                 return
             except Unavailable:
                 if self._clock.now() + pause > until:

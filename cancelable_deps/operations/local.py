@@ -212,10 +212,10 @@ class Local:
         self.changed(running, "end")
 
     def _forget_id(self, running: Running, id: str) -> None:
-        same = self._by_id[id]
-        same.remove(running)
-        if not same:
-            del self._by_id[id]
+        # A thread may have forgotten it already.
+        same = [other for other in self._by_id.pop(id, ()) if other is not running]
+        if same:
+            self._by_id[id] = same
 
     def name(self, running: Running) -> str:
         """Return a new id for an operation, by which it is found from now on."""

@@ -180,11 +180,13 @@ class Turns:
                 continue
             options: dict[str, Any] = {"limit": turn.limit, "queue": ENDLESS, "again": not is_waiting}
             call = self._exchange.backend.enter(turn.key, turn.id, latest=False, waits=False, **options)
-            entered: Entered = await self._exchange.calling(call)
-            if turn.id not in self._turns:
-                # It has left meanwhile, perhaps before it was entered again.
-                self._unleft[turn.id] = turn
-            elif entered.status == "admitted":
+            try:
+                entered: Entered = await self._exchange.calling(call)
+            finally:
+                if turn.id not in self._turns:
+                    # It has left meanwhile, perhaps before it was entered again; also if that fails, and happens later.
+                    self._unleft[turn.id] = turn
+            if entered.status == "admitted" and turn.id in self._turns:
                 turn.admit()
 
     async def leave_again(self) -> None:

@@ -114,8 +114,9 @@ class Client(Reported):
 
     def add_guard(self, guard: Guard) -> None:
         """Defer the disconnect, and tell ``guard`` of it. For any thread."""
-        self._guards = {**(self._guards or {}), guard: None}
+        # In this order, because the loop may report the client's leaving at any moment.
         self.defer_disconnect(1)
+        self._guards = {**(self._guards or {}), guard: None}
         if self.has_left:
             guard.client_left()
 
