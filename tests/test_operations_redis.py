@@ -12,6 +12,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import pytest
+import redis
 
 from cancelable_deps import Cancelable
 from cancelable_deps.operations import (
@@ -168,6 +169,36 @@ async def test_entries_of_newer_and_of_unknown_kinds_are_ignored(shared_redis: S
             await backend.broadcast(json.dumps({**entry, "id": "3", "urgency": 7}).encode(), "3")
             assert (await b.wait(operation.id, timeout=10)).state is OperationState.CANCELLED
     assert decoded(json.dumps({**entry, "urgency": 7}).encode()) is not None
+
+
+async def test_after_a_loss_entries_of_a_server_whose_clock_is_slow_are_read(shared_redis: SharedRedis) -> None:
+    backend = RedisBackend(shared_redis.url, lease=3, prefix=shared_redis.prefix)
+    log, mail = (f"{{{shared_redis.prefix}}}:{name}" for name in ("log", f"in:{identity('wa').name}"))
+    async with backend.connect(identity("wa"), memory=60, lease=3), anyio.create_task_group() as tasks:
+        entries: list[bytes] = []
+
+        async def keep_reading() -> None:
+            while True:
+                entries.extend(data for _, data in await backend.receive())
+
+        async def has(count: int) -> bool:
+            return len(entries) >= count
+
+        await backend.beat(may_reap=False)
+        tasks.start_soon(keep_reading)
+        position = await backend.broadcast(b"first", "1")
+        await backend.send(identity("wa").name, b"first mail", "2")
+        await until(lambda: has(2), "both are read")
+        shared_redis.forget()
+        early = f"{int(position.partition('-')[0]) - 20_000}-0"
+        with redis.Redis.from_url(shared_redis.url) as client:
+            client.xadd(log, {"i": "3", "d": b"late"}, id=early)
+            client.xadd(mail, {"i": "4", "d": b"late mail"}, id=early)
+        assert (await backend.beat(may_reap=False)).has_forgotten
+        await until(lambda: has(4), "what comes after a loss is read")
+        assert set(entries[2:]) == {b"late", b"late mail"}
+        assert not (await backend.beat(may_reap=False)).has_forgotten
+        tasks.cancel_scope.cancel()
 
 
 async def test_redis_that_comes_late(caplog: pytest.LogCaptureFixture) -> None:

@@ -59,6 +59,9 @@ class MemoryHub:
         self.last_number = 0
         self.trimmed_to = 0
         self._wake: dict[str, anyio.Event] = {}
+        self._lease = 0.0
+        self._trusts_after = -math.inf
+        """When it is known again who is alive: after a loss those who live say so within a lease."""
 
     def is_alive(self, worker: str) -> bool:
         """Return whether the lease of a worker has not run out."""
@@ -66,6 +69,7 @@ class MemoryHub:
 
     def join(self, worker: Identity, lease: float) -> None:
         """Add a worker, or renew its lease."""
+        self._lease = lease
         self.workers[worker.name] = worker
         self.leases[worker.name] = anyio.current_time() + lease
         self.mail.setdefault(worker.name, deque())
@@ -102,7 +106,8 @@ class MemoryHub:
 
     def post(self, worker: str, data: bytes, id: str) -> bool:
         """Append an entry to the mail of a worker that lives."""
-        if not self.is_alive(worker):
+        is_in_doubt = worker not in self.workers and anyio.current_time() < self._trusts_after
+        if not self.is_alive(worker) and not (is_in_doubt and worker in self.mail):
             return False
         self.mail[worker].append(self._entry(data, id))
         self.wake(worker)
@@ -199,6 +204,7 @@ class MemoryHub:
             mail.clear()
         self.leases.clear()
         self.workers.clear()
+        self._trusts_after = anyio.current_time() + self._lease
 
     def lose_last(self, seconds: float) -> None:
         """Forget the entries of the last ``seconds``, as a replica does that takes over too early."""
