@@ -11,8 +11,12 @@ from typing import Any
 
 import anyio
 import anyio.to_thread
+import coredis
 import pytest
 import redis
+import redis.asyncio
+import redis.asyncio.sentinel
+from coredis.connection import TCPLocation
 
 from cancelable_deps import Cancelable
 from cancelable_deps.operations import (
@@ -69,9 +73,6 @@ async def test_results_and_progress_are_read_in_another_worker(shared_redis: Sha
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_clients_of_the_application_are_used(shared_redis: SharedRedis) -> None:
-    import coredis
-    import redis.asyncio
-
     own: list[Any] = [
         # LiteLLM's default: a read that waits for longer is an error.
         redis.asyncio.Redis.from_url(shared_redis.url, socket_timeout=0.1),
@@ -99,14 +100,21 @@ async def test_clients_of_the_application_are_used(shared_redis: SharedRedis) ->
 
 
 def test_wrong_arguments_say_how_to_do_it_right() -> None:
-    import redis
-
     with pytest.raises(TypeError, match="not both"):
         RedisBackend()
     with pytest.raises(TypeError, match="blocks"):
         RedisBackend(client=redis.Redis())
     with pytest.raises(TypeError, match=r"redis\.asyncio or coredis"):
         RedisBackend(client=object())
+    for manager in (
+        redis.asyncio.sentinel.Sentinel([("localhost", 1)]),
+        coredis.Sentinel([TCPLocation("localhost", 1)]),
+    ):
+        with pytest.raises(TypeError, match=r"sentinel\.master_for"):
+            RedisBackend(client=manager)
+        replicas: Any = getattr(manager, "slave_for", None) or manager.replica_for
+        with pytest.raises(TypeError, match="for the master"):
+            RedisBackend(client=replicas("mymaster"))
     with pytest.raises(ValueError, match="prefix"):
         RedisBackend("redis://localhost", prefix="{app}")
     with pytest.raises(ValueError, match="lease"):
@@ -117,6 +125,13 @@ def test_no_library_is_an_error_that_names_the_extras(monkeypatch: pytest.Monkey
     monkeypatch.setattr("cancelable_deps.operations.redis.choice.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"cancelable-deps\[redis\].*cancelable-deps\[coredis\]"):
         RedisBackend("redis://localhost")
+
+
+async def test_a_sentinel_of_coredis_that_is_not_open_is_an_error_at_the_start() -> None:
+    sentinel = coredis.Sentinel([TCPLocation("127.0.0.1", free_port())])
+    with pytest.raises(RuntimeError, match="entering the pool's async context manager"):
+        async with Operations(RedisBackend(client=sentinel.primary_for("mymaster"))):
+            raise AssertionError("it does not start")
 
 
 async def test_importing_operations_loads_no_client() -> None:

@@ -28,6 +28,13 @@ local function is_dead(workers, since, worker, me, lease)
   return mine and now - tonumber(mine) >= tonumber(lease)
 end
 
+local function forget(workers, identities, since, inbox, worker)
+  redis.call('ZREM', workers, worker)
+  redis.call('HDEL', identities, worker)
+  redis.call('HDEL', since, worker)
+  redis.call('DEL', inbox)
+end
+
 -- An index: ids by the time of their creation, beside the times when their records expire.
 local function trim(index, expiry, most)
   local old = redis.call('ZRANGEBYSCORE', expiry, '-inf', whole(now), 'LIMIT', 0, 1000)
@@ -184,10 +191,7 @@ FORGET: Final = _script("""
 -- KEYS workers, identities, since, inbox, held  ARGV worker
 -- A worker that holds nothing any more.
 if redis.call('EXISTS', KEYS[5]) == 1 then return 0 end
-redis.call('ZREM', KEYS[1], ARGV[1])
-redis.call('HDEL', KEYS[2], ARGV[1])
-redis.call('HDEL', KEYS[3], ARGV[1])
-redis.call('DEL', KEYS[4])
+forget(KEYS[1], KEYS[2], KEYS[3], KEYS[4], ARGV[1])
 return 1
 """)
 
@@ -195,10 +199,7 @@ PART: Final = _script("""
 -- KEYS workers, identities, since, inbox, held  ARGV worker
 -- A worker that ends. What it holds still is left to the others, at once.
 if redis.call('EXISTS', KEYS[5]) == 1 then return redis.call('ZADD', KEYS[1], 'XX', 0, ARGV[1]) end
-redis.call('ZREM', KEYS[1], ARGV[1])
-redis.call('HDEL', KEYS[2], ARGV[1])
-redis.call('HDEL', KEYS[3], ARGV[1])
-redis.call('DEL', KEYS[4])
+forget(KEYS[1], KEYS[2], KEYS[3], KEYS[4], ARGV[1])
 return 0
 """)
 
