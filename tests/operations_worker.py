@@ -55,7 +55,12 @@ async def tracked(operations: Operations, id: str) -> None:
         return
 
 
-async def result_of(cancel: Cancelable, release: anyio.Event) -> str:
+JOBS: dict[str, Cancelable] = {}
+"""Work that waits for its release, by id."""
+
+
+async def result_of(cancel: Cancelable, id: str, release: anyio.Event) -> str:
+    JOBS[id] = cancel
     with cancel.shield():
         await release.wait()
     return "finished late"
@@ -70,13 +75,64 @@ async def obey(operations: Operations, tasks: Any, words: list[str], releases: d
             await start(operations, forever, id=None if id == "-" else id, **busy_with(key))
         case ["late", id]:
             releases[id] = anyio.Event()
-            await start(operations, result_of, releases[id], id=id)
+            await start(operations, result_of, id, releases[id], id=id)
         case ["release", id]:
             releases[id].set()
         case ["busy", seconds]:
             time.sleep(float(seconds))  # noqa: ASYNC251
         case ["name"]:
             tell(name=operations.worker.local.worker)
+        case [("cancel" | "list" | "wait" | "result" | "events") as what, id]:
+            tasks.start_soon(ask, operations, what, id)
+        case ["report", id, text]:
+            await JOBS[id].report_progress(text, {"done": 1})
+        case ["fly"]:
+            await fly(operations)
+        case ["know", count]:
+            tasks.start_soon(know, operations, int(count))
+        case ["until", id, state]:
+            tasks.start_soon(until_in, operations, id, state)
+
+
+async def ask(operations: Operations, what: str, id: str) -> None:
+    """Ask for something that another worker has, and tell the answer."""
+    match what:
+        case "cancel":
+            answer: Any = (await operations.cancel(id, owner="me", message="enough", wait=10)).outcome
+        case "list":
+            answer = sorted(each.id for each in (await operations.list(owner="me")).items)
+        case "wait":
+            answer = (await operations.wait(id, timeout=60, owner="me")).state
+        case "result":
+            answer = await operations.result(id, owner="me")
+        case _:
+            answer = []
+            async for event in operations.events(id, owner="me"):
+                progress = event.operation.progress
+                tell(event=id, kind=event.kind, progress=progress and progress.message)
+                answer.append(event.kind)
+    tell(**{what: id, "answer": answer})
+
+
+async def know(operations: Operations, count: int) -> None:
+    while len(operations.worker.exchange.alive) < count:  # noqa: ASYNC110 - nothing tells of it
+        await anyio.sleep(0.02)
+    tell(knows=count)
+
+
+async def until_in(operations: Operations, id: str, state: str) -> None:
+    while (found := await operations.get(id)) is None or found.state != state:  # noqa: ASYNC110 - a look from outside
+        await anyio.sleep(0.02)
+    tell(until=id, state=state)
+
+
+async def fly(operations: Operations) -> None:
+    """Send entries of a kind that nobody knows."""
+    exchange = operations.worker.exchange
+    await exchange.broadcast("fly", {"height": 7})
+    for worker in exchange.others:
+        await exchange.send(worker, "swim", {"depth": 7})
+    tell(has_flown=True)
 
 
 @asynccontextmanager

@@ -32,6 +32,7 @@ from cancelable_deps.kernel.detached import all_detached
 from cancelable_deps.kernel.loops.current import current_loop
 from cancelable_deps.testing import Call, CancelableClient, SocketClosed, advance, assert_cancelled
 from tests.calls import CEILING, connected, get, hang_up, movable_clock, running
+from tests.redis_groups import redis_sentinels
 from tests.redis_server import redis_server
 from tests.snippets import PAGES, ROOT, compiled, forgotten, run, snippets_of
 
@@ -507,6 +508,28 @@ async def test_operations_across_workers() -> None:
         async with here["operations"] as operations, CancelableClient(there["app"]) as client:
             operation = await operations.start(wait_until_stopped)
             assert (await client.post(f"/jobs/{operation.id}/stop")).json() == "cancelled"
+
+
+@pytest.mark.real
+@asyncio_only
+@pytest.mark.parametrize("heading", ["Redis Sentinel", "Redis Sentinel (2)"])
+async def test_operations_behind_sentinels(heading: str) -> None:
+    assert compiled("operations-redis.md", "Redis Sentinel")
+    assert compiled("operations-redis.md", "Redis Sentinel (2)")
+    with redis_sentinels() as sentinels:
+        text = snippets_of(ROOT / "docs/operations-redis.md")[heading]
+        for number, port in enumerate(sentinels.ports):
+            text = text.replace(str(26379 + number), str(port))
+        names: dict[str, Any] = {"__name__": "snippet"}
+        exec(text, names)  # noqa: S102 - our own pages
+        async with CancelableClient(names["app"]):
+            operation = await names["operations"].start(wait_until_stopped)
+            assert (await names["operations"].cancel(operation.id, wait=10)).outcome == "cancelled"
+            assert f"{{app}}:op:{operation.id}" in sentinels.master.names()
+        if heading == "Redis Sentinel":
+            for each in names["sentinel"].sentinels:
+                await each.aclose()
+            await vars(names["operations"].backend)["_own"].aclose()
 
 
 async def wait_until_stopped(cancel: Any) -> None:

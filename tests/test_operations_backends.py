@@ -180,7 +180,6 @@ async def test_workers_know_each_other(store: Store) -> None:
 
 async def test_a_store_that_has_forgotten_everything_says_so_once(store: Store) -> None:
     async with store.worker("wa") as a:
-        # What is read before is no reason to say so twice.
         await a.broadcast(b"entry", "1")
         assert await received(a, 1) == [b"entry"]
         store.lose_everything()
@@ -188,6 +187,15 @@ async def test_a_store_that_has_forgotten_everything_says_so_once(store: Store) 
         assert not (await a.beat(may_reap=False)).has_forgotten
         await a.broadcast(b"later", "2")
         assert await received(a, 1) == [b"later"]
+
+
+async def test_mail_to_a_worker_that_a_store_has_forgotten_is_kept_for_it(store: Store) -> None:
+    async with store.workers("wa", "wb") as (a, b):
+        store.lose_everything()
+        await a.beat(may_reap=False)
+        assert await a.send(B, b"mail", "1")
+        await b.beat(may_reap=False)
+        assert await received(b, 1) == [b"mail"]
 
 
 async def test_records_and_places_of_a_dead_worker_are_given_up_and_it_is_told(store: Store) -> None:

@@ -11,7 +11,12 @@ from typing import Any
 
 import anyio
 import anyio.to_thread
+import coredis
 import pytest
+import redis
+import redis.asyncio
+import redis.asyncio.sentinel
+from coredis.connection import TCPLocation
 
 from cancelable_deps import Cancelable
 from cancelable_deps.operations import (
@@ -68,9 +73,6 @@ async def test_results_and_progress_are_read_in_another_worker(shared_redis: Sha
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_clients_of_the_application_are_used(shared_redis: SharedRedis) -> None:
-    import coredis
-    import redis.asyncio
-
     own: list[Any] = [
         # LiteLLM's default: a read that waits for longer is an error.
         redis.asyncio.Redis.from_url(shared_redis.url, socket_timeout=0.1),
@@ -98,14 +100,21 @@ async def test_clients_of_the_application_are_used(shared_redis: SharedRedis) ->
 
 
 def test_wrong_arguments_say_how_to_do_it_right() -> None:
-    import redis
-
     with pytest.raises(TypeError, match="not both"):
         RedisBackend()
     with pytest.raises(TypeError, match="blocks"):
         RedisBackend(client=redis.Redis())
     with pytest.raises(TypeError, match=r"redis\.asyncio or coredis"):
         RedisBackend(client=object())
+    for manager in (
+        redis.asyncio.sentinel.Sentinel([("localhost", 1)]),  # type: ignore[no-untyped-call]
+        coredis.Sentinel([TCPLocation("localhost", 1)]),
+    ):
+        with pytest.raises(TypeError, match=r"sentinel\.master_for"):
+            RedisBackend(client=manager)
+        replicas: Any = getattr(manager, "slave_for", None) or manager.replica_for
+        with pytest.raises(TypeError, match="for the master"):
+            RedisBackend(client=replicas("mymaster"))
     with pytest.raises(ValueError, match="prefix"):
         RedisBackend("redis://localhost", prefix="{app}")
     with pytest.raises(ValueError, match="lease"):
@@ -116,6 +125,13 @@ def test_no_library_is_an_error_that_names_the_extras(monkeypatch: pytest.Monkey
     monkeypatch.setattr("cancelable_deps.operations.redis.choice.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"cancelable-deps\[redis\].*cancelable-deps\[coredis\]"):
         RedisBackend("redis://localhost")
+
+
+async def test_a_sentinel_of_coredis_that_is_not_open_is_an_error_at_the_start() -> None:
+    sentinel = coredis.Sentinel([TCPLocation("127.0.0.1", free_port())])
+    with pytest.raises(RuntimeError, match="entering the pool's async context manager"):
+        async with Operations(RedisBackend(client=sentinel.primary_for("mymaster"))):
+            raise AssertionError("it does not start")
 
 
 async def test_importing_operations_loads_no_client() -> None:
@@ -168,6 +184,36 @@ async def test_entries_of_newer_and_of_unknown_kinds_are_ignored(shared_redis: S
             await backend.broadcast(json.dumps({**entry, "id": "3", "urgency": 7}).encode(), "3")
             assert (await b.wait(operation.id, timeout=10)).state is OperationState.CANCELLED
     assert decoded(json.dumps({**entry, "urgency": 7}).encode()) is not None
+
+
+async def test_after_a_loss_entries_of_a_server_whose_clock_is_slow_are_read(shared_redis: SharedRedis) -> None:
+    backend = RedisBackend(shared_redis.url, lease=3, prefix=shared_redis.prefix)
+    log, mail = (f"{{{shared_redis.prefix}}}:{name}" for name in ("log", f"in:{identity('wa').name}"))
+    async with backend.connect(identity("wa"), memory=60, lease=3), anyio.create_task_group() as tasks:
+        entries: list[bytes] = []
+
+        async def keep_reading() -> None:
+            while True:
+                entries.extend(data for _, data in await backend.receive())
+
+        async def has(count: int) -> bool:
+            return len(entries) >= count
+
+        await backend.beat(may_reap=False)
+        tasks.start_soon(keep_reading)
+        position = await backend.broadcast(b"first", "1")
+        await backend.send(identity("wa").name, b"first mail", "2")
+        await until(lambda: has(2), "both are read")
+        shared_redis.forget()
+        early = f"{int(position.partition('-')[0]) - 20_000}-0"
+        with redis.Redis.from_url(shared_redis.url) as client:
+            client.xadd(log, {"i": "3", "d": b"late"}, id=early)
+            client.xadd(mail, {"i": "4", "d": b"late mail"}, id=early)
+        assert (await backend.beat(may_reap=False)).has_forgotten
+        await until(lambda: has(4), "what comes after a loss is read")
+        assert set(entries[2:]) == {b"late", b"late mail"}
+        assert not (await backend.beat(may_reap=False)).has_forgotten
+        tasks.cancel_scope.cancel()
 
 
 async def test_redis_that_comes_late(caplog: pytest.LogCaptureFixture) -> None:

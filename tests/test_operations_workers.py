@@ -204,7 +204,7 @@ async def test_of_what_users_type_the_newest_is_answered(shared_redis: SharedRed
             found = await until(lambda: is_settled(rate * seconds), "the last one of each user is left")
             assert found == {f"u{user}": [f"last-{user}"] for user in range(users)}
             app.release("search")
-        print(f"\n{rate * seconds} requests of {users} users in {sent_in:.1f} s; settled {settled_in:.2f} s later")
+        print(f"\n{rate * seconds} requests of {users} users in {sent_in:.1f} s; settled {settled_in:.2f} s later")  # pyright: ignore[reportPossiblyUnboundVariable]
     answered = {text for text, answer in answers.items() if answer.status == 200}
     assert answered == {f"last-{user}" for user in range(users)}
     assert Counter(answer.status for answer in answers.values()) == {200: users, 499: rate * seconds}
@@ -267,7 +267,8 @@ async def test_those_that_wait_run_in_order_when_the_holder_is_killed(
             await until(lambda text=next_: is_last(sites[1], f"{text} begins"), f"{next_} runs")  # type: ignore[misc]
         assert sites[1].journal() == [f"{text} begins" for text in "abde"]
         sites[1].release("e")
-    assert {text: answer.status for text, answer in asked.answers.items()} == {
+    answers = asked.answers  # pyright: ignore[reportPossiblyUnboundVariable]
+    assert {text: answer.status for text, answer in answers.items()} == {
         "a": 0,
         "b": 200,
         "c": 0,
@@ -294,7 +295,8 @@ async def test_the_latest_runs_when_the_one_before_it_is_killed(shared_redis: Sh
         await until(lambda: is_last(sites[1], "c begins"), "the latest one runs")
         for name in ("c", "cleanup-c"):
             sites[1].release(name)
-    assert {text: answer.status for text, answer in asked.answers.items()} == {"a": 0, "b": 499, "c": 200}
+    answers = asked.answers  # pyright: ignore[reportPossiblyUnboundVariable]
+    assert {text: answer.status for text, answer in answers.items()} == {"a": 0, "b": 499, "c": 200}
 
 
 async def is_answered(asked: Asked, text: str) -> bool:

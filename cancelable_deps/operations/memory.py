@@ -58,9 +58,10 @@ class MemoryHub:
         self._ending: deque[tuple[float, str]] = deque()
         self.last_number = 0
         self.trimmed_to = 0
-        self._lease = 0.0
-        self._knows_after = -math.inf
         self._wake: dict[str, anyio.Event] = {}
+        self._lease = 0.0
+        self._trusts_after = -math.inf
+        """When it is known again who is alive: after a loss those who live say so within a lease."""
 
     def is_alive(self, worker: str) -> bool:
         """Return whether the lease of a worker has not run out."""
@@ -113,10 +114,11 @@ class MemoryHub:
         return str(entry.number)
 
     def post(self, worker: str, data: bytes, id: str) -> bool:
-        """Append an entry to the mail of a worker that lives, or may live: after a loss, nobody knows yet who does."""
-        if not self.is_alive(worker) and anyio.current_time() >= self._knows_after:
+        """Append an entry to the mail of a worker that lives."""
+        is_in_doubt = worker not in self.workers and anyio.current_time() < self._trusts_after
+        if not self.is_alive(worker) and not (is_in_doubt and worker in self.mail):
             return False
-        self.mail.setdefault(worker, deque()).append(self._entry(data, id))
+        self.mail[worker].append(self._entry(data, id))
         self.wake(worker)
         return True
 
@@ -211,7 +213,7 @@ class MemoryHub:
             mail.clear()
         self.leases.clear()
         self.workers.clear()
-        self._knows_after = anyio.current_time() + self._lease
+        self._trusts_after = anyio.current_time() + self._lease
 
     def lose_last(self, seconds: float) -> None:
         """Forget the entries of the last ``seconds``, as a replica does that takes over too early."""

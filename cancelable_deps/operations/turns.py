@@ -58,6 +58,7 @@ class Turns:
         self._turns: dict[str, Turn] = {}
         self._unleft: dict[str, Turn] = {}
         self._fallback = Keys(lambda worker: True)
+        self._skips_waiting = False
 
     def __len__(self) -> int:
         return len(self._turns) + len(self._unleft)
@@ -165,18 +166,19 @@ class Turns:
             turn.admit()
 
     async def enter_again(self, *, may_have_lost: bool) -> None:
-        """Enter turns once more: those that hold a place if the store may have lost them, and otherwise those that wait.
+        """Enter turns once more: those that hold a place if the store may have lost them, and those that wait.
 
         Those that wait are asked for at each sign of life, because who gave them their place may have failed to tell.
-        But not after a loss, when all those that hold one have to be there first; by the next sign of life they are.
-        A newcomer may come before them, so that a limit may be exceeded.
+        But not at the first one after a loss, when those of all workers that hold a place have to be there first. A
+        newcomer may come before them, so that a limit may be exceeded.
 
         :raises Unavailable: if the store cannot be reached.
         """
+        self._skips_waiting = may_have_lost and not self._skips_waiting
         for turn in list(self._turns.values()):
             is_waiting = turn.status == "waiting"
             is_entered = turn.status != "refused" and not turn.is_local and turn.id in self._turns
-            if not is_entered or is_waiting is may_have_lost:
+            if not is_entered or (self._skips_waiting if is_waiting else not may_have_lost):
                 continue
             options: dict[str, Any] = {"limit": turn.limit, "queue": ENDLESS, "again": not is_waiting}
             call = self._exchange.backend.enter(turn.key, turn.id, latest=False, waits=False, **options)

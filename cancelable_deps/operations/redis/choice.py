@@ -37,6 +37,14 @@ def _check_own(client: Any) -> None:
         asynchronous = any("asyncio" in each.__module__ for each in type(client).__mro__)
         if not asynchronous:
             raise TypeError(f"client must be one of redis.asyncio or coredis; this one blocks: {client!r}")
+    if not hasattr(client, "evalsha"):
+        raise TypeError(
+            f"client must be a client for a server, not {client!r}; of a Sentinel that is `sentinel.master_for(name)`, and "
+            "with coredis `sentinel.primary_for(name)`"
+        )
+    pool = getattr(client, "connection_pool", None)
+    if not getattr(pool, "is_master", True) or not getattr(pool, "is_primary", True):
+        raise TypeError(f"client must be one for the master, and this one reads of replicas: {client!r}")
 
 
 def library_of(client: Any) -> str:

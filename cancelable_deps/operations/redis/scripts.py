@@ -36,6 +36,13 @@ local function may_hold(workers, tombstone, worker, lease)
   return true
 end
 
+local function forget(workers, identities, since, inbox, worker)
+  redis.call('ZREM', workers, worker)
+  redis.call('HDEL', identities, worker)
+  redis.call('HDEL', since, worker)
+  redis.call('DEL', inbox)
+end
+
 -- An index: ids by the time of their creation, beside the times when their records expire.
 local function trim(index, expiry, most)
   local old = redis.call('ZRANGEBYSCORE', expiry, '-inf', whole(now), 'LIMIT', 0, 1000)
@@ -145,6 +152,13 @@ BEAT: Final = _script(f"""
 -- KEYS workers, identities, since, tombstone, inbox, held, log
 -- ARGV me, lease, identity, read to in the log, read to in the inbox, memory
 local me, lease, read = ARGV[1], tonumber(ARGV[2]), ARGV[4]
+local lost, gap, oldest = 0, 0, whole(now - tonumber(ARGV[6])) .. '-0'
+if read ~= '' then
+  local last = redis.call('XREVRANGE', KEYS[7], '+', '-', 'COUNT', 1)[1]
+  if not is_before(read, oldest) and (not last or is_before(last[1], read)) then lost = 1 end
+  local first = redis.call('XRANGE', KEYS[7], '-', '+', 'COUNT', 1)[1]
+  if first and is_before(read, first[1]) and redis.call('XLEN', KEYS[7]) >= {_MOST_LOGGED} then gap = 1 end
+end
 local fenced, known = redis.call('EXISTS', KEYS[4]), 1
 if fenced == 0 then
   local till = redis.call('ZSCORE', KEYS[1], me)
@@ -155,17 +169,10 @@ if fenced == 0 then
   for i = 1, 3 do redis.call('PEXPIRE', KEYS[i], KEPT) end
   redis.call('PEXPIRE', KEYS[6], KEPT)
   if redis.call('EXISTS', KEYS[5]) == 1 then
-    redis.call('XTRIM', KEYS[5], 'MINID', ARGV[5])
+    -- After a loss, what has come since may have a place before what was read.
+    if known == 1 and lost == 0 then redis.call('XTRIM', KEYS[5], 'MINID', ARGV[5]) end
     redis.call('PEXPIRE', KEYS[5], whole(2 * lease))
   end
-end
-local lost, gap = 0, 0
-if read ~= '' then
-  local last = redis.call('XREVRANGE', KEYS[7], '+', '-', 'COUNT', 1)[1]
-  local is_young = not is_before(read, whole(now - tonumber(ARGV[6])) .. '-0')
-  if is_young and (not last or is_before(last[1], read)) then lost = 1 end
-  local first = redis.call('XRANGE', KEYS[7], '-', '+', 'COUNT', 1)[1]
-  if first and is_before(read, first[1]) and redis.call('XLEN', KEYS[7]) >= {_MOST_LOGGED} then gap = 1 end
 end
 local alive, dead = {{}}, {{}}
 for _, worker in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
@@ -175,7 +182,7 @@ for _, worker in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
     dead[#dead + 1] = worker
   end
 end
-return {{fenced, known, lost, gap, alive, dead}}
+return {{fenced, known, lost, oldest, gap, alive, dead}}
 """)
 
 BURY: Final = _script("""
@@ -192,10 +199,7 @@ FORGET: Final = _script("""
 -- KEYS workers, identities, since, inbox, held  ARGV worker
 -- A worker that holds nothing any more.
 if redis.call('EXISTS', KEYS[5]) == 1 then return 0 end
-redis.call('ZREM', KEYS[1], ARGV[1])
-redis.call('HDEL', KEYS[2], ARGV[1])
-redis.call('HDEL', KEYS[3], ARGV[1])
-redis.call('DEL', KEYS[4])
+forget(KEYS[1], KEYS[2], KEYS[3], KEYS[4], ARGV[1])
 return 1
 """)
 
@@ -203,10 +207,7 @@ PART: Final = _script("""
 -- KEYS workers, identities, since, inbox, held  ARGV worker
 -- A worker that ends. What it holds still is left to the others, at once.
 if redis.call('EXISTS', KEYS[5]) == 1 then return redis.call('ZADD', KEYS[1], 'XX', 0, ARGV[1]) end
-redis.call('ZREM', KEYS[1], ARGV[1])
-redis.call('HDEL', KEYS[2], ARGV[1])
-redis.call('HDEL', KEYS[3], ARGV[1])
-redis.call('DEL', KEYS[4])
+forget(KEYS[1], KEYS[2], KEYS[3], KEYS[4], ARGV[1])
 return 0
 """)
 

@@ -42,7 +42,7 @@ _SLACK: Final = 2.0
 """Seconds that an answer may be late before the connection is given up."""
 
 _REWIND: Final = 5000
-"""Milliseconds of the log that are read once more after a break, as another server with another clock may answer."""
+"""Milliseconds of entries that are read once more after a break, as another server with another clock may answer."""
 
 _RENEW_AFTER: Final = 1200.0
 _MOST_RENEWED: Final = 100
@@ -89,6 +89,7 @@ class RedisBackend:
         self._last_read = 0.0
         self._has_gap = self._has_joined = False
         self._reading: anyio.CancelScope | None = None
+        self._is_turned_back = False
         self._owners: dict[str, str | None] = {}
         self._places: dict[tuple[str, str], float] = {}
 
@@ -116,9 +117,8 @@ class RedisBackend:
     def rename(self, worker: Identity) -> None:
         """Go on under a new name, with the mail of that one."""
         self._worker = worker
-        self._mail_read_to, self._has_joined = "0-0", False
-        if self._reading is not None:
-            self._reading.cancel()
+        self._has_joined = False
+        self._turn_back(self._read_to)
 
     async def _part(self) -> None:
         names, me = self._names, self._worker.name
@@ -139,7 +139,7 @@ class RedisBackend:
     async def beat(self, *, may_reap: bool) -> Beat:
         """Renew the lease of this worker, and reap the dead; see `OperationsBackend.beat`."""
         names, me = self._names, self._worker.name
-        fenced, known, lost, gap, alive, dead = await self._run(
+        fenced, known, lost, oldest, gap, alive, dead = await self._run(
             scripts.BEAT,
             [
                 names.workers,
@@ -153,10 +153,9 @@ class RedisBackend:
             [me, self._lease_ms, identity_text(self._worker), self._read_to, self._mail_read_to, self._memory_ms],
         )
         has_forgotten = bool(lost) or (self._has_joined and not known)
-        if lost:
-            # An empty log would be a loss at each sign of life. What is read twice is known.
-            self._rewind(self._memory_ms + _REWIND)
         self._has_joined = not fenced
+        if has_forgotten and self._read_to:
+            self._turn_back(text(oldest))
         self._has_gap = self._has_gap or bool(gap)
         await self._renew_places()
         graves = Graves(self._run, names, me, self._lease_ms)
@@ -197,6 +196,7 @@ class RedisBackend:
             self._has_gap = False
             raise Gap
         inbox, block = self._names.inbox(self._worker.name), self._block()
+        self._is_turned_back = False
         with anyio.move_on_after(block + _SLACK) as self._reading:
             try:
                 assert self._client is not None
@@ -208,11 +208,22 @@ class RedisBackend:
                 raise
             finally:
                 self._reading = None
-            return self._taken(found, inbox)
-        if inbox != self._names.inbox(self._worker.name):
-            return []  # It has got another name meanwhile.
+            # Otherwise these are read again, from the new place on.
+            return [] if self._is_turned_back else self._taken(found, inbox)
+        if self._is_turned_back:
+            return []
         self._rewind()
         raise Unavailable("reading has taken too long")
+
+    def _turn_back(self, read_to: str) -> None:
+        """Read from a former place in the log on, and all the mail.
+
+        After a loss, what comes may have a place before what was read, if a server with another clock answers.
+        """
+        self._read_to, self._mail_read_to = read_to, "0-0"
+        self._is_turned_back = True
+        if self._reading is not None:
+            self._reading.cancel()
 
     def _block(self) -> float:
         longest = None if self._client is None else self._client.longest_block
@@ -267,9 +278,9 @@ class RedisBackend:
                 self._read_to = position
         return [(position, data) for _, position, data in sorted(found, key=_by_position)]
 
-    def _rewind(self, by: int = _REWIND) -> None:
-        if self._read_to:
-            self._read_to = f"{max(0, int(self._read_to.partition('-')[0]) - by)}-0"
+    def _rewind(self) -> None:
+        if not self._is_turned_back:
+            self._read_to, self._mail_read_to = map(_rewound, (self._read_to, self._mail_read_to))
 
     async def missing(self, ids: Sequence[str]) -> set[str]:
         """Return which of these entries the log does not hold."""
@@ -398,6 +409,10 @@ class RedisBackend:
 
 _GIVEN_UP: Final = "this worker was given up, and does not know it yet"
 _STATUS: Final[dict[str, Any]] = {"admitted": "admitted", "waiting": "waiting", "refused": "refused"}
+
+
+def _rewound(position: str) -> str:
+    return position and f"{max(0, int(position.partition('-')[0]) - _REWIND)}-0"
 
 
 def _milliseconds(ttl: float) -> int:
