@@ -61,7 +61,7 @@ as_pairs = layout.as_pairs
 def main() -> None:
     entries.VERSION = VERSION  # type: ignore[misc]
     sys.modules["cancelable_deps.operations.exchange"].Entry = NewerEntry  # type: ignore[attr-defined]
-    vars(store).update(as_pairs=with_more, identity_text=identity_with_more)
+    vars(store).update(as_pairs=with_more, identity_text=identity_with_more)  # pyright: ignore[reportAttributeAccessIssue]
     url, lease, result_ttl, backend = sys.argv[1:]
     anyio.run(operations_worker.main, url, float(lease), float(result_ttl), backend=backend)
 
