@@ -155,7 +155,7 @@ local me, lease, read = ARGV[1], tonumber(ARGV[2]), ARGV[4]
 local lost, gap, oldest = 0, 0, whole(now - tonumber(ARGV[6])) .. '-0'
 if read ~= '' then
   local last = redis.call('XREVRANGE', KEYS[7], '+', '-', 'COUNT', 1)[1]
-  if not is_before(read, oldest) and (not last or is_before(last[1], read)) then lost = 1 end
+  if is_before(oldest, read) and (not last or is_before(last[1], read)) then lost = 1 end
   local first = redis.call('XRANGE', KEYS[7], '-', '+', 'COUNT', 1)[1]
   if first and is_before(read, first[1]) and redis.call('XLEN', KEYS[7]) >= {_MOST_LOGGED} then gap = 1 end
 end
