@@ -31,6 +31,12 @@ def work_of(milliseconds: float) -> tuple[Work, int]:
     return at_once, 1
 
 
+def warmed(app: ASGIApp) -> ASGIApp:
+    """Return the application in a wrapper that only its first request needs; other applications as they are."""
+    inner: ASGIApp = getattr(app, "warmed", app)
+    return inner
+
+
 _HEADERS = [
     (b"host", b"127.0.0.1:8000"),
     (b"user-agent", b"benchmark/1"),

@@ -69,6 +69,8 @@ class _Opened:
         self._app = app
         self._operations = operations
         self._header = [(b"operation-id", b"a-name-of-36-characters-as-uuids-are")] if is_named else []
+        # The headers have to be added to each request.
+        self.warmed = self if is_named else app
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         # Not a coroutine of its own, which would be counted.

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks._asgi import WAITING_AT_ONCE, run_on, serve, work_of
+from benchmarks._asgi import WAITING_AT_ONCE, run_on, serve, warmed, work_of
 from benchmarks._catalogue import named
 from benchmarks._variants import Variant
 
@@ -126,6 +126,7 @@ async def _serve(variant: Variant, milliseconds: float, requests: int, counter: 
     app = variant.build(work)
     await serve(app, _WARM_UP, concurrency, variant.query)
     await asyncio.sleep(0)
+    app = warmed(app)
     gc.collect()
     gc.disable()
     counter.counting_begins()

@@ -1,4 +1,4 @@
-"""How fast operations are across workers, and what an idle one costs: `python -m benchmarks._operations_redis`.
+"""How fast operations are across workers, and what an idle one costs: `python -m benchmarks.operations --redis`.
 
 It starts a Redis of its own, and the other workers in processes of their own. The targets stand beside the figures.
 """

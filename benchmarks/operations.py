@@ -1,4 +1,4 @@
-"""The cost of operations in one process: `python -m benchmarks.operations`.
+"""The cost of operations: `python -m benchmarks.operations` in one process, with `--redis` across workers.
 
 Requests are in flight under the middleware, and idle. `cancel` is from the call to the end of the request, its cleanup
 and its answer included. `longest block` is the longest time in which the event loop did nothing else while all requests
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from fastapi import FastAPI
 
+from benchmarks import _operations_redis
 from benchmarks._asgi import Exchange, forever, loops, run_on, start
 from cancelable_deps import Cancelable, RequestCancelationMiddleware, configure
 from cancelable_deps.operations import Operations
@@ -47,7 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--running", type=int, default=100_000, help="requests in flight")
     parser.add_argument("--calls", type=int, default=1000)
     parser.add_argument("--loop", choices=["asyncio", "uvloop", "both"], default="both")
+    parser.add_argument("--redis", action="store_true", help="across workers, with a Redis of its own")
+    parser.add_argument("--share", type=float, default=1.0, help="with --redis: the part of the work that is done")
     options = parser.parse_args(arguments)
+    if options.redis:
+        _operations_redis.main(options.share)
+        return
     for loop in loops(options.loop):
         print(f"\n{loop}: {options.running:,} requests in flight, {options.calls:,} calls of each kind")
         for figure in run_on(loop, _measure(options.running, options.calls)):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from starlette.types import ASGIApp
 
 from benchmarks import _instructions
-from benchmarks._asgi import WAITING_AT_ONCE, loops, median_and_spread, run_on, serve, work_of
+from benchmarks._asgi import WAITING_AT_ONCE, loops, median_and_spread, run_on, serve, warmed, work_of
 from benchmarks._catalogue import everything
 from benchmarks._variants import BARE, Target, Variant
 
@@ -108,6 +108,7 @@ async def _measure(variants: Sequence[Variant], milliseconds: float, rounds: int
     apps = {variant: variant.build(work) for variant in variants}
     for variant, app in apps.items():
         await _warm_up(variant, app, concurrency)
+        apps[variant] = warmed(app)
     gc.collect()
     gc.freeze()
     measured: Rounds = {variant.name: [] for variant in variants}

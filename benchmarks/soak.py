@@ -3,6 +3,10 @@
 The clients hang up (with and without an RST), send garbage, pipeline, and break off uploads and streams at random. After
 that, every piece of work that has begun must have ended, and no tasks, file descriptors or memory may be left in the
 server. Print one line for each check; the exit status is 1 if one has failed.
+
+With `--workers 2` the server is a uvicorn with so many workers, and the requests are operations over a Redis of its own:
+they are cancelled by id, superseded, refused and started in the background. The table has what each worker and Redis hold
+when a tenth of the requests is over, and at the end.
 """
 
 import argparse
@@ -25,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from benchmarks import _soak_workers
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
@@ -233,10 +239,10 @@ def unequal(counts: dict[str, int]) -> list[str]:
     return [f"{name}: {begun} begun, {ended} ended" for name, (begun, ended) in ends.items() if begun != ended]
 
 
-async def load(port: int, requests: int, clients: int, seed: int, findings: Findings) -> None:
+async def load(port: int, requests: int, clients: int, seed: int, findings: Findings, until: float) -> None:
     async def work(number: int) -> None:
         client = Client(port, f"{seed}.{number}", findings)
-        while findings.sent < goal:
+        while findings.sent < goal and time.monotonic() < until:
             await client.visit()
 
     goal = findings.sent + requests
@@ -266,15 +272,16 @@ def checks(before: Reading, after: Reading, findings: Findings, complaints: int)
     ]
 
 
-def soak(name: str, requests: int, clients: int, seed: int, log: Path) -> bool:
+def soak(name: str, requests: int, seconds: float, clients: int, seed: int, log: Path) -> bool:
     """Run one server, print the results, and return whether all checks have passed."""
     server = Server(name, log)
     try:
         findings = Findings()
         # The first requests are not counted, because objects that are made once are made then.
-        asyncio.run(load(server.port, max(50, requests // 10), clients, seed, findings))
+        until = time.monotonic() + seconds
+        asyncio.run(load(server.port, max(50, requests // 10), clients, seed, findings, until))
         before = settled_soon(server)
-        asyncio.run(load(server.port, requests, clients, seed + 1, findings))
+        asyncio.run(load(server.port, requests, clients, seed + 1, findings, until))
         after = server.settled(before)
         results = checks(before, after, findings, server.complaints())
     finally:
@@ -304,9 +311,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--clients", type=int, default=32, help="connections at once")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0, help="several workers with operations over a Redis instead")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="the longest time that the requests may take")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as directory:
-        held = soak(options.server, options.requests, options.clients, options.seed, Path(directory) / "log")
+        log = Path(directory) / "log"
+        if options.workers:
+            held = _soak_workers.soak(
+                options.workers, options.requests, options.seconds, options.clients, options.seed, log
+            )
+        else:
+            held = soak(options.server, options.requests, options.seconds, options.clients, options.seed, log)
     sys.exit(not held)
 
 

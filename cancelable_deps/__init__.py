@@ -1,22 +1,22 @@
 """Stop a FastAPI request's work when nobody needs it any more, and say why."""
 
 # The map. A folder is a floor, and imports from the floors above it in this list alone: `tests/test_layout.py`.
-# CONTRIBUTING.md says more of each file. Public are the names below and those of `databases`, `deadlines`, `operations`
-# and `testing`; other paths may change.
+# CONTRIBUTING.md says more of each file. Public are the names below and those of `checks`, `databases`, `deadlines`,
+# `observability`, `operations` and `testing`; other paths may change.
 #
 # kernel/     stop a block of work, without the web
 #   cancelable task_group token errors reasons                    what users see
 #   block callbacks stoppable timed                               the classes under Cancelable, one job each
-#   remaining                                                     the time around the caller
+#   remaining detached                                            the time around the caller; work that goes on without it
 #   timeouts condition shields interrupting threads               what ends a block, what delays that, where work runs
 #     processes/(pool child)
 #   loops/(base current asyncio_loop trio_loop thread_loop        the event loops,
 #     asyncio_scopes trio_scopes unwinding known                  polite cancellation in their scopes,
 #     public_scopes public_asyncio public_trio)                   and the same by public API alone
-#   settings options log foreign unwrap members sweep             tools
+#   settings events options log foreign unwrap members sweep      tools
 # hosts/      facts about other software that it does not promise
 #   starlette fastapi route_handlers frames                       the frameworks
-#   servers signals debugger                                      their surroundings
+#   servers serving signals debugger                              their surroundings
 # request/    one request or WebSocket, whichever doors cover it
 #   first_door state client progress lifetime                     its first block, and the state that all doors share
 #   in_flight connection shutdown                                 all requests of a loop, how one is found, how all end
@@ -26,10 +26,12 @@
 #   watchers defaults                                             what listens; the timeout that a route replaces
 #   client_timeout durations admission                            the time that a client gives, in its headers
 #   run response abort sse                                        its way through a door, and its response
+#   report                                                        what is told of it to hooks
 # doors/      the ways into an application
 #   decorator options endpoint dress generators                   @with_cancelation
 #   middleware base_http wsgi route                               the application, one router
-#   dependencies streaming progress websocket lifespan            handles, responses, WebSockets, the shutdown
+#   dependencies event streaming progress websocket lifespan      handles, responses, WebSockets, the shutdown
+#   at_start marks                                                for the checks
 # deadlines/  the time of a request for the services that it calls
 #   forward transport
 # operations/ what runs, and stopping it from elsewhere
@@ -38,13 +40,20 @@
 #   router schemas rights bodies prefer answers events_stream     the routes,
 #     page                                                        and the page in them
 #   cancels watching turns background archive doubtful records    what is done with it, here and in other workers
-#     accepted stoppable
+#     accepted stoppable report
 #   worker exchange outbox entries                                one worker, and what workers tell each other
 #   backend memory memory_keys                                    the store that they share
 #   redis/(store scripts layout graves choice client              the same in Redis,
 #     redis_py core_redis held_client)                            by either client library
+# observability/ what an operator sees
+#   telemetry metrics spans gauges                                metrics and spans of OpenTelemetry
+#   operation_ids                                                 the id of the operation in each line of a log
 # databases/  sessions of SQLAlchemy, limits of PostgreSQL
 #   session statements
+# checks/     what in an application breaks or weakens cancellation; __main__ is its command
+#   stack store start target                                      how one asks: a call, a lifespan, a command
+#   around inside outside findings                                what is found: middleware, handlers, the server
+#   survey handler reading                                        how: the places of an application, their code
 # testing/    a client that hangs up
 #   client calls websockets clock tasks hub
 
@@ -58,11 +67,13 @@ from .doors.dependencies import RequestTaskGroup as RequestTaskGroup
 from .doors.dependencies import cancelable_dependency as cancelable_dependency
 from .doors.dependencies import cancelable_with_timeout as cancelable_with_timeout
 from .doors.dependencies import cancellation as cancellation
+from .doors.dependencies import cancellation_event as cancellation_event
 from .doors.dependencies import create_request_task_group as create_request_task_group
 from .doors.dependencies import no_timeout as no_timeout
 from .doors.dependencies import request_task_group as request_task_group
 from .doors.dependencies import timeout_policy as timeout_policy
 from .doors.dependencies import wait_for_disconnect as wait_for_disconnect
+from .doors.event import RequestCancellationEvent as RequestCancellationEvent
 from .doors.lifespan import begin_shutdown as begin_shutdown
 from .doors.lifespan import cancelation_lifespan as cancelation_lifespan
 from .doors.lifespan import shutdown_token as shutdown_token
@@ -74,6 +85,7 @@ from .doors.streaming import cancelable_streaming_response as cancelable_streami
 from .doors.websocket import CancelableWebSocket as CancelableWebSocket
 from .kernel.cancelable import Cancelable as Cancelable
 from .kernel.cancelable import current_cancelable as current_cancelable
+from .kernel.detached import Detached as Detached
 from .kernel.errors import CancelationError as CancelationError
 from .kernel.errors import ConditionCancelation as ConditionCancelation
 from .kernel.errors import DisconnectCancelation as DisconnectCancelation
@@ -96,11 +108,13 @@ __all__ = [
     "CancelationToken",
     "CancellationEvent",
     "ConditionCancelation",
+    "Detached",
     "DisconnectCancelation",
     "ManualCancelation",
     "ParentCancelation",
     "RequestCancelable",
     "RequestCancelationMiddleware",
+    "RequestCancellationEvent",
     "RequestTaskGroup",
     "SignalCancelation",
     "TimeoutCancelation",
@@ -111,6 +125,7 @@ __all__ = [
     "cancelable_with_timeout",
     "cancelation_lifespan",
     "cancellation",
+    "cancellation_event",
     "configure",
     "create_request_task_group",
     "current_cancelable",

@@ -27,16 +27,19 @@ os.environ.setdefault("PYTEST_TIMEOUT", str(scaled(60)))
 # What `--public-api` runs: the kernel, the doors, and the drivers for whose sake a cleanup is not to be disturbed.
 ON_PUBLIC_API = {
     "test_cancelable.py",
+    "test_cancellation_event.py",
     "test_client_timeout.py",
     "test_deadlines.py",
     "test_decorator.py",
     "test_decorator_stack.py",
     "test_dependencies.py",
+    "test_detached.py",
     "test_every_door.py",
     "test_foreign.py",
     "test_forward_deadline.py",
     "test_middleware.py",
     "test_nests.py",
+    "test_on_event.py",
     "test_polite.py",
     "test_polite_public.py",
     "test_postgres.py",
@@ -108,14 +111,14 @@ def asks_for_compat(expression: str) -> bool:
 
 
 def beyond_one_server(items: list[pytest.Item]) -> Iterator[pytest.Item]:
-    """Yield the cases of `one_server` that are neither on the first server nor the first of their test on another."""
+    """Yield the cases of `one_server` that are not on the first server, but the first of a test on each, if it asks."""
     seen: set[object] = set()
     for item in items:
         mark, parameters = item.get_closest_marker("one_server"), getattr(item, "callspec", None)
         if mark is None or parameters is None or not parameters.indices.get(*mark.args, 0):
             continue
         key = item.nodeid.partition("[")[0], parameters.indices[mark.args[0]]
-        if key in seen:
+        if key in seen or not mark.kwargs.get("others"):
             yield item
         seen.add(key)
 

@@ -85,6 +85,7 @@ def nothing_is_kept(*opened: Operations) -> None:
         kept = {
             "by id": vars(worker.local)["_by_id"],
             "arrived": vars(worker.local)["_arrived"],
+            "young": vars(worker.local)["_young"],
             "blocks": vars(worker.local)["_blocks"],
             "questions": vars(worker.exchange)["_questions"],
             "followed": vars(worker.watching)["_followed"],

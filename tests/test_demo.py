@@ -11,7 +11,9 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager, suppress
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from http.client import HTTPResponse
 from pathlib import Path
@@ -23,6 +25,7 @@ import psutil
 import pytest
 
 from .machine import scaled
+from .redis_server import free_port, redis_server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,7 +34,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = scaled(40)
-LIMIT = scaled(0.1)
+# Long enough to begin, and shorter than the work, which takes no longer because the machine was found to be slow.
+LIMIT = min(scaled(0.1), 0.2)
 WORKS = ["report", "words", "upload", "feed", "collatz"]
 SIZE = 600_000
 
@@ -72,8 +76,13 @@ class Demo:
         Thread(target=self._read_events, daemon=True).start()
 
     def end(self) -> None:
+        workers: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):
+            workers = psutil.Process(self.process.pid).children(recursive=True)
         with self.process:
             self.process.kill()
+            for worker in psutil.wait_procs(workers, PATIENCE)[1]:
+                worker.kill()
             # Before its output is closed.
             self._reader.join()
 
@@ -130,7 +139,7 @@ def has_ended(run: Snapshot) -> bool:
 
 
 @contextmanager
-def running_demo(folder: Path, size: int = SIZE, **environment: str) -> Iterator[Demo]:
+def running_demo(folder: Path, size: int = SIZE, *options: str, **environment: str) -> Iterator[Demo]:
     """A demonstration on a free port, with its files in `folder`."""
     process = subprocess.Popen(
         [
@@ -145,6 +154,7 @@ def running_demo(folder: Path, size: int = SIZE, **environment: str) -> Iterator
             str(size),
             "--numbers",
             str(size // 10),
+            *options,
         ],
         cwd=ROOT,
         env={**os.environ, "TMPDIR": str(folder), **environment},
@@ -180,7 +190,8 @@ def test_page_needs_nothing_else(demo: Demo) -> None:
     setup = re.search(r'<script type="application/json" id="setup">(.*)</script>', page)
     assert setup is not None
     assert [work["name"] for work in json.loads(setup[1])["works"]] == WORKS
-    assert re.findall(r'(?:src|href)="(?!data:)', page) == []
+    # Nothing is loaded; the link is to a page of the same server.
+    assert re.findall(r'(?:src|href)="(?!data:)[^"]*', page) == ['href="/operations/page']
 
 
 @pytest.mark.parametrize("work", ["report", "words", "collatz"])
@@ -188,6 +199,12 @@ def test_same_answer_with_and_without(demo: Demo, work: str) -> None:
     answers = [httpx.get(f"{demo.address}{prefix}/{work}", timeout=PATIENCE) for prefix in ("", "/plain")]
     assert [answer.status_code for answer in answers] == [200, 200]
     assert answers[0].json() == answers[1].json()
+
+
+def test_the_report_is_shop_by_shop(demo: Demo) -> None:
+    largest = httpx.get(f"{demo.address}/report", timeout=PATIENCE).json()
+    assert {f"shop {number}" for number in range(40)} == largest.keys()
+    assert all(len(sales) == 3 and sales == sorted(sales, reverse=True) for sales in largest.values())
 
 
 @pytest.mark.parametrize("path", ["/upload", "/plain/upload"])
@@ -280,12 +297,23 @@ def test_taken_port(demo: Demo) -> None:
     assert "Traceback" not in second.stderr
 
 
+def read_until(connection: socket.socket, text: bytes) -> bytes:
+    read = b""
+    while text not in read:
+        part = connection.recv(65536)
+        assert part, f"the server has closed after {read!r}"
+        read += part
+    return read
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ends_cleanly_in_the_middle_of_work(tmp_path: Path, number: signal.Signals) -> None:
     with running_demo(tmp_path, size=1_500_000) as demo:
         paths = ["/feed", "/plain/feed", "/report", "/plain/report", "/plain/words", "/upload", "/collatz"]
         paths.append("/plain/collatz")
-        connections = [demo.open(path, path) for path in paths]
+        report = httpx.post(f"{demo.address}/reports").headers["location"]
+        connections = [demo.open(path, path) for path in [*paths, f"{report}/events"]]
+        read_until(connections[-1], b"event: progress")
         for path in paths:
             demo.saw(path, lambda run: run["done"] > 0)
         workers = [demo.runs[path]["process"] for path in paths if path.endswith("/collatz")]
@@ -299,3 +327,135 @@ def test_ends_cleanly_in_the_middle_of_work(tmp_path: Path, number: signal.Signa
         assert [psutil.pid_exists(worker) for worker in workers] == [False, False]
     assert not re.search("Traceback|ERROR|WARN", "\n".join(demo.output))
     assert list(tmp_path.iterdir()) == []
+
+
+# Several workers
+
+
+@pytest.fixture(scope="module")
+def two_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    options = ("--workers", "2", "--redis")
+    folder = tmp_path_factory.mktemp("demo")
+    with redis_server() as redis, running_demo(folder, SIZE, *options, redis.url, DEMO_PACE="0.2") as demo:
+        yield demo
+
+
+@contextmanager
+def client_of_each_worker(demo: Demo) -> Iterator[dict[int, httpx.Client]]:
+    """Two clients, by the worker that each is connected to."""
+    with ExitStack() as stack:
+        found: dict[int, httpx.Client] = {}
+        until = time.monotonic() + PATIENCE
+        while len(found) < 2:
+            assert time.monotonic() < until, f"only {list(found)} answer"
+            client = stack.enter_context(httpx.Client(base_url=demo.address, timeout=PATIENCE))
+            answer = client.get("/operations/workers")
+            if len(answer.json()["workers"]) == 2:  # They know each other.
+                found.setdefault(int(answer.headers["x-worker"]), client)
+        yield found
+
+
+def test_a_request_of_one_worker_is_stopped_from_the_other(two_workers: Demo) -> None:
+    with client_of_each_worker(two_workers) as clients:
+        with two_workers.open("/upload", "stopped") as connection, HTTPResponse(connection) as answer:
+            run = two_workers.saw("stopped", lambda run: run["done"] > 0)
+            [(other, client)] = [each for each in clients.items() if each[0] != run["worker"]]
+            names = {each["name"]: each["pid"] for each in client.get("/operations/workers").json()["workers"]}
+            [listed] = client.get("/operations/?route=/upload").json()["operations"]
+            assert names[listed["worker"]] == run["worker"]
+            stopped = client.post(f"/operations/{listed['id']}/cancel", json={"message": "from the other"})
+            assert (stopped.headers["x-worker"], stopped.json()["outcome"]) == (str(other), "cancelled")
+            answer.begin()
+            assert (answer.status, json.load(answer)) == (499, {"detail": "from the other"})
+            assert answer.headers["x-worker"] == str(run["worker"])
+        # The page is told of it, whichever worker it listens to.
+        assert two_workers.saw("stopped", has_ended)["reason"] == "MANUAL"
+
+
+def test_the_page_is_told_of_the_requests_of_every_worker(two_workers: Demo) -> None:
+    with client_of_each_worker(two_workers) as clients:
+        for worker, client in clients.items():
+            client.get("/report", headers={"x-run": f"on-{worker}"})
+            assert two_workers.saw(f"on-{worker}", has_ended)["worker"] == worker
+
+
+def test_a_report_of_one_worker_is_followed_and_stopped_from_the_other(two_workers: Demo) -> None:
+    with client_of_each_worker(two_workers) as clients:
+        one, other = clients.values()
+        accepted = one.post("/reports")
+        path = accepted.headers["location"]
+        with other.stream("GET", f"{path}/events") as stream:
+            assert stream.headers["x-worker"] != accepted.headers["x-worker"]
+            lines = stream.iter_lines()
+            assert next(line for line in lines if line == "event: progress")
+            stopped = httpx.post(f"{two_workers.address}{path}/cancel", timeout=PATIENCE)
+            assert stopped.json()["outcome"] == "cancelled"
+            assert '"state": "cancelled"' in "".join(lines)
+        assert other.get(f"{path}/result").status_code == 499
+
+
+def test_the_latest_search_wins_over_workers(two_workers: Demo) -> None:
+    with client_of_each_worker(two_workers) as clients, ThreadPoolExecutor(1) as pool:
+        one, other = clients.values()
+        path, user = "/operations/?route=/search&key=ann", {"user": "ann"}
+        while True:
+            first = pool.submit(one.get, "/search?text=a", headers=user)
+            while not first.done() and not other.get(path).json()["operations"]:
+                pass
+            newest = other.get("/search?text=ab", headers=user)
+            assert newest.status_code == 200
+            # A search ends by itself in a moment, also before a newer one comes.
+            if first.result(PATIENCE).status_code != 200:
+                break
+        assert (first.result().status_code, first.result().json()["detail"]) == (499, "superseded by a newer request")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_is_left(tmp_path: Path, number: signal.Signals) -> None:
+    with redis_server() as redis, running_demo(tmp_path, 1000, "--workers", "2", "--redis", redis.url) as demo:
+        with client_of_each_worker(demo) as clients:
+            workers = psutil.Process(demo.process.pid).children(recursive=True)
+            assert {worker.pid for worker in workers} >= clients.keys()
+        demo.process.send_signal(number)
+        assert demo.process.wait(PATIENCE) == (0 if number != signal.SIGKILL else -number)
+        left = psutil.wait_procs(workers, PATIENCE)[1]
+        for worker in left:
+            worker.kill()
+        assert left == []
+    assert not re.search("Traceback|ERROR|WARN", "\n".join(demo.output))
+    if number != signal.SIGKILL:
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_that_dies_ends_the_others(tmp_path: Path) -> None:
+    with redis_server() as redis, running_demo(tmp_path, 1000, "--workers", "2", "--redis", redis.url) as demo:
+        with client_of_each_worker(demo) as clients:
+            os.kill(next(iter(clients)), signal.SIGKILL)
+        assert demo.process.wait(PATIENCE) == 1
+        demo.printed("A worker has ended")
+
+
+def test_no_redis_says_what_to_do(tmp_path: Path) -> None:
+    nobody = f"redis://me:secret@127.0.0.1:{free_port()}/0"
+    command = [sys.executable, "-m", "examples.demo", "--port", "0", "--workers", "2"]
+    for options, environment in ((["--redis", nobody], {}), ([], {"REDIS_URL": nobody})):
+        failed = subprocess.run(
+            command + options,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert failed.returncode == 1
+        assert f"No Redis answers at {nobody.replace('me:secret@', '')}, and several workers" in failed.stderr
+        assert "leave --workers out" in failed.stderr
+        assert not re.search("secret|Traceback", failed.stdout + failed.stderr)
+
+
+def test_redis_is_for_several_workers_only() -> None:
+    command = [sys.executable, "-m", "examples.demo", "--redis", "redis://127.0.0.1"]
+    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert failed.returncode == 2
+    assert "add --workers 2" in failed.stderr

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+from collections.abc import Iterator
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar
 
 import anyio
 import httpx
 import pytest
+import structlog
 import trio.testing
 from fastapi import FastAPI
+from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import ASGIApp
 
 import cancelable_deps
+import cancelable_deps.checks
 import cancelable_deps.databases
 import cancelable_deps.deadlines
+import cancelable_deps.observability
 import cancelable_deps.operations
 import cancelable_deps.testing
 from cancelable_deps import CancelationReason, begin_shutdown, configure
+from cancelable_deps.kernel.detached import all_detached
+from cancelable_deps.kernel.loops.current import current_loop
 from cancelable_deps.testing import Call, CancelableClient, SocketClosed, advance, assert_cancelled
 from tests.calls import CEILING, connected, get, hang_up, movable_clock, running
 from tests.redis_groups import redis_sentinels
@@ -70,8 +79,10 @@ def test_the_reference_has_every_public_name() -> None:
     found = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
     public = [f"cancelable_deps.{name}" for name in cancelable_deps.__all__]
     for module in (
+        cancelable_deps.checks,
         cancelable_deps.databases,
         cancelable_deps.deadlines,
+        cancelable_deps.observability,
         cancelable_deps.operations,
         cancelable_deps.testing,
     ):
@@ -86,7 +97,7 @@ def test_snippets_import_from_the_public_modules_alone() -> None:
         for snippet in snippets_of(page).values()
         for module in re.findall(r"(?:from|import) (cancelable_deps[\w.]*)", snippet)
     }
-    public = ("", ".databases", ".deadlines", ".operations", ".testing")
+    public = ("", ".checks", ".databases", ".deadlines", ".observability", ".operations", ".testing")
     assert imports <= {f"cancelable_deps{module}" for module in public}
 
 
@@ -160,6 +171,24 @@ async def test_event() -> None:
     answer = (await hang_up(app, "/count")).json()
     assert answer["stopped_by"] == "disconnect"
     assert answer["rows"] < 1000
+
+
+@movable_clock
+async def test_event_before_the_timeout() -> None:
+    app = run("handles.md", "A stopping point before the timeout")["app"]
+    call = await after(25.5, app, "/search")
+    assert call.status == 200
+    answer = call.json()
+    assert answer["complete"] is False
+    assert answer["found"] > 0
+
+
+async def test_detached_work() -> None:
+    names = run("handles.md", "Work that goes on")
+    assert (await hang_up(names["app"], "/prices/7")).status == 499
+    await all_detached(current_loop()).wait_empty()
+    assert names["prices"] == {"7": 42}
+    assert (await get(names["app"], "/prices/7")).json() == 42
 
 
 # middleware.md, policies.md, guarantees.md
@@ -360,6 +389,108 @@ async def test_databases_limit() -> None:
     assert re.fullmatch(r"select set_config\('statement_timeout', '30\d{3}', true\)", first)
 
 
+# observability.md
+
+
+@pytest.fixture
+def no_hooks_left() -> Iterator[None]:
+    yield
+    configure(on_event=())
+
+
+@pytest.fixture
+def logging_restored() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.mark.usefixtures("no_hooks_left")
+async def test_telemetry() -> None:
+    app = run("observability.md", "OpenTelemetry")["app"]
+    assert (await hang_up(app, "/reports/7")).status == 499
+
+
+@pytest.mark.usefixtures("no_hooks_left")
+async def test_prometheus() -> None:
+    app: FastAPI = run("observability.md", "Prometheus")["app"]
+
+    @app.get("/reports/{id}")
+    async def report(id: int) -> None:
+        await anyio.sleep(60)
+
+    assert (await hang_up(app, "/reports/7")).status == 499
+    page = (await get(app, "/metrics/", headers={"accept-encoding": "identity"})).body.decode()
+    found = [
+        sample.labels
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+        if sample.name == "cancelable_deps_cancelations_total"
+    ]
+    assert {"http_route": "/reports/{id}", "kind": "request", "reason": "disconnect"}.items() <= found[-1].items()
+
+
+@pytest.mark.usefixtures("no_hooks_left")
+async def test_hook() -> None:
+    names = run("observability.md", "A hook of your own")
+    for _ in range(2):
+        assert (await hang_up(names["app"], "/reports/7")).status == 499
+    assert names["counts"] == {("disconnect", "/reports/{id}"): 2}
+
+
+@pytest.mark.usefixtures("logging_restored")
+async def test_ids_in_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    app = run("observability.md", "Logs")["app"]
+    async with CancelableClient(app) as client:
+        assert (await client.get("/reports/7")).status_code == 200
+        assert (await client.get("/reports/8", headers={"operation-id": "mine"})).status_code == 200
+    first, second = [line for line in capsys.readouterr().out.splitlines() if "rendering" in line]
+    assert re.fullmatch(r"INFO \[w[\w-]{11}\.[\w-]{16}\] rendering", first)
+    assert second == "INFO [mine] rendering"
+
+
+async def test_ids_in_the_lines_of_structlog() -> None:
+    names = run("observability.md", "structlog")
+    written = StringIO()
+    try:
+        structlog.configure(logger_factory=lambda *args: structlog.WriteLogger(written))
+        async with cancelable_deps.operations.Operations() as operations:
+            names["log"].info("outside")
+            async with operations.track(id="job-1"):
+                names["log"].info("inside", rows=3)
+    finally:
+        structlog.reset_defaults()
+    assert [json.loads(line) for line in written.getvalue().splitlines()] == [
+        {"event": "outside", "operation_id": None},
+        {"event": "inside", "operation_id": "job-1", "rows": 3},
+    ]
+
+
+@pytest.mark.usefixtures("logging_restored")
+async def test_ids_in_the_lines_of_loguru(capsys: pytest.CaptureFixture[str]) -> None:
+    names = run("observability.md", "loguru")
+    logger = names["logger"]
+    try:
+        async with cancelable_deps.operations.Operations() as operations, operations.track(id="job-1"):
+            logger.info("by loguru")
+            logging.getLogger("somewhere").warning("by logging")
+        logger.info("outside")
+        assert (await hang_up(run("index.md", "First steps")["app"], "/report")).status == 499
+    finally:
+        logger.remove()
+        logger.configure(patcher=lambda record: None)
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert lines == ["INFO [job-1] by loguru", "WARNING [job-1] by logging", "INFO [None] outside"]
+    assert re.fullmatch(r"INFO \[None\] GET /report cancelled after \S+ s: disconnect", last)
+
+
+def test_sentry() -> None:
+    # It changes the whole process, and is in the dependency group `compat` alone: tests/compat/test_observers.py runs it.
+    compiled("observability.md", "Sentry")
+
+
 # operations-redis.md
 
 
@@ -403,6 +534,13 @@ async def test_operations_behind_sentinels(heading: str) -> None:
 
 async def wait_until_stopped(cancel: Any) -> None:
     await anyio.sleep_forever()
+
+
+# check.md
+
+
+def test_check() -> None:
+    run("check.md", "When it runs")
 
 
 # shutdown.md, without-a-request.md, testing.md

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import logging
 import re
 import runpy
 import sqlite3
@@ -20,8 +21,10 @@ import httpx
 import psutil
 import pytest
 import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
 
 from cancelable_deps import CancelationReason, CancelationToken, begin_shutdown
+from cancelable_deps.observability import operation_id_filter
 from cancelable_deps.testing import CancelableClient, HangUp, SocketClosed, advance, assert_cancelled
 from examples import (
     background_report,
@@ -32,11 +35,13 @@ from examples import (
     disconnect,
     latest_wins,
     middleware,
+    observability,
     operations_page,
     partial_result,
     policies,
     processes,
     route_class,
+    several_workers,
     shutdown,
     streaming,
     sync_handlers,
@@ -47,6 +52,7 @@ from examples import (
     websocket,
 )
 from tests.calls import CEILING, connected, movable_clock, running
+from tests.redis_server import redis_server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, MutableMapping
@@ -110,6 +116,14 @@ async def test_partial_result(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < done < 5
     client = await stay(partial_result.app, "POST", "/imports/7")
     assert client.json() == {"from": done, "imported": 5}
+
+
+@movable_clock
+async def test_partial_result_before_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partial_result, "imported", {})
+    answer = (await stay(partial_result.app, "POST", "/imports/8", after=1.6)).json()
+    assert answer["stopped"] == "timeout"
+    assert 0 < answer["imported"] == partial_result.imported[8] < 30
 
 
 @movable_clock
@@ -371,6 +385,50 @@ async def test_operations_page() -> None:
             for path in (f"/admin/operations/{shown['id']}", started.headers["location"]):
                 assert (await client.post(f"{path}/cancel", auth=admin)).json()["outcome"] == "cancelled"
     assert call.status == 499
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_several_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    ann, bob = {"user": "ann"}, {"user": "bob"}
+    with redis_server() as redis:
+        monkeypatch.setenv("REDIS_URL", redis.url)
+        app = importlib.reload(several_workers).app
+        async with CancelableClient(app, ceiling=CEILING) as client:
+            assert (await client.get("/health")).status_code == 200
+            async with client.start("GET", "/report", headers={**ann, "operation-id": "mine"}) as call:
+                await call.running()
+                assert (await client.post("/operations/mine/cancel", headers=bob)).status_code == 404
+                assert (await client.post("/operations/mine/cancel", headers=ann)).json()["outcome"] == "cancelled"
+            assert call.status == 499
+            started = await client.post("/reports", headers=ann)
+            path = started.headers["location"]
+            assert (await client.get(path, headers=bob)).status_code == 404
+            assert (await client.post(f"{path}/cancel", headers=ann)).json()["outcome"] == "cancelled"
+            assert (await client.get(f"{path}/result", headers=ann)).status_code == 499
+
+
+async def test_observability(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    caplog.handler.addFilter(operation_id_filter())
+    async with CancelableClient(observability.app, ceiling=CEILING) as client:
+        async with client.start("GET", "/reports/7") as call:
+            await call.running()
+            await call.hang_up()
+        async with client.start("GET", "/reports/8") as call:
+            await call.running()
+            id = vars(next(record for record in reversed(caplog.records) if record.name == "reports"))["operation_id"]
+            stopped = await client.post(f"/operations/{id}/cancel")
+            assert stopped.json()["outcome"] == "cancelled"
+        assert call.status == 499
+        page = (await client.get("/metrics", follow_redirects=True)).text
+    found = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
+    counted = [sample.labels for sample in found if sample.name == "cancelable_deps_cancelations_total"]
+    assert {(labels.get("http_route"), labels["reason"]) for labels in counted} >= {
+        ("/reports/{name}", "disconnect"),
+        ("/reports/{name}", "manual"),
+    }
+    asked = [sample.labels["outcome"] for sample in found if sample.name == "cancelable_deps_cancels_sent_total"]
+    assert "cancelled" in asked
 
 
 @movable_clock

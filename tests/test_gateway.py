@@ -8,12 +8,14 @@ from contextvars import ContextVar
 from typing import Any
 
 import anyio
+import fastapi.routing
 import pytest
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.responses import Response
-from starlette.routing import Mount, Route
+from starlette.routing import BaseRoute, Host, Mount, Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cancelable_deps import RequestCancelationMiddleware, TimeoutPolicy, begin_shutdown, cancelation_lifespan
@@ -174,6 +176,53 @@ async def test_an_application_is_given_its_gateways_once() -> None:
         gateways += isinstance(stack, InnerDoor)
         stack = stack.app
     assert gateways == 1
+
+
+PLACES_OF_HANDLERS = ["host", "route", "router", "mount"]
+if hasattr(fastapi.routing, "_IncludedRouter"):  # Before 0.137 FastAPI had no mounts in included routers.
+    PLACES_OF_HANDLERS.append("mount of an included router")
+
+
+@pytest.mark.parametrize("place", PLACES_OF_HANDLERS)
+@pytest.mark.parametrize("kind", ["BaseHTTPMiddleware", "another"])
+async def test_whatever_leads_to_a_handler(place: str, kind: str) -> None:
+    seen: list[Any] = []
+    cleaned: list[bool] = []
+
+    async def note(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        response = await call_next(request)
+        seen.append(response.status_code)
+        return response
+
+    async def work(request: Request) -> Response:
+        try:
+            await anyio.sleep_forever()
+            return Response()
+        finally:
+            await anyio.sleep(0.01)
+            cleaned.append(True)
+
+    observer = Middleware(BaseHTTPMiddleware, dispatch=note)
+    if kind == "another":
+        observer = Middleware(Observer, seen=seen)
+    inner = Starlette(routes=[Route("/", work)], middleware=[observer])
+    included = APIRouter()
+    included.mount("/x", inner)
+    app = FastAPI()
+    routes: dict[str, list[BaseRoute]] = {
+        "host": [Host("{name:path}", Starlette(routes=[Mount("/x", inner)]))],
+        "route": [Route("/x/", work, middleware=[observer])],
+        "router": [Mount("/x", Router([Route("/", work)], middleware=[observer]))],
+        "mount": [Mount("/x", routes=[Route("/", work)], middleware=[observer])],
+        "mount of an included router": [],
+    }
+    app.router.routes += routes[place]
+    app.include_router(included)
+    app.add_middleware(RequestCancelationMiddleware)
+    async with nothing_left(), running(app, "/x/") as call:
+        await call.listened_to()
+        await call.hang_up()
+    assert (call.status, seen, cleaned) == (499, [499], [True])
 
 
 async def test_an_exception_group_of_the_application_stays_one() -> None:

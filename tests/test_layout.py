@@ -16,7 +16,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 PACKAGE = Path(cancelable_deps.__file__).parent
-FLOORS = ("kernel", "hosts", "request", "doors", "databases", "deadlines", "operations", "testing")
+FLOORS = (
+    "kernel",
+    "hosts",
+    "request",
+    "doors",
+    "databases",
+    "deadlines",
+    "operations",
+    "observability",
+    "checks",
+    "testing",
+)
 FILES = sorted(PACKAGE.rglob("*.py"))
 LATE = "# loads late"
 KNOW_PRIVATE_NAMES_OF_OTHERS = ("kernel/loops/", "hosts/", "testing/clock.py")
@@ -62,8 +73,8 @@ def problems(found: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def test_every_file_stands_on_a_floor() -> None:
-    assert [name_of(path) for path in FILES if path.parent == PACKAGE] == ["__init__.py"]
-    assert {name_of(path).partition("/")[0] for path in FILES} == {"__init__.py", *FLOORS}
+    assert [name_of(path) for path in FILES if path.parent == PACKAGE] == ["__init__.py", "__main__.py"]
+    assert {name_of(path).partition("/")[0] for path in FILES} == {"__init__.py", "__main__.py", *FLOORS}
 
 
 def test_no_import_goes_up() -> None:

@@ -180,11 +180,14 @@ async def test_workers_know_each_other(store: Store) -> None:
 
 async def test_a_store_that_has_forgotten_everything_says_so_once(store: Store) -> None:
     async with store.worker("wa") as a:
+        # What is read before is no reason to say so twice.
         await a.broadcast(b"entry", "1")
         assert await received(a, 1) == [b"entry"]
         store.lose_everything()
         assert (await a.beat(may_reap=False)).has_forgotten
         assert not (await a.beat(may_reap=False)).has_forgotten
+        await a.broadcast(b"later", "2")
+        assert await received(a, 1) == [b"later"]
 
 
 async def test_mail_to_a_worker_that_a_store_has_forgotten_is_kept_for_it(store: Store) -> None:
@@ -221,6 +224,52 @@ async def test_records_and_places_of_a_dead_worker_are_given_up_and_it_is_told(s
         assert not await b.change("op", {"state": "finished", "ended": 1.0}, end_ttl=60)
         b.rename(identity("wc"))
         assert not (await b.beat(may_reap=False)).is_fenced
+
+
+@pytest.mark.parametrize("what", ["record", "place"])
+async def test_what_a_worker_begins_after_a_loss_and_before_its_next_sign_of_life_is_given_up_if_it_dies(
+    store: Store, what: str
+) -> None:
+    async with store.workers("wa", "wb") as (a, b):
+        store.lose_everything()
+        if what == "record":
+            await b.create("op", fields(B), ttl=60)
+        else:
+            await b.enter("key", "holder", **QUEUE)
+            assert (await a.enter("key", "waiter", **QUEUE)).status == "waiting"
+        assert (await a.beat(may_reap=False)).has_forgotten
+        lost, granted = await reaped(a)
+        assert (lost, granted) == ((["op"], []) if what == "record" else ([], [Waiter(A, "waiter")]))
+        assert (await b.beat(may_reap=False)).is_fenced
+
+
+async def test_a_worker_notices_a_loss_after_which_it_has_begun_something(store: Store) -> None:
+    async with store.worker("wa") as a:
+        store.lose_everything()
+        await a.create("op", fields(), ttl=60)
+        assert (await a.beat(may_reap=False)).has_forgotten
+        assert not (await a.beat(may_reap=False)).has_forgotten
+
+
+async def test_a_worker_that_was_given_up_begins_nothing_until_it_has_another_name(store: Store) -> None:
+    async with store.workers("wa", "wb") as (a, b):
+        await b.create("op", fields(B), ttl=60)
+        await dies(a, store, B)
+        await reaped(a)
+        with pytest.raises(Unavailable):
+            await b.create("late", fields(B), ttl=60)
+        with pytest.raises(Unavailable):
+            await b.enter("key", "late", **QUEUE)
+        assert await a.load(["late"]) == [None]
+        b.rename(identity("wc"))
+        assert (await b.create("late", fields(B), ttl=60)).is_new
+
+
+async def test_mail_after_a_loss_reaches_a_worker_that_has_given_no_sign_of_life_since(store: Store) -> None:
+    async with store.workers("wa", "wb") as (a, b):
+        store.lose_everything()
+        assert await a.send(B, b"cancel", "1")
+        assert await received(b, 1) == [b"cancel"]
 
 
 async def test_without_the_right_to_reap_nobody_is_reaped(store: Store) -> None:

@@ -81,7 +81,7 @@ async def test_results_are_kept_as_json(result: object, kept: object) -> None:
 
 
 async def test_names_are_those_of_the_work() -> None:
-    async with Operations() as operations:
+    async with Operations(background_grace=0) as operations:
         assert (await operations.start(double)).name == "double"
         assert (await operations.start(partial(double, number=3))).name == "double"
         assert (await operations.start(Steps())).name == "Steps"

@@ -26,6 +26,7 @@ from cancelable_deps import (
     RequestTaskGroup,
     cancelable_streaming_response,
     configure,
+    wait_for_disconnect,
     with_cancelation,
 )
 from cancelable_deps.kernel.loops.current import current_loop
@@ -353,6 +354,96 @@ async def test_background_tasks_that_finish_anyway_have_finished() -> None:
         nothing_is_kept(operations)
 
 
+class SlowServer:
+    """A server that does something else once it has sent the last part of a response, as hypercorn does."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self.is_sending, self.go_on = anyio.Event(), anyio.Event()
+        self.was_interrupted = False
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_slowly(message: Any) -> None:
+            await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                self.is_sending.set()
+                try:
+                    await self.go_on.wait()
+                except BaseException:
+                    self.was_interrupted = True
+                    raise
+
+        await self.app(scope, receive, send if scope["type"] == "lifespan" else send_slowly)
+
+
+def with_background(later: Callable[[], Any]) -> tuple[Operations, SlowServer]:
+    """An application whose response is followed by background work."""
+    operations = Operations()
+    app = FastAPI(lifespan=operations.lifespan())
+    app.add_middleware(RequestCancelationMiddleware, operations=operations)
+
+    @app.get("/result")
+    async def result(background: BackgroundTasks) -> str:
+        background.add_task(later)
+        return "done"
+
+    @app.get("/known")
+    async def known(background: BackgroundTasks, operation: RequestOperation) -> str:
+        background.add_task(later)
+        return operation.id
+
+    @app.get("/stream")
+    async def stream(background: BackgroundTasks) -> StreamingResponse:
+        async def parts() -> AsyncIterator[str]:
+            yield "done"
+
+        background.add_task(later)
+        # Starlette's own stops what sends it as soon as the response is complete.
+        return cancelable_streaming_response(parts(), background=background)
+
+    return operations, SlowServer(app)
+
+
+@pytest.mark.parametrize("kind", ["result", "known", "stream"])
+async def test_a_server_is_not_interrupted_while_it_sends_the_end_of_a_response(kind: str) -> None:
+    ended: list[str] = []
+
+    async def later() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            ended.append("later")
+
+    operations, server = with_background(later)
+    async with client_of(server) as client:
+        async with client.start("GET", f"/{kind}") as call:
+            await server.is_sending.wait()
+            found = await the_only_one(operations)
+            assert (await operations.cancel(found.id, wait=0)).outcome == "stopping"
+            await operations.cancel(found.id, wait=0)
+            for _ in range(20):
+                await anyio.lowlevel.checkpoint()
+            assert not call.has_ended
+            server.go_on.set()
+            await call.ended()
+        assert (server.was_interrupted, ended, call.status) == (False, ["later"], 200)
+        assert operations.worker.local.ends == {"manual": 1}
+        nothing_is_kept(operations)
+
+
+@pytest.mark.parametrize("kind", ["result", "known", "stream"])
+async def test_a_server_that_sends_for_longer_than_a_cleanup_takes_is_interrupted(kind: str) -> None:
+    operations, server = with_background(anyio.sleep_forever)
+    async with client_of(server) as client:
+        async with client.start("GET", f"/{kind}") as call:
+            await server.is_sending.wait()
+            found = await the_only_one(operations)
+            assert (await operations.cancel(found.id, grace=0)).outcome == "cancelled"
+            await call.ended()
+        assert server.was_interrupted
+        nothing_is_kept(operations)
+
+
 @pytest.mark.parametrize("door", ["middleware", "decorator", "RequestOperation"])
 async def test_a_def_handler_is_told(door: str) -> None:
     operations = Operations()
@@ -385,6 +476,27 @@ async def test_a_def_handler_is_told(door: str) -> None:
                 assert found.progress.metadata == {"done": 1, "total": 2}
             assert (await operations.cancel(found.id)).outcome == "cancelled"
         assert call.status == 499
+        nothing_is_kept(operations)
+
+
+@pytest.mark.usefixtures("late")
+async def test_an_operation_whose_handler_waits_for_the_disconnect_runs_on() -> None:
+    operations = Operations()
+    app = FastAPI(lifespan=operations.lifespan())
+
+    @app.get("/work")
+    async def work(operation: RequestOperation, request: Request) -> str | None:
+        id, found = operation.id, None
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(wait_for_disconnect, request)
+            # It has begun to listen, before the request is old.
+            await anyio.wait_all_tasks_blocked()
+            found = await operations.get(id)
+            tasks.cancel_scope.cancel()
+        return None if found is None else found.state
+
+    async with client_of(app) as client:
+        assert (await client.get("/work")).json() == "running"
         nothing_is_kept(operations)
 
 

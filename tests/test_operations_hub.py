@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 from cancelable_deps import CancelationError
-from cancelable_deps.operations import Operations, OperationState, OperationsUnavailable
+from cancelable_deps.operations import Operations, OperationState, OperationsUnavailable, OperationTaken
 from cancelable_deps.testing import OperationsHub, advance
 from tests.calls import movable_clock
 from tests.operations import all_known, ended, endless, nothing_is_kept, until, workers
@@ -193,3 +193,58 @@ async def test_all_can_be_lost() -> None:
 def test_a_lease_is_a_number(lease: float, error: type[Exception]) -> None:
     with pytest.raises(error):
         OperationsHub(lease=lease)
+
+
+@movable_clock
+async def test_work_that_begins_after_a_loss_is_lost_if_its_worker_dies_at_once() -> None:
+    async with workers(2) as (hub, (a, b)):
+        await advance(25)
+        hub.lose_everything()
+        operation = await b.start(endless, key="k", when_busy="wait")
+        hub.kill(b)
+        await advance(45)
+        assert (await a.get(operation.id)).state is OperationState.LOST  # type: ignore[union-attr]
+        assert (await a.start(endless, key="k", when_busy="refuse")).state is OperationState.RUNNING
+
+
+@movable_clock
+async def test_a_cancel_whose_mail_is_lost_comes_to_a_worker_that_the_store_has_forgotten() -> None:
+    async with workers(2) as (hub, (a, b)):
+        operation = await b.start(endless)
+        hub.pause(b)
+        assert (await a.cancel(operation.id, wait=0)).outcome == "sent"
+        hub.lose_everything()
+        # `a` notices it first.
+        await advance(6)
+        hub.resume(b)
+        assert (await ended(b, operation)).state is OperationState.CANCELLED
+
+
+@movable_clock
+async def test_an_id_whose_record_is_lost_names_the_work_that_runs() -> None:
+    async with workers(1) as (hub, (a,)):
+        first = await a.start(endless, id="chosen", owner="me")
+        hub.lose_everything()
+        second = await a.start(endless, id="chosen", owner="me")
+        with pytest.raises(OperationTaken):
+            await a.start(endless, id="chosen", owner="another")
+        assert (second.id, second.started) == (first.id, first.started)
+        assert (await a.list()).total == 1
+        await advance(6)
+        assert (await a.cancel("chosen")).outcome == "cancelled"
+        hub.lose_everything()
+        # Not once more, either: a client that repeats its request wants one report.
+        assert (await a.start(endless, id="chosen", owner="me")).state is OperationState.CANCELLED
+
+
+@movable_clock
+async def test_a_worker_that_has_never_reached_the_store_does_not_say_that_it_is_alone() -> None:
+    async with workers(1) as (hub, (a,)):
+        hub.cut(a)
+        await advance(6)
+        for call in (a.list, a.workers):
+            with pytest.raises(OperationsUnavailable):
+                await call()
+        hub.resume(a)
+        await advance(6)
+        assert (await a.list()).total == 0

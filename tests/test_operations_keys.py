@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import anyio
 import anyio.lowlevel
 import pytest
-from fastapi import Depends, FastAPI, HTTPException, Query
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, HTTPException, Query
 from fastapi.responses import StreamingResponse
 
 from cancelable_deps import RequestCancelationMiddleware, cancelable_streaming_response
@@ -114,6 +114,33 @@ async def test_of_a_burst_the_newest_of_each_answers() -> None:
         assert len(newest) == 10
         assert {number for number, (status, _) in answers.items() if status == 200} == newest
         assert {status for status, _ in answers.values()} == {200, 499}
+        nothing_is_kept(site.operations)
+
+
+@pytest.mark.parametrize("door", [True, False])
+async def test_what_follows_a_response_is_not_stopped_by_a_newer_request(door: bool) -> None:
+    site = Searches(latest_only(user), door=door)
+    begun: list[str] = []
+    ended: list[str] = []
+
+    async def later(text: str) -> None:
+        begun.append(text)
+        await site.go_on.wait()
+        ended.append(text)
+
+    @site.app.get("/saved", dependencies=[Depends(latest_only(user))])
+    async def saved(text: str, background: BackgroundTasks) -> str:
+        background.add_task(later, text)
+        return text
+
+    async with site.client() as client:
+        async with client.start("GET", "/saved?text=a") as first:
+            await until(lambda: begun == ["a"])
+            async with client.start("GET", "/saved?text=b") as second:
+                await until(lambda: begun == ["a", "b"])
+                site.go_on.set()
+        assert sorted(ended) == ["a", "b"]
+        assert [(call.status, call.json()) for call in (first, second)] == [(200, "a"), (200, "b")]
         nothing_is_kept(site.operations)
 
 
@@ -245,6 +272,34 @@ async def test_keys_are_those_of_a_route_or_of_a_scope() -> None:
             assert (await client.get("/b")).json() == {"detail": "An operation of the same key is running"}
             go_on.set()
         assert [call.status for call in (one, two, three)] == [200, 200, 200]
+        nothing_is_kept(operations)
+
+
+@pytest.mark.parametrize("door", [True, False])
+async def test_a_router_that_is_included_twice_has_two_routes(door: bool) -> None:
+    operations = Operations()
+    app = FastAPI(lifespan=operations.lifespan())
+    if door:
+        app.add_middleware(RequestCancelationMiddleware, operations=operations)
+    inner, outer = APIRouter(prefix="/{id}"), APIRouter(prefix="/outer")
+
+    @inner.get("/wait", dependencies=[Depends(at_most(1, user))])
+    async def wait() -> None:
+        await anyio.sleep_forever()
+
+    outer.include_router(inner, prefix="/inner")
+    app.include_router(outer)
+    app.include_router(inner, prefix="/again")
+    async with CancelableClient(app, ceiling=CEILING) as client:
+        async with client.start("GET", "/outer/inner/1/wait"), client.start("GET", "/again/1/wait"):
+            routes = {"/outer/inner/{id}/wait", "/again/{id}/wait"}
+            with anyio.fail_after(CEILING):
+                while {each.route for each in (await operations.list()).items} != routes:
+                    await anyio.lowlevel.checkpoint()
+            assert (await client.get("/again/2/wait")).status_code == 409
+            stopped = await operations.cancel_all(route="/again/{id}/wait")
+            assert [each.operation.route for each in stopped if each.operation] == ["/again/{id}/wait"]
+            await operations.cancel_all(older_than=0)
         nothing_is_kept(operations)
 
 

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.anyio]
 
 
 async def test_every_filter_across_workers() -> None:
-    async with workers(2) as (hub, (a, b)):
+    async with workers(2, background_grace=0) as (hub, (a, b)):
         ann = await a.start(endless, owner="ann", key="k", labels={"stage": "one", "size": "big"})
         bob = await b.start(endless, owner="bob", key="k", labels={"stage": "two"})
         async with AsyncExitStack() as stack:
@@ -177,6 +177,23 @@ async def test_what_is_remembered_is_forgotten() -> None:
         assert await operations.get("other") is None
         async with operations.track(id="job"):
             await anyio.lowlevel.checkpoint()
+
+
+@movable_clock
+async def test_what_is_remembered_is_forgotten_also_if_nothing_new_comes() -> None:
+    async with workers(2, memory=60) as (_, (a, b)):
+        await a.cancel("job", wait=0)
+        async with a.track(id="other"):
+            await b.list()
+        held: list[Any] = [
+            a.worker.local.early,
+            a.worker.local.ended,
+            a.worker.exchange._seen,
+            a.worker.exchange._lasting,
+        ]
+        assert all(len(each) for each in held)
+        await advance(66)
+        await until(lambda: not any(len(each) for each in held))
 
 
 async def test_a_cancel_is_for_a_whole_id_and_a_dead_worker_is_known() -> None:

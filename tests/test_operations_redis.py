@@ -106,10 +106,11 @@ def test_wrong_arguments_say_how_to_do_it_right() -> None:
         RedisBackend(client=redis.Redis())
     with pytest.raises(TypeError, match=r"redis\.asyncio or coredis"):
         RedisBackend(client=object())
-    for manager in (
-        redis.asyncio.sentinel.Sentinel([("localhost", 1)]),
+    managers: list[Any] = [
+        redis.asyncio.sentinel.Sentinel([("localhost", 1)]),  # type: ignore[no-untyped-call]
         coredis.Sentinel([TCPLocation("localhost", 1)]),
-    ):
+    ]
+    for manager in managers:
         with pytest.raises(TypeError, match=r"sentinel\.master_for"):
             RedisBackend(client=manager)
         replicas: Any = getattr(manager, "slave_for", None) or manager.replica_for

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import subprocess
 import sys
 import types
@@ -11,13 +12,15 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, assert_type, get_args
+from typing import Annotated, Any, Literal, assert_type, get_args
 
 import httpx
 import pytest
 from anyio import CapacityLimiter
 from anyio.abc import TaskGroup
 from fastapi import APIRouter, Depends, FastAPI, WebSocket
+from opentelemetry.metrics import MeterProvider
+from opentelemetry.trace import TracerProvider
 from psycopg import AsyncConnection as PsycopgConnection
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
@@ -25,8 +28,10 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 
 import cancelable_deps
+import cancelable_deps.checks
 import cancelable_deps.databases
 import cancelable_deps.deadlines
+import cancelable_deps.observability
 import cancelable_deps.operations
 import cancelable_deps.testing
 from cancelable_deps import (
@@ -44,6 +49,7 @@ from cancelable_deps import (
     cancelable_streaming_response,
     cancelable_with_timeout,
     cancelation_lifespan,
+    configure,
     create_request_task_group,
     current_cancelable,
     progress_response,
@@ -51,8 +57,16 @@ from cancelable_deps import (
     wait_for_disconnect,
     with_cancelation,
 )
+from cancelable_deps.checks import Finding, check_stack, check_store
 from cancelable_deps.databases import cancelable_session, limit_statements
 from cancelable_deps.deadlines import ClientTimeout, DeadlineTransport, forward_deadline, no_deadline
+from cancelable_deps.observability import (
+    CancelationTelemetry,
+    ObservedEvent,
+    current_operation_id,
+    operation_id_filter,
+)
+from cancelable_deps.operations import MemoryBackend
 from tests.snippets import PAGES, README
 
 DOCS = "".join(path.read_text() for path in [README, *PAGES] if path.name != "api.md")
@@ -61,8 +75,10 @@ EXAMPLES = "".join(path.read_text() for path in (Path(__file__).parent.parent / 
 
 MODULES = (
     cancelable_deps,
+    cancelable_deps.checks,
     cancelable_deps.databases,
     cancelable_deps.deadlines,
+    cancelable_deps.observability,
     cancelable_deps.operations,
     cancelable_deps.testing,
 )
@@ -135,12 +151,34 @@ def test_importing_brings_no_optional_dependency() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_nothing_loads_the_checks_but_a_start() -> None:
+    code = (
+        "import sys, cancelable_deps, cancelable_deps.operations\n"
+        "print([m for m in sys.modules if 'cancelable_deps.checks' in m or 'serving' in m], 'dis' in sys.modules)\n"
+        "import cancelable_deps.checks; assert 'argparse' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("[]")
+
+
 def test_nothing_needs_an_http_client() -> None:
     code = (
         "import sys; sys.modules['httpx'] = sys.modules['aiohttp'] = None\n"
         "import cancelable_deps; assert 'cancelable_deps.deadlines' not in sys.modules\n"
         "from cancelable_deps.deadlines import ClientTimeout, DeadlineTransport, forward_deadline\n"
         "ClientTimeout(['prefer']); forward_deadline(header='prefer'); DeadlineTransport(None, header='prefer')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_nothing_imports_opentelemetry_but_the_telemetry() -> None:
+    # FastAPI itself imports the API since 0.165.
+    code = (
+        "import sys, cancelable_deps; assert 'cancelable_deps.observability' not in sys.modules\n"
+        "from cancelable_deps.observability import CancelationTelemetry\n"
+        "ours = {f'cancelable_deps.observability.{name}' for name in ('metrics', 'spans')}\n"
+        "assert not ours & set(sys.modules)\n"
+        "CancelationTelemetry(); assert ours < set(sys.modules) and 'opentelemetry.sdk' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -301,6 +339,32 @@ async def code_with_deadlines() -> None:
     async with no_deadline(), httpx.AsyncClient(transport=transport):
         pass
     httpx.Client(transport=DeadlineTransport(httpx.HTTPTransport(), header="x-budget"), event_hooks={"request": [hook]})
+
+
+async def code_with_checks() -> None:
+    findings = check_stack(FastAPI(), workers=2, server_grace=timedelta(seconds=30))
+    assert_type(findings, list[Finding])
+    assert_type(await check_store(MemoryBackend()), list[Finding])
+    assert_type(findings[0].level, Literal["warning", "info"])
+    assert_type(findings[0].code + findings[0].where + findings[0].message, str)
+    cancelation_lifespan(check=False)
+
+
+def observe(event: ObservedEvent) -> None:
+    assert_type(event.what, Literal["started", "running", "cancelled", "ended", "exceeded", "cancel"])
+    assert_type(event.kind, Literal["request", "websocket", "background", "detached", "tracked"] | None)
+    assert_type(event.reason, CancelationReason | None)
+    assert_type(event.seconds, float)
+    assert_type(event.route, str | None)
+
+
+def code_with_telemetry(tracers: TracerProvider, meters: MeterProvider, handler: logging.Handler) -> None:
+    configure(on_event=CancelationTelemetry())
+    configure(on_event=[CancelationTelemetry(tracer_provider=tracers, meter_provider=meters), observe, print])
+    configure(on_event=(), cleanup_grace=3)
+    assert_type(current_operation_id(), str | None)
+    assert_type(operation_id_filter(), logging.Filter)
+    handler.addFilter(operation_id_filter(default=None))
 
 
 @asynccontextmanager

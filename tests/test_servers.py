@@ -9,7 +9,7 @@ import pytest
 from tests.servers import DOORS, Server, new_key, request
 
 pytest_plugins = ["tests.servers"]
-pytestmark = pytest.mark.one_server("shared_server")
+pytestmark = pytest.mark.one_server("shared_server", others=True)
 
 CANCELLING = tuple(door for door in DOORS if door != "event")
 BODY = b'{"numbers": [1, 2, 3]}'

@@ -10,7 +10,7 @@ from tests.server_workers import LIMIT
 from tests.servers import HYPERCORN, PATIENCE, UVICORN, Server, Variant, new_key, started, without_complaints
 from tests.socket_client import SocketClient
 
-pytestmark = pytest.mark.one_server("server")
+pytestmark = pytest.mark.one_server("server", others=True)
 
 APP = "tests.socket_app:app"
 VARIANTS = [

@@ -46,3 +46,15 @@ def test_what_is_left_fails_its_check(after: Reading, check: str) -> None:
 def test_a_wrong_answer_and_a_traceback_fail_theirs() -> None:
     wrong = Findings(wrong=["one was answered b'two'"])
     assert failed(BEFORE, wrong, complaints=1) == ["every response is its request's own", "nothing in the log"]
+
+
+@pytest.mark.real
+def test_several_workers_with_operations_leave_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        soak.main(["--workers=2", "--requests=1500", "--seconds=60", "--clients=16"])
+    printed = capsys.readouterr().out
+    assert not ended.value.code, printed
+    assert "wrong answers: 0" in printed
+    assert "error lines: 0" in printed
+    for size in ("ids", "named", "blocks", "early cancels", "ended", "questions", "jobs", "places"):
+        assert printed.count(f"| {size} | 0 | 0 |") == 2, printed

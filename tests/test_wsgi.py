@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import anyio
+import fastapi.routing
 import pytest
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.routing import Host
+from starlette.types import ASGIApp
 
 from cancelable_deps import RequestCancelationMiddleware
 from cancelable_deps.doors.wsgi import is_wsgi_bridge
@@ -80,6 +84,48 @@ async def test_a_result_in_time_is_the_response() -> None:
     async with running(application(view, default_timeout=30)) as call:
         pass
     assert (call.status, call.body) == (200, b"result")
+
+
+def under_gzip(bridge: Any) -> FastAPI:
+    app = FastAPI()
+    app.mount("/", GZipMiddleware(bridge))
+    app.add_middleware(RequestCancelationMiddleware)
+    return app
+
+
+def of_a_host(bridge: Any) -> FastAPI:
+    app = FastAPI()
+    app.router.routes.append(Host("{name:path}", bridge))
+    app.add_middleware(RequestCancelationMiddleware)
+    return app
+
+
+def of_an_included_router(bridge: Any) -> FastAPI:
+    app, router = FastAPI(), APIRouter()
+    router.mount("/x", bridge)
+    app.include_router(router)
+    app.add_middleware(RequestCancelationMiddleware)
+    return app
+
+
+def alone(bridge: Any) -> RequestCancelationMiddleware:
+    return RequestCancelationMiddleware(RequestCancelationMiddleware(bridge))
+
+
+MAKERS: list[Callable[[Any], ASGIApp]] = [under_gzip, of_a_host, alone]
+if hasattr(fastapi.routing, "_IncludedRouter"):  # Before 0.137 FastAPI had no mounts in included routers.
+    MAKERS.append(of_an_included_router)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+async def test_it_is_waited_for_wherever_it_stands(make: Callable[[Any], ASGIApp]) -> None:
+    view = View()
+    async with running(make(WSGIMiddleware(view)), "/x/") as call:
+        await started(view)
+        await call.listened_to()
+        await call.hang_up()
+        view.may_go_on.set()
+    assert (view.events, call.status, call.exception) == (["done"], 499, None)
 
 
 async def test_bridges_are_known_by_their_classes() -> None:

@@ -8,17 +8,21 @@ the application in a task of its own.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakSet
 
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from starlette.applications import Starlette
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.middleware.exceptions import ExceptionMiddleware
-from starlette.routing import Mount, Router
+from starlette.routing import Host, Mount, Route, Router, WebSocketRoute
 
+from ..hosts.fastapi import included_routes
 from ..kernel.block import current
 from ..kernel.foreign import told
+from ..kernel.settings import settings
 from ..kernel.unwrap import raise_as_it_is
 from ..request.blocks import DoorBlock
 from ..request.connection import known_state
@@ -36,35 +40,71 @@ if TYPE_CHECKING:
 
 # Every application has these around its router. They do not look at responses, and need no answer inside of them.
 _SEE_NO_ANSWER = {ServerErrorMiddleware, ExceptionMiddleware, AsyncExitStackMiddleware}
+# Neither do these, around routes with a `max_body_size`. By name, because older versions have none.
+_LIMIT_BODIES = {"RequestBodyLimitMiddleware", "_BodyLimitExceptionMiddleware"}
 
 
-def put_inner_doors(app: Any) -> None:
-    """Put an `InnerDoor` at each such place of the stack of ``app``, and of the applications that are mounted in it."""
+under_ours: Final[WeakSet[Starlette]] = WeakSet()
+"""The applications that a middleware of ours stands around: outside of all of their own, which they cannot know."""
+
+
+def put_inner_doors(app: Any) -> Any:
+    """Put an `InnerDoor` at each such place of the stack of ``app``, and of the applications that its routes lead to.
+
+    Return what has to be called in place of ``app``: another application around it, if it bridges to WSGI.
+    """
+    if is_wsgi_bridge(app):
+        return Bridge(app)
+    outer, innermost = _put_into_chain(app)
+    if isinstance(innermost, Starlette):
+        _put_into_application(innermost)
+    elif isinstance(innermost, Router):
+        if outer is not None:
+            _put_inside(outer)
+        _put_into_its_end(innermost.middleware_stack)
+        _look_through(innermost.routes)
+    return app
+
+
+def _put_into_chain(app: Any) -> tuple[Any, Any]:
+    """Put inner doors between ``app`` and the end of the chain of middleware that it begins.
+
+    Return the last middleware, or ``None`` if no middleware of the chain could see an answer, and what it leads to.
+    """
     seen: set[int] = set()
     outer: Any = None
     is_observed = False
     # A router is excluded because its `app` is a method.
-    while hasattr(app, "app") and not isinstance(app, Router) and id(app) not in seen:
+    while hasattr(app, "app") and not isinstance(app, Router | Bridge) and id(app) not in seen:
         seen.add(id(app))
         if isinstance(app, BaseHTTPMiddleware):
             _put_inside(app)
-        is_observed = is_observed or type(app) not in _SEE_NO_ANSWER
+        is_observed = is_observed or _may_see_an_answer(app)
+        if is_wsgi_bridge(app.app):
+            app.app = Bridge(app.app)
         outer, app = app, app.app
-    if isinstance(app, Starlette):
-        _put_into_application(app)
-    elif isinstance(app, Router):
-        if outer is not None and is_observed:
-            _put_inside(outer)
-        _look_through_mounts(app.routes)
+    return outer if is_observed else None, app
+
+
+def _may_see_an_answer(app: Any) -> bool:
+    return type(app) not in _SEE_NO_ANSWER and type(app).__name__ not in _LIMIT_BODIES
+
+
+def _put_into_its_end(app: Any) -> None:
+    """Put inner doors into a chain of middleware that leads to an endpoint, or to the routes of a router."""
+    outer, _ = _put_into_chain(app)
+    if outer is not None:
+        _put_inside(outer)
 
 
 def _put_inside(outer: Any) -> None:
-    if not isinstance(outer, InnerDoor) and not isinstance(outer.app, InnerDoor):
+    if not isinstance(outer, InnerDoor) and not isinstance(outer.app, InnerDoor | Bridge):
         outer.app = InnerDoor(outer.app)
 
 
 def _put_into_application(app: Starlette) -> None:
     """Put inner doors into an application, whose stack may be built only when it is first called."""
+    under_ours.add(app)
     if app.middleware_stack is not None:
         put_inner_doors(app.middleware_stack)
         return
@@ -78,13 +118,14 @@ def _put_into_application(app: Starlette) -> None:
     app.build_middleware_stack = build_with_inner_doors  # type: ignore[method-assign]
 
 
-def _look_through_mounts(routes: Iterable[Any]) -> None:
+def _look_through(routes: Iterable[Any]) -> None:
     for route in routes:
-        if isinstance(route, Mount):
-            if is_wsgi_bridge(route.app):
-                route.app = Bridge(route.app)
-            else:
-                put_inner_doors(route.app)
+        if isinstance(route, Mount | Host):
+            route.app = put_inner_doors(route.app)
+        elif isinstance(route, Route | WebSocketRoute):
+            _put_into_its_end(route.app)
+        else:
+            _look_through(included_routes(route))
 
 
 class InnerDoor:
@@ -94,10 +135,16 @@ class InnerDoor:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket" and settings.hooks:
+            await self._run_for_socket(scope, receive, send)
+            return
         state = known_state(scope) if scope["type"] == "http" else None
         if state is None or state.is_closed:
             await self.app(scope, receive, send)
             return
+        if settings.hooks:
+            # A middleware further out may have set some for the request, such as the span that traces it.
+            state.inner_contexts += (copy_context(),)
         block = current.get()
         if not isinstance(block, DoorBlock) or not block.move_in(state):
             await self._run_in_task(state, scope, receive, send)
@@ -110,7 +157,20 @@ class InnerDoor:
                 await _settle(outcome, watch, state, scope, receive, send)
         finally:
             del outcome  # Its traceback refers to this frame: a reference cycle otherwise.
+            if state.inner_contexts:
+                state.inner_contexts = ()  # They refer to our block, and that to the state.
             block.move_out(state)
+
+    async def _run_for_socket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application for a WebSocket, which the middleware stops and closes, and note the context for hooks."""
+        state = known_state(scope)
+        if state is not None:
+            state.inner_contexts += (copy_context(),)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            if state is not None:
+                state.inner_contexts = ()
 
     async def _run_in_task(self, state: RequestState, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application in a block of its own, in a task that may be another one than that of the middleware."""
@@ -131,6 +191,8 @@ class InnerDoor:
             del outcome  # Its traceback refers to this frame: a reference cycle otherwise.
             # The task refers to its context, that to our block, and that to the state: a reference cycle otherwise.
             state.main_tasks = tuple(other for other in state.main_tasks if other is not task)
+            if state.inner_contexts:
+                state.inner_contexts = ()
 
 
 async def _settle(

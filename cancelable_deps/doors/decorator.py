@@ -25,6 +25,7 @@ from ..request.state import SCOPE_KEY
 from .dress import dressed, what_runs
 from .endpoint import RequestFinder, is_async, name_of, refuse_what_cannot_be_covered, yields
 from .generators import EndpointGenerator, GuardedGenerator, ThreadedGenerator
+from .marks import DECORATED, Decorated
 from .options import UNSET, Options
 from .streaming import keep_listening
 
@@ -162,6 +163,7 @@ def _decorate(endpoint: Any, options: Options) -> Any:
         guarded = dressed(_guard(work, find, options), endpoint, work)
     if options.policy is not None:
         setattr(guarded, POLICY_ATTRIBUTE, options.policy)
+    setattr(guarded, DECORATED, Decorated(endpoint, options))
     find.be_given_the_request(guarded)
     return guarded
 

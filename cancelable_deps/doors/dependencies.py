@@ -1,10 +1,11 @@
 """Handles: the objects that a route receives by ``Annotated`` dependencies, and functions for use without ``Depends``."""
 
+import math
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from datetime import timedelta
 from functools import partial
-from typing import Annotated, final
+from typing import Annotated
 
 import anyio
 from anyio.abc import TaskGroup
@@ -13,47 +14,13 @@ from starlette.requests import HTTPConnection, Request
 
 from ..kernel.cancelable import Cancelable, cancelable_of
 from ..kernel.options import not_a_dependency, seconds
-from ..kernel.reasons import CancelationReason
 from ..kernel.task_group import CancelableTaskGroup
 from ..request.connection import connection_state, new_block
 from ..request.policies import POLICY_ATTRIBUTE, TimeoutPolicy, found
 from ..request.state import RequestState
 from ..request.watchers import WAITERS, Listening
-
-
-@final
-class RequestCancellationEvent:
-    """An event that is set when the request should stop, for a handler that chooses its own stopping point.
-
-    It is set when the client leaves, and when the whole request is stopped (by the timeout of the decorator, route class
-    or middleware). The normal end of a response does not set it. The event itself cancels nothing.
-    """
-
-    def __init__(self, state: RequestState) -> None:
-        self._state = state
-
-    def is_set(self) -> bool:
-        """Return whether the event is set. The call is cheap; the event loop must run in between to notice a disconnect."""
-        return self._state.cause is not None
-
-    async def wait(self) -> CancelationReason:
-        """Wait until the event is set, and return the reason.
-
-        Listening ends when the handler returns.
-        """
-        return await self._state.token.wait()
-
-    @property
-    def reason(self) -> CancelationReason | None:
-        """The reason for which the request should stop; ``None`` while the event is not set."""
-        cause = self._state.cause
-        return None if cause is None else cause.reason
-
-    @property
-    def message(self) -> str | None:
-        """The message of the cancellation: that given to ``cancel()``, or one that names the limit that was exceeded."""
-        cause = self._state.cause
-        return None if cause is None else cause.message
+from .event import RequestCancellationEvent
+from .marks import TIMEOUT
 
 
 async def cancelable_dependency(request: HTTPConnection) -> Cancelable:
@@ -91,6 +58,7 @@ def cancelable_with_timeout(
         state.lift_default()
         return cancelable_of(new_block(state, timeout=limit, cleanup_grace=grace))
 
+    setattr(cancelable_with_timeout_dependency, TIMEOUT, limit)
     return cancelable_with_timeout_dependency
 
 
@@ -139,8 +107,42 @@ async def cancellation(request: HTTPConnection) -> RequestCancellationEvent:
 
     The event cancels nothing itself. A decorator, route class or middleware around the handler still does.
     """
-    state = connection_state(request, with_handler=True)
-    event = RequestCancellationEvent(state)
+    return _listening_event(connection_state(request, with_handler=True), 0)
+
+
+@not_a_dependency(
+    "Depends(cancellation_event) would let the client choose the time. Call it, with the seconds: "
+    "Annotated[RequestCancellationEvent, Depends(cancellation_event(soft=5))]."
+)
+def cancellation_event(*, soft: float | timedelta) -> Callable[[HTTPConnection], Awaitable[RequestCancellationEvent]]:
+    """Return a dependency like `cancellation` whose event is set ``soft`` seconds before the request times out, too.
+
+    For work that hands back what it has: ``Annotated[RequestCancellationEvent, Depends(cancellation_event(soft=5))]``
+    under a timeout of 30 seconds is set after 25. The work stops at a safe point and returns; if it does not, the
+    request is stopped when the timeout is over. The reason is ``TIMEOUT`` both times.
+
+    In ``with event.guard():`` the client's leaving is announced in the same way: the event is set at once, and the request
+    is stopped ``soft`` seconds later.
+
+    The timeout is the least of all that count around the handler: that of the decorator, route class, middleware or policy,
+    and the time that the client gives. Without a timeout this is `cancellation`.
+
+    :param soft: seconds. An event whose timeout is shorter than that is set from the start.
+    :raises TypeError: if ``soft`` is not a number.
+    :raises ValueError: if it is negative, NaN or infinite.
+    """
+    left = seconds(soft, "soft")
+    if left == math.inf:
+        raise ValueError("soft must be a finite number of seconds")
+
+    async def cancellation_with_time(request: HTTPConnection) -> RequestCancellationEvent:
+        return _listening_event(connection_state(request, with_handler=True), left)
+
+    return cancellation_with_time
+
+
+def _listening_event(state: RequestState, soft: float) -> RequestCancellationEvent:
+    event = RequestCancellationEvent(state, soft)
     state.watch(Listening())
     return event
 

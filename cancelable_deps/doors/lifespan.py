@@ -13,6 +13,8 @@ from ..kernel.loops.current import current_loop
 from ..kernel.options import seconds
 from ..kernel.reasons import CancelationReason
 from ..request.shutdown import Graces, Shutdown, running_shutdown
+from .at_start import check_at_start
+from .marks import GRACES
 
 if TYPE_CHECKING:
     import signal
@@ -35,6 +37,7 @@ def cancelation_lifespan(
     background_grace: float | timedelta = 10,
     retry_after: float | timedelta = RETRY_AFTER_SECONDS,
     refuse_new: bool = False,
+    check: bool = True,
 ) -> Callable[[Any], AbstractAsyncContextManager[None]]: ...
 
 
@@ -47,6 +50,7 @@ def cancelation_lifespan(
     background_grace: float | timedelta = 10,
     retry_after: float | timedelta = RETRY_AFTER_SECONDS,
     refuse_new: bool = False,
+    check: bool = True,
 ) -> Callable[[App], AbstractAsyncContextManager[State]]: ...
 
 
@@ -58,6 +62,7 @@ def cancelation_lifespan(
     background_grace: float | timedelta = 10,
     retry_after: float | timedelta = RETRY_AFTER_SECONDS,
     refuse_new: bool = False,
+    check: bool = True,
 ) -> Any:
     """Return a lifespan that ends the requests of an application in time when its server shuts down.
 
@@ -69,8 +74,8 @@ def cancelation_lifespan(
     1. `shutdown_token` is cancelled at once.
     2. Requests in flight may go on for ``grace`` seconds. Those that still run are then cancelled: they are answered with
        503 and ``Retry-After``, streams are aborted, WebSockets are closed with 1012.
-    3. Work after a complete response (background tasks under the middleware or the route class) has another
-       ``background_grace`` seconds, and is then cancelled too.
+    3. Work after a complete response (background tasks under the middleware or the route class) and detached work have
+       another ``background_grace`` seconds, and are then cancelled too.
 
     Every cleanup has its own grace in addition. Give the server more time than all of these together: a server whose own
     timeout is shorter closes the connections first.
@@ -86,6 +91,8 @@ def cancelation_lifespan(
     :param retry_after: seconds for the ``Retry-After`` header; rounded up.
     :param refuse_new: answer requests that arrive after the signal with 503 at once; otherwise they are served until
         ``grace`` is over.
+    :param check: whether to look, when the application starts, for what breaks or weakens cancellation in it, as
+        `check_stack <cancelable_deps.checks.check_stack>` does, and to log each finding once.
     :raises TypeError: if a limit is not a number, or ``lifespan`` is not a lifespan.
     :raises ValueError: if a limit is negative or NaN, or ``retry_after`` is not finite.
     """
@@ -103,8 +110,9 @@ def cancelation_lifespan(
                 "cancelation_lifespan takes your own lifespan as its first argument: "
                 "cancelation_lifespan(my_lifespan, grace=10)"
             )
-        return _run(app, lifespan, graces)
+        return _run(app, lifespan, graces, check)
 
+    setattr(lifespan_with_shutdown, GRACES, graces)
     return lifespan_with_shutdown
 
 
@@ -166,11 +174,13 @@ def _refuse_what_is_no_lifespan(lifespan: Any) -> None:
 
 
 @asynccontextmanager
-async def _run(app: Any, lifespan: Any, graces: Graces) -> AsyncIterator[Any]:
+async def _run(app: Any, lifespan: Any, graces: Graces, check: bool) -> AsyncIterator[Any]:
     shutdown = Shutdown.joined(graces)
     try:
         with heard(_teller(shutdown), current_loop()):
             async with nullcontext() if lifespan is None else lifespan(app) as state:
+                if check:
+                    check_at_start(app)
                 # Not in a `finally`, because a lifespan that is cancelled must end without waiting.
                 yield state
                 await shutdown.finish()

@@ -75,12 +75,11 @@ class RequestCancelationMiddleware:
         operations: CancelsByName | None = None,
         operation_id: str | None = None,
     ) -> None:
-        self.app = app
+        self.app: ASGIApp = put_inner_doors(app)
         self._operations = operations
         self._naming = checked_naming(operations, operation_id)
         self._limits = Limits(default_timeout, cleanup_grace, policies, default_policy, client_timeout)
         self._excluded = _matchers(exclude)
-        put_inner_doors(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or (self._excluded and self._excludes(scope)):
@@ -134,6 +133,21 @@ class RequestCancelationMiddleware:
 
     def _excludes(self, scope: Scope) -> bool:
         return any(matches(scope) for matches in self._excluded)
+
+
+def limits_of_middleware(middleware: RequestCancelationMiddleware) -> Limits:
+    """Return the limits of a middleware of ours."""
+    return middleware._limits
+
+
+def operations_of_middleware(middleware: RequestCancelationMiddleware) -> CancelsByName | None:
+    """Return the operations that a middleware of ours was given."""
+    return middleware._operations
+
+
+def is_excluded(middleware: RequestCancelationMiddleware, scope: Scope) -> bool:
+    """Return whether a middleware of ours leaves a request alone."""
+    return middleware._excludes(scope)
 
 
 def _matchers(exclude: Any) -> list[Callable[[Scope], bool]]:

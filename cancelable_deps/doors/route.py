@@ -113,3 +113,8 @@ class CancelableRoute(APIRoute):
                 await answer(error, scope, receive, send)
             finally:
                 del error  # Its traceback refers to this frame: a reference cycle otherwise.
+
+
+def limits_of_route(route: CancelableRoute) -> Limits:
+    """Return the limits of a route of ours."""
+    return route._limits

@@ -122,7 +122,7 @@ class CancelableStreamingResponse(StreamingResponse):
                 with anyio.CancelScope(shield=True):
                     await state.aclose()
         if self.background is not None:
-            if not ours and state.cause is not None:
+            if not ours and state.cause is not None and not state.is_closed:
                 state.complete_response()
             await with_own_failures("the background of a response", self.background)
         if error is not None:
@@ -138,7 +138,7 @@ class CancelableStreamingResponse(StreamingResponse):
         except CancelationError as exc:
             if not stream.started:
                 raise
-            state.log(exc.reason, exc.message or exc.detail)
+            state.log(exc.reason, exc.message or exc.detail, exc.struck_at, block.delivered_at)
             # A `cancel` of another request may carry the disconnect of that request's client.
             return None if exc.reason is CancelationReason.DISCONNECT and state.has_left else exc
         if ours:

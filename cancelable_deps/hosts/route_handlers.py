@@ -137,16 +137,32 @@ def _targets_to_tell(dependant: Any) -> Iterator[Target]:
 
 def _targets_in(call: Any) -> Iterator[Target]:
     """Yield the targets of all functions that ``call`` wraps, by whatever means."""
+    for inner in _all_in(call):
+        if _is_target(inner) and not inner.has_own:
+            yield inner
+
+
+def callables_in(call: Any) -> Iterator[Any]:
+    """Yield ``call``, and all callables that it wraps, by whatever means; some twice."""
+    yield call
+    for inner in _all_in(call):
+        if callable(inner) and not _is_target(inner):
+            yield inner
+
+
+def _all_in(call: Any) -> Iterator[Any]:
     to_look_at, seen = [call], {id(call)}
     while to_look_at and len(seen) < _MOST_CALLABLES:
         for inner in _held_by(to_look_at.pop()):
-            # Not isinstance(), which asks the object: a proxy for an object of the current request may raise then.
-            if issubclass(type(inner), Target):
-                if not inner.has_own:
-                    yield inner
-            elif callable(inner) and id(inner) not in seen:
+            yield inner
+            if callable(inner) and not _is_target(inner) and id(inner) not in seen:
                 seen.add(id(inner))
                 to_look_at.append(inner)
+
+
+def _is_target(held: Any) -> bool:
+    # Not isinstance(), which asks the object: a proxy for an object of the current request may raise then.
+    return issubclass(type(held), Target)
 
 
 def _held_by(function: Any) -> list[Any]:

@@ -11,6 +11,8 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
+from .fastapi import route_as_included
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -40,7 +42,7 @@ def route_of(scope: Scope) -> str:
 
 def route_template(scope: Scope) -> str | None:
     """Return the path template of the route; ``None`` before one has been found, and under other frameworks."""
-    return getattr(scope.get("route"), "path", None)
+    return getattr(route_as_included(scope), "path", None)
 
 
 def streams_listen(scope: Scope) -> bool:

@@ -49,6 +49,12 @@ class Block(Observed):
     lends_itself = False
     """Whether a streaming response has entered the block around a generator, which may enter it a second time."""
 
+    delivered_at: float | None = None
+    """When the work has received the cancellation, on the clock of the loop. Known once the block is left with an error."""
+
+    operation: Any = None
+    """The background or tracked work that runs in this block."""
+
     is_unsettled = False
     """Whether `settle` is to be awaited, after the block has been left."""
 
@@ -254,7 +260,11 @@ class Block(Observed):
             return None if exc is None else self.outcome(exc, exc)
         self.stop_timers()
         remaining = scope.end(exc)
-        return None if exc is None and not scope.is_lost else self.outcome(exc, remaining)
+        if exc is None and not scope.is_lost:
+            return None
+        if scope.is_delivered:
+            self.delivered_at = scope.delivered_at
+        return self.outcome(exc, remaining)
 
     def outcome(self, exc: BaseException | None, remaining: BaseException | None) -> BaseException:
         """Return the exception that leaves the block, where the scope has left ``remaining`` of the work's ``exc``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar, TypeVarTuple
 from weakref import ref
 
@@ -10,8 +11,9 @@ import anyio.lowlevel
 
 from .block import Block, current
 from .condition import Condition
+from .detached import Detached, detach
 from .interrupting import Interrupting
-from .options import NotADependency, seconds
+from .options import NotADependency, checked_work, name_of_work, seconds
 from .reasons import CancelationReason
 from .remaining import Hidden, seconds_left
 from .shields import Deferral, Shield
@@ -102,7 +104,89 @@ class _Observable:
         await self._block.report_progress(message, metadata)
 
 
-class Cancelable(_Observable):
+class _Elsewhere(_Observable):
+    """The work of a `Cancelable` outside of its own task."""
+
+    def detach(
+        self,
+        work: Callable[[Cancelable, *Ts], Awaitable[R]],
+        *args: *Ts,
+        name: str | None = None,
+        timeout: float | timedelta | None = None,
+    ) -> Detached[R]:
+        """Start ``work(cancelable, *args)`` and let it go on without this block and its request, in a task of its own.
+
+        For work that must not stop when the client leaves, and for which nobody has to wait: an audit record, a cache
+        that is filled, what a cleanup has to send. ``await detached.result()`` waits for it all the same; a caller that is
+        cancelled meanwhile leaves it running. Call this anywhere: before a cancellation, in the cleanup after one, and in
+        a ``def`` endpoint.
+
+        The work gets a `Cancelable` of its own, which has been entered. Its context variables are those of the caller.
+        Give it nothing that ends with the request: sessions and files of dependencies, the body.
+
+        At shutdown it is waited for, and cancelled with reason ``SIGNAL`` together with the background tasks: after the
+        ``grace`` and the ``background_grace`` of `cancelation_lifespan`. Its cleanup has its grace then. Without that
+        lifespan the event loop cancels it when it ends. It is lost if the process is killed: there is no record of it, as
+        there is of work that ``Operations.start`` starts. Open ``Operations`` list it, with the owner of the request.
+
+        :param work: an async function.
+        :param name: for logs and lists; the default is the name of the function.
+        :param timeout: seconds that it may run.
+        :return: a handle of the work. An exception that nobody waits for is logged as an ERROR.
+        :raises TypeError: if ``work`` is not an async function that takes these arguments.
+        :raises RuntimeError: in a thread that no event loop has started.
+        """
+        checked_work(work, len(args))
+        cancelable = Cancelable(timeout=timeout, name=name_of_work(work) if name is None else name)
+        return detach(self._block, cancelable, partial(work, cancelable, *args))
+
+    async def run_in_thread(
+        self,
+        func: Callable[[*Ts], R],
+        *args: *Ts,
+        abandon_on_cancel: bool = False,
+        limiter: CapacityLimiter | None = None,
+    ) -> R:
+        """Run ``func(*args)`` in a worker thread, inside of this block: ``current_cancelable().check()`` works there.
+
+        A cancellation while the call waits for a free thread is raised at once. A thread that is running is awaited: it
+        ends at its next `check` (or ``anyio.from_thread.check_cancelled()``). If it completes all the same, its result
+        is returned.
+
+        :param abandon_on_cancel: raise a cancellation at once, and let the thread run on. It keeps its token of the
+            limiter until it has ended, unlike with anyio. Its result is discarded; its exception is logged.
+        :param limiter: limits how many threads may run at once; the default is anyio's limiter for all threads (40).
+        :return: the result of ``func``.
+        :raises RuntimeError: if the block is not open.
+        :raises TypeError: if ``func`` is ``async``.
+        """
+        result: R = await run_in_thread(self._block, func, args, abandon_on_cancel, limiter)
+        return result
+
+    async def run_in_process(self, func: Callable[[*Ts], R], *args: *Ts, limiter: CapacityLimiter | None = None) -> R:
+        """Run ``func(*args)`` in a process of its own; a cancellation kills the process and all that it has started.
+
+        For work that cannot call `check`, such as one long call into C. The process is killed with SIGKILL, so none of
+        its cleanup runs. The function, its arguments and its result are pickled. An exception of the function is raised
+        here, with the traceback of the process as a note. The function's standard output goes to the server's standard
+        error. The function has no access to this block, nor to any other object in the server's memory.
+
+        The process is kept for the next call. It is ended after a minute without one, when the event loop ends, and
+        when the server is killed.
+
+        :param limiter: limits how many processes may run at once; the default is that of ``anyio.to_process`` (one per
+            CPU).
+        :return: the result of ``func``.
+        :raises RuntimeError: if the block is not open.
+        :raises TypeError: if ``func`` is ``async``, or if ``func``, an argument or the result cannot be pickled (a
+            lambda, a closure, an open file).
+        :raises anyio.BrokenWorkerProcess: if the process ends by itself, for example by a crash.
+        """
+        result: R = await run_in_process(self._block, func, args, limiter)
+        return result
+
+
+class Cancelable(_Elsewhere):
     """A block of work that a token, a deadline or ``cancel()`` can stop. It is entered once, with ``async with``.
 
     A cancellation is raised at the work's current ``await``, as the exception of the backend
@@ -390,51 +474,6 @@ class Cancelable(_Observable):
                 raise_as_it_is(outcome)
             finally:
                 del outcome  # Its traceback refers to this frame: a cycle while the frame refers to it.
-
-    async def run_in_thread(
-        self,
-        func: Callable[[*Ts], R],
-        *args: *Ts,
-        abandon_on_cancel: bool = False,
-        limiter: CapacityLimiter | None = None,
-    ) -> R:
-        """Run ``func(*args)`` in a worker thread, inside of this block: ``current_cancelable().check()`` works there.
-
-        A cancellation while the call waits for a free thread is raised at once. A thread that is running is awaited: it
-        ends at its next `check` (or ``anyio.from_thread.check_cancelled()``). If it completes all the same, its result
-        is returned.
-
-        :param abandon_on_cancel: raise a cancellation at once, and let the thread run on. It keeps its token of the
-            limiter until it has ended, unlike with anyio. Its result is discarded; its exception is logged.
-        :param limiter: limits how many threads may run at once; the default is anyio's limiter for all threads (40).
-        :return: the result of ``func``.
-        :raises RuntimeError: if the block is not open.
-        :raises TypeError: if ``func`` is ``async``.
-        """
-        result: R = await run_in_thread(self._block, func, args, abandon_on_cancel, limiter)
-        return result
-
-    async def run_in_process(self, func: Callable[[*Ts], R], *args: *Ts, limiter: CapacityLimiter | None = None) -> R:
-        """Run ``func(*args)`` in a process of its own; a cancellation kills the process and all that it has started.
-
-        For work that cannot call `check`, such as one long call into C. The process is killed with SIGKILL, so none of
-        its cleanup runs. The function, its arguments and its result are pickled. An exception of the function is raised
-        here, with the traceback of the process as a note. The function's standard output goes to the server's standard
-        error. The function has no access to this block, nor to any other object in the server's memory.
-
-        The process is kept for the next call. It is ended after a minute without one, when the event loop ends, and
-        when the server is killed.
-
-        :param limiter: limits how many processes may run at once; the default is that of ``anyio.to_process`` (one per
-            CPU).
-        :return: the result of ``func``.
-        :raises RuntimeError: if the block is not open.
-        :raises TypeError: if ``func`` is ``async``, or if ``func``, an argument or the result cannot be pickled (a
-            lambda, a closure, an open file).
-        :raises anyio.BrokenWorkerProcess: if the process ends by itself, for example by a crash.
-        """
-        result: R = await run_in_process(self._block, func, args, limiter)
-        return result
 
 
 def cancelable_of(block: Block) -> Cancelable:

@@ -53,6 +53,9 @@ class CancelationError(HTTPException):
     policy: AnswerPolicy | None = None
     """The `TimeoutPolicy` whose timeout has passed; ``None`` if it was another timeout, or another reason."""
 
+    struck_at: float | None = None
+    """The time of the cancellation on the clock ``time.monotonic()``; ``None`` for an error that you have made."""
+
     _classes: ClassVar[dict[CancelationReason, type[CancelationError]]] = {}
 
     def __init__(self, message: str | None = None) -> None:

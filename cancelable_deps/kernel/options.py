@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
@@ -105,3 +105,34 @@ class NotADependency:
         constructor = inspect.signature(owner.__init__)  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
         without_self = list(constructor.parameters.values())[1:]
         return _refused(constructor.replace(parameters=without_self), self._advice)
+
+
+def checked_work(work: Any, count: int) -> Callable[..., Awaitable[Any]]:
+    """Return work that can be started.
+
+    :raises TypeError: if it cannot.
+    """
+    what: Any = work
+    while isinstance(what, partial):
+        what = what.func
+    if not callable(what) or inspect.isgeneratorfunction(what) or inspect.isasyncgenfunction(what):
+        raise TypeError(f"work must be an async function that takes the Cancelable, not {work!r}")
+    is_plain = inspect.isbuiltin(what) or (inspect.isfunction(what) and not inspect.iscoroutinefunction(what))
+    if is_plain and what.__name__ != "<lambda>" and not hasattr(what, "__wrapped__"):
+        raise TypeError(
+            f"work must be an async function that takes the Cancelable, and {what.__name__}() is not async. Run a "
+            "blocking function inside of one: `await cancel.run_in_thread(function)`, or `cancel.run_in_process(function)`"
+        )
+    try:
+        inspect.signature(work).bind(*[None] * (count + 1))
+    except TypeError as exc:
+        raise TypeError(f"work is called with the Cancelable and the {count} arguments given here: {exc}") from None
+    except ValueError:
+        pass  # Some functions that are written in C have no signature.
+    typed: Callable[..., Awaitable[Any]] = work
+    return typed
+
+
+def name_of_work(work: Any) -> str:
+    function = getattr(work, "func", work)
+    return str(getattr(function, "__name__", type(function).__name__))

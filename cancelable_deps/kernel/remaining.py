@@ -18,6 +18,11 @@ _hidden: ContextVar[object] = ContextVar("cancelable_deps.hidden", default=_NOTH
 """The innermost block whose deadline does not count, nor those of the blocks around it."""
 
 
+def leave_hidden() -> None:
+    """Leave all `Hidden` sections, in the context of work that has nothing around it."""
+    _hidden.set(_NOTHING)
+
+
 class Hidden:
     """A section in which the deadlines of the blocks around it do not count, for ``with`` and ``async with``."""
 

@@ -31,6 +31,12 @@ open_sections: ContextVar[tuple[Section, ...]] = ContextVar("cancelable_deps.ope
 _innermost: ContextVar[Shield | None] = ContextVar("cancelable_deps.innermost_shield", default=None)
 
 
+def leave_shields() -> None:
+    """Leave all shields and sections, in the context of work that has nothing around it."""
+    open_sections.set(())
+    _innermost.set(None)
+
+
 class Shield:
     """A shielded anyio scope for ``with`` and ``async with``. In a worker thread it only holds `open_sections`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import time
 from asyncio import isfuture
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -33,7 +34,7 @@ class Cause:
     :param policy: the timeout policy that makes the response.
     """
 
-    __slots__ = ("_headers", "_policy", "_status_code", "at", "message", "reason")
+    __slots__ = ("_headers", "_policy", "_status_code", "at", "message", "reason", "struck_at")
 
     def __init__(
         self,
@@ -51,10 +52,12 @@ class Cause:
         # A lone surrogate, which JSON may contain, cannot be encoded in a response, a close frame or a log.
         self.message = message.encode(errors="replace").decode() if message else message
         self.at = datetime.now(UTC)
+        self.struck_at = time.monotonic()
 
     def error(self) -> CancelationError:
         """Return a new error of the reason, with the status, headers and policy of this cause."""
         error = CancelationError.for_reason(self.reason, self.message)
+        error.struck_at = self.struck_at
         if self._status_code is not None:
             error.status_code = self._status_code
         if self._headers is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from copy import copy
 from typing import TYPE_CHECKING, NoReturn
 
 from starlette.exceptions import HTTPException
@@ -79,3 +81,26 @@ def raise_as_it_is(exc: BaseException) -> NoReturn:
     finally:
         exc.__context__ = context
         del exc, context
+
+
+def without_frames(exc: BaseException) -> BaseException:
+    """Return an exception without its frames, which would keep alive all that the work had."""
+    if isinstance(exc, BaseExceptionGroup):
+        for part in exc.exceptions:
+            without_frames(part)
+    exc.__context__ = exc.__cause__ = None
+    return exc.with_traceback(None)
+
+
+def copied(exc: BaseException) -> BaseException:
+    """Return a copy of an exception, or itself if it cannot be copied."""
+    with suppress(Exception):
+        other: BaseException = copy(exc)
+        return other
+    # `copy` calls the class with `args`, which not every class takes.
+    try:
+        other = type(exc).__new__(type(exc), *exc.args)
+        other.__dict__.update(vars(exc))
+    except Exception:
+        return exc
+    return other

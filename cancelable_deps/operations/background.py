@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections import OrderedDict
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
@@ -18,21 +16,22 @@ from ..kernel.foreign import ThisTask
 from ..kernel.log import logger
 from ..kernel.reasons import CancelationReason
 from ..kernel.token import Cause
+from ..kernel.unwrap import copied, without_frames
 from .archive import MOST_AGE, Archive
 from .backend import Unavailable
 from .doubtful import DoubtfulRecords
 from .errors import OperationBusy, OperationsUnavailable, OperationTaken
 from .model import Operation, OperationState
+from .names import ANYONE
 from .records import (
     Outcome,
     TooLarge,
     cancelled,
-    copied,
     failed,
     finished,
     first_fields,
-    without_frames,
 )
+from .report import tell_end, tell_work
 from .running import Running, RunningBlock
 from .turns import ENDLESS, Turn, Turns, key_name
 
@@ -139,11 +138,23 @@ class Background:
 
     async def _join(self, id: str, owner: str | None) -> Operation | None:
         [record] = await self._exchange.calling(self._exchange.backend.load([id]))
-        if record is None:
+        job = self._known_here(id) if record is None else None
+        if record is not None:
+            known_owner, known = record.fields.get("owner"), self.archive.seen(id, record.fields)
+        elif job is not None:
+            known_owner, known = job.owner, job.view()
+        else:
             return None
-        if record.fields.get("owner") != owner:
+        if known_owner != owner:
             raise OperationTaken
-        return self.archive.seen(id, record.fields)
+        return known
+
+    def _known_here(self, id: str) -> Job | None:
+        """Return the work of this process with an id whose record the store has lost: two would share one record."""
+        ended = self._local.find_ended(id, ANYONE)
+        jobs = [job for job in (*self._local.find(id, ANYONE), ended) if isinstance(job, Job) and job.has_record]
+        oldest = self._local.loop.time() - self._result_ttl
+        return next((job for job in jobs if job.ended_at is None or job.ended_at > oldest), None)
 
     async def _take_turn(self, job: Job, when_busy: str) -> None:
         if job.key is None or when_busy == "run":
@@ -180,6 +191,7 @@ class Background:
         self.doubtful.discard(job.id)
         self._jobs[job] = None
         job.has_record = True
+        tell_work("started", job)
         self._sender.send_nowait(job)
         return job.view()
 
@@ -197,6 +209,8 @@ class Background:
         try:
             if job.turn is not None and job.is_waiting:
                 await self._wait_for_turn(job, job.turn)
+            job.begin()
+            tell_work("running", job)
             async with job.cancelable:
                 result = await job.work(job.cancelable, *job.args)
             return finished(result, self._max_result)
@@ -220,10 +234,10 @@ class Background:
         job.set_waiting(False)
 
     async def _end(self, job: Job, outcome: Outcome) -> None:
+        tell_end(job, outcome.state, outcome.error)
         self._unwritten.pop(job, None)
         if outcome.state is OperationState.FAILED:
             job.error = outcome.error
-        if outcome.state is OperationState.FAILED:
             job.failure = outcome.fields["message"]
         self._remember_error(job)
         fields = {**outcome.fields, "state": str(outcome.state), "ended": self._local.clock.now(), **_progress_of(job)}
@@ -344,29 +358,3 @@ def _progress_of(job: Job) -> dict[str, Any]:
 
 
 async def _nothing(cancel: Cancelable) -> None: ...
-
-
-def checked_work(work: Any, count: int) -> Work:
-    """Return work that can be started.
-
-    :raises TypeError: if it cannot.
-    """
-    what: Any = work
-    while isinstance(what, partial):
-        what = what.func
-    if not callable(what) or inspect.isgeneratorfunction(what) or inspect.isasyncgenfunction(what):
-        raise TypeError(f"work must be an async function that takes the Cancelable, not {work!r}")
-    is_plain = inspect.isbuiltin(what) or (inspect.isfunction(what) and not inspect.iscoroutinefunction(what))
-    if is_plain and what.__name__ != "<lambda>" and not hasattr(what, "__wrapped__"):
-        raise TypeError(
-            f"work must be an async function that takes the Cancelable, and {what.__name__}() is not async. Run a "
-            "blocking function inside of one: `await cancel.run_in_thread(function)`, or `cancel.run_in_process(function)`"
-        )
-    try:
-        inspect.signature(work).bind(*[None] * (count + 1))
-    except TypeError as exc:
-        raise TypeError(f"work is called with the Cancelable and the {count} arguments given here: {exc}") from None
-    except ValueError:
-        pass  # Some functions that are written in C have no signature.
-    typed: Work = work
-    return typed

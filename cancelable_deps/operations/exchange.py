@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import time
 from collections import OrderedDict
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -118,11 +119,18 @@ class Exchange:
         self._missed = 0
         self._has_warned = False
         self._began = clock.now()
+        self.beaten_at = time.monotonic()
+        """When the store has had the last sign of life of this worker, on the clock ``time.monotonic()``."""
 
     @property
     def others(self) -> list[str]:
         """The other workers that are alive."""
         return [name for name in self.alive if name != self.identity.name]
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the last sign of life has failed."""
+        return self._missed > 0
 
     async def run(self, tasks: TaskGroup) -> None:
         """Start reading, answering and giving signs of life; they end when ``tasks`` is cancelled."""
@@ -189,6 +197,9 @@ class Exchange:
             if to is None:
                 if asked or kind in LASTING:
                     await self.broadcast(kind, data, id)
+                elif self.is_away:
+                    # Nobody knows who else there is.
+                    raise Unavailable
             else:
                 for worker in to:
                     if not await self.send(worker, kind, data, id):
@@ -243,7 +254,10 @@ class Exchange:
         entry = decoded(data)
         if entry is None or entry.id in self._seen:
             return
-        now = self._seen[entry.id] = self._clock.now()
+        now = self._clock.now()
+        if entry.at < now - self._memory - self._lease - _OLD:
+            return  # Read once more after a loss, and forgotten: it has done what it had to do.
+        self._seen[entry.id] = now
         if entry.kind in LASTING and entry.to is None:
             # Mail is sent again by its sender, who is the only one that is sure to have it.
             self._lasting[entry.id] = _Sent(now, data, None)
@@ -286,9 +300,11 @@ class Exchange:
     async def _send_answers(self, worker: str, answers: list[dict[str, Any]]) -> None:
         pause = _FIRST_PAUSE
         until = self._clock.now() + _ANSWER_SECONDS
+        # One id for all tries: an earlier one may have arrived.
+        id = new_entry_id()
         while True:
             try:
-                await self.send(worker, "answers", {"answers": answers})
+                await self.send(worker, "answers", {"answers": answers}, id)
                 return
             except Unavailable:
                 if self._clock.now() + pause > until:
@@ -334,6 +350,7 @@ class Exchange:
             await self._beat()
 
     async def _beat(self) -> None:
+        self._forget(self._clock.now())
         try:
             beat = await self.calling(self.backend.beat(may_reap=self._beats_in_a_row > 3))
         except Unavailable:
@@ -343,6 +360,7 @@ class Exchange:
                 self._has_warned = True
                 logger.warning("the store of operations cannot be reached; requests go on, and local cancels work")
             return
+        self.beaten_at = time.monotonic()
         self._missed = 0
         self._beats_in_a_row += 1
         if self._has_warned:

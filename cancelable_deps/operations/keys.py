@@ -59,7 +59,7 @@ def latest_only(
 
     Use it as ``dependencies=[Depends(latest_only(user_id))]``, where ``user_id`` is a dependency that returns the key: a
     string, a number or a UUID. The earlier request ends with 499 and "superseded by a newer request". Of a burst, the
-    newest request is answered.
+    newest request is answered. A request whose response is complete is not stopped, and its background tasks go on.
 
     :param key: a dependency; what it raises is the response.
     :param scope: the keys of all routes with the same scope are one namespace; by default each route has its own.

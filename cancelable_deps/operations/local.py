@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from ..kernel.detached import all_detached
+from ..kernel.errors import CancelationError
 from ..kernel.reasons import CancelationReason
 from ..kernel.token import Cause
 from ..request.in_flight import in_flight_of
-from ..request.lifetime import Lifetime
 from ..request.naming import OPERATION_ID_KEY
 from ..request.state import SCOPE_KEY
 from .clock import clock_of
 from .model import OperationState
-from .names import ANYONE, new_id
+from .names import ANYONE, MOST_NAME, new_id
 from .remembered import EarlyCancels, EndedOperations
-from .running import RefusedRequest, Running, RunningBlock, RunningRequest
+from .running import RefusedRequest, Running, RunningBlock, RunningRequest, making
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from starlette.types import Scope
 
+    from ..kernel.detached import Detached
     from ..kernel.loops.base import EventLoop
     from ..request.state import RequestState
     from .names import Owner
@@ -56,15 +58,19 @@ class Local:
         self._arrived: dict[str, list[Scope]] = {}
         self._blocks: dict[RunningBlock, None] = {}
         self._in_flight = in_flight_of(loop)
+        self._all_detached = all_detached(loop)
+        self._detached: dict[Detached[Any], RunningBlock] = {}
 
     def open(self) -> None:
         """Begin to observe the requests of the loop."""
         self._in_flight.observers += (self,)
+        self._all_detached.observers += (self,)
         self.loop.extras.setdefault(_OPEN, []).append(self)
 
     def close(self) -> None:
         """Observe nothing any more."""
         self._in_flight.observers = tuple(each for each in self._in_flight.observers if each is not self)
+        self._all_detached.observers = tuple(each for each in self._all_detached.observers if each is not self)
         self.loop.extras[_OPEN].remove(self)
 
     def has(self, scope: Scope) -> bool:
@@ -104,18 +110,73 @@ class Local:
             state = OperationState.FINISHED if end == OperationState.FINISHED else OperationState.CANCELLED
             self._end(running, state, end)
 
+    def work_began(self, work: Detached[Any]) -> None:
+        """Note work that a request of these operations has detached; work of no request belongs to the first."""
+        request: RequestState | None = work.origin
+        is_own = self.loop.extras[_OPEN][0] is self if request is None else self.has(request.scope)
+        if not is_own:
+            return
+        running = self._detached[work] = RunningBlock(self, work.cancelable, "detached")
+        running.name = work.name[:MOST_NAME]
+        of_request: Running | None = None if request is None else request.operation
+        running.owner = None if of_request is None else of_request.owner
+        self.add(running, None)
+
+    def work_ended(self, work: Detached[Any]) -> None:
+        """Note the end of detached work."""
+        running = self._detached.pop(work, None)
+        if running is None:
+            return
+        if work.error is None:
+            state = OperationState.FINISHED
+        else:
+            stopped = isinstance(work.error, CancelationError) and work.error.reason is work.cancelable.reason
+            state = OperationState.CANCELLED if stopped else OperationState.FAILED
+        self.remove(running, state)
+
     def of_request(self, request: RequestState) -> RunningRequest:
         """Return the operation of a request, which is made when it is first asked for."""
         running: RunningRequest | None = request.operation
         if running is None:
-            running = request.operation = RunningRequest(self, request)
-            if not request.is_old:
-                self._young[running] = None
-            id: str | None = request.scope.get(OPERATION_ID_KEY)
-            if id is not None:
-                running.use_id(id)
+            # Two threads may come at the same time, which both log.
+            with making:
+                if request.operation is None:
+                    self._make_operation(request)
+            running = request.operation
+            assert running is not None
+            if OPERATION_ID_KEY in request.scope:
                 self._stop_if_cancelled_early(running, ANYONE)
         return running
+
+    def _make_operation(self, request: RequestState) -> None:
+        running = RunningRequest(self, request)
+        id: str | None = request.scope.get(OPERATION_ID_KEY)
+        if id is not None:
+            running.use_id(id)
+        request.operation = running
+        if not request.is_old:
+            self._young[running] = None
+            if request.is_old:
+                # It has grown old meanwhile, if this is another thread than that of the loop.
+                self._young.pop(running, None)
+
+    def id_of(self, request: RequestState) -> str | None:
+        """Return the id of a request, which is made when it is first asked for; ``None`` if the request is over.
+
+        May be called in any thread.
+        """
+        running: RunningRequest | None = request.operation
+        if running is None:
+            if not request.is_in_flight:
+                return None
+            running = self.of_request(request)
+        id = running.id
+        if not request.is_in_flight and not running.has_ended:
+            # It has ended meanwhile, in the loop, which has not known of its operation.
+            self._young.pop(running, None)
+            self._forget_id(running, id)
+            running.end(OperationState.FINISHED)
+        return id
 
     def add(self, running: RunningBlock, id: str | None) -> None:
         """Add work without a request."""
@@ -151,10 +212,10 @@ class Local:
         self.changed(running, "end")
 
     def _forget_id(self, running: Running, id: str) -> None:
-        same = self._by_id[id]
-        same.remove(running)
-        if not same:
-            del self._by_id[id]
+        # A thread may have forgotten it already.
+        same = [other for other in self._by_id.pop(id, ()) if other is not running]
+        if same:
+            self._by_id[id] = same
 
     def name(self, running: Running) -> str:
         """Return a new id for an operation, by which it is found from now on."""
@@ -203,6 +264,11 @@ class Local:
         if same:
             self._arrived[id] = same
 
+    def forget(self) -> None:
+        """Forget what is too old, also if nothing new comes."""
+        self.early.forget()
+        self.ended.forget()
+
     def find(self, id: str, owner: Owner) -> list[Running]:
         """Return the operations of an id that run, and belong to ``owner``."""
         self._know_of(self._arrived.get(id, ()))
@@ -225,7 +291,7 @@ class Local:
         self._know_of(scope for same in self._arrived.values() for scope in same)
         requests = list(self._in_flight.requests)
         # Young ones too, if somebody has asked for them.
-        requests += [running.request for running in self._young if running.request is not None]
+        requests += [running.request for running in list(self._young) if running.request is not None]
         if shared:
             requests = [request for request in requests if self.has(request.scope)]
         if not self._blocks and not self._young:
@@ -249,23 +315,17 @@ def _end_of(request: RequestState, running: RunningRequest | None) -> str:
         return OperationState.FINISHED
     if running is not None and running.was_stopped_late:
         return cause.reason
-    return cause.reason if _was_stopped(request) else OperationState.FINISHED
+    return cause.reason if request.has_ended_by_its_cause else OperationState.FINISHED
 
 
-def _was_stopped(request: RequestState) -> bool:
-    """Return whether a request that has ended, and was cancelled, has ended because of that."""
-    if request.is_finished:
-        # The answer is that of the error, or of a handler that has finished all the same.
-        return request.was_stopped and request.status >= 400
-    if request.was_stopped or request.lifetime is Lifetime.BLOCKS:
-        # Where only blocks are known, and not the handler's end, this is asked before the last block raises its error.
-        return True
-    return request.lifetime is Lifetime.DOOR and not request.response_is_complete
+def open_in(loop: EventLoop) -> list[Local]:
+    """Return what runs in each of the `Operations` that are open in ``loop``. May be called in any thread."""
+    return list(loop.extras.get(_OPEN, ()))
 
 
 def only_one_in(loop: EventLoop) -> object:
     """Return the `Operations` that are open in ``loop``, if they are the only ones."""
-    known: list[Local] = loop.extras.get(_OPEN, [])
+    known = open_in(loop)
     return known[0].operations if len(known) == 1 else None
 
 

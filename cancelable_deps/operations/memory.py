@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
 
-from .backend import Beat, Entered, Gap, Holder, Identity, Record, Waiter
+from .backend import Beat, Entered, Gap, Holder, Identity, Record, Unavailable, Waiter
 from .memory_keys import Keys
 
 if TYPE_CHECKING:
@@ -58,10 +58,9 @@ class MemoryHub:
         self._ending: deque[tuple[float, str]] = deque()
         self.last_number = 0
         self.trimmed_to = 0
-        self._wake: dict[str, anyio.Event] = {}
         self._lease = 0.0
-        self._trusts_after = -math.inf
-        """When it is known again who is alive: after a loss those who live say so within a lease."""
+        self._knows_after = -math.inf
+        self._wake: dict[str, anyio.Event] = {}
 
     def is_alive(self, worker: str) -> bool:
         """Return whether the lease of a worker has not run out."""
@@ -73,6 +72,15 @@ class MemoryHub:
         self.workers[worker.name] = worker
         self.leases[worker.name] = anyio.current_time() + lease
         self.mail.setdefault(worker.name, deque())
+
+    def let_hold(self, worker: str, lease: float) -> None:
+        """Let a worker hold something: those who die are found by their leases, which it may have lost.
+
+        :raises Unavailable: if it was given up, and does not know it yet.
+        """
+        if worker in self.reaped:
+            raise Unavailable("this worker was given up, and does not know it yet")
+        self.leases.setdefault(worker, anyio.current_time() + lease)
 
     def part(self, worker: str) -> None:
         """Remove a worker that has ended in good order, or has been reaped."""
@@ -105,11 +113,10 @@ class MemoryHub:
         return str(entry.number)
 
     def post(self, worker: str, data: bytes, id: str) -> bool:
-        """Append an entry to the mail of a worker that lives."""
-        is_in_doubt = worker not in self.workers and anyio.current_time() < self._trusts_after
-        if not self.is_alive(worker) and not (is_in_doubt and worker in self.mail):
+        """Append an entry to the mail of a worker that lives, or may live: after a loss, nobody knows yet who does."""
+        if not self.is_alive(worker) and anyio.current_time() >= self._knows_after:
             return False
-        self.mail[worker].append(self._entry(data, id))
+        self.mail.setdefault(worker, deque()).append(self._entry(data, id))
         self.wake(worker)
         return True
 
@@ -144,7 +151,7 @@ class MemoryHub:
         """Mark the records of dead workers as lost, free their keys, and return these records and who waited."""
         now = anyio.current_time()
         self.reaped = {name: at for name, at in self.reaped.items() if at > now - REMEMBERED}
-        dead = [name for name in self.workers if not self.is_alive(name)]
+        dead = [name for name in self.leases if not self.is_alive(name)]
         lost: list[str] = []
         granted: list[Waiter] = []
         for worker in dead:
@@ -204,7 +211,7 @@ class MemoryHub:
             mail.clear()
         self.leases.clear()
         self.workers.clear()
-        self._trusts_after = anyio.current_time() + self._lease
+        self._knows_after = anyio.current_time() + self._lease
 
     def lose_last(self, seconds: float) -> None:
         """Forget the entries of the last ``seconds``, as a replica does that takes over too early."""
@@ -314,6 +321,7 @@ class MemoryBackend:
         if known is not None:
             is_repeated = known.get("ended") is None and _same(known, fields, "worker", "created")
             return Record(id, dict(known), is_new=is_repeated)
+        self._hub.let_hold(self._worker, self._lease)
         self._hub.add_record(id, dict(fields))
         return Record(id, fields, is_new=True)
 
@@ -360,6 +368,7 @@ class MemoryBackend:
         self, key: str, id: str, *, limit: int, queue: int, latest: bool, waits: bool, again: bool = False
     ) -> Entered:
         """Take a place of a key; see `OperationsBackend.enter`."""
+        self._hub.let_hold(self._worker, self._lease)
         holder = Holder(self._worker, id)
         return self._hub.keys.enter(key, holder, limit=limit, queue=queue, latest=latest, waits=waits, again=again)
 

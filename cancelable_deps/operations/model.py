@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..kernel.events import WorkKind
 from ..kernel.reasons import CancelationReason
 from .accepted import AcceptedResponse
 
 if TYPE_CHECKING:
     from starlette.responses import Response
 
-Kind = Literal["request", "websocket", "background", "tracked"]
+Kind = WorkKind
 
 
 class OperationState(StrEnum):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+import time
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, cast
 
 import anyio
 
+from ..doors.at_start import check_at_start
+from ..doors.marks import OPERATIONS
 from ..kernel.cancelable import Cancelable
 from ..kernel.errors import CancelationError
 from ..kernel.log import logger
-from ..kernel.options import seconds
+from ..kernel.options import checked_work, name_of_work, seconds
 from .backend import Unavailable
-from .background import WHEN_BUSY, Job, checked_work
+from .background import WHEN_BUSY, Job
 from .conditions import checked
 from .errors import OperationsUnavailable, OperationUnknown
 from .local import STATE_KEY
@@ -30,6 +33,7 @@ from .names import (
     is_id,
 )
 from .records import result_of
+from .report import tell_cancel, tell_end, unavailable_told
 from .running import RunningBlock
 from .worker import OpenWorker
 
@@ -145,12 +149,14 @@ class Operations:
             self._stack = AsyncExitStack()
 
     def lifespan(
-        self, lifespan: Callable[[App], AbstractAsyncContextManager[Any]] | None = None, /
+        self, lifespan: Callable[[App], AbstractAsyncContextManager[Any]] | None = None, /, *, check: bool = True
     ) -> Callable[[App], AbstractAsyncContextManager[dict[str, Any]]]:
         """Return a lifespan that opens the operations: ``FastAPI(lifespan=operations.lifespan())``.
 
         :param lifespan: your own lifespan, or that of `cancelation_lifespan`, whose state is passed on. It begins after
             the operations are open, and ends before they are closed.
+        :param check: whether to look for what breaks or weakens cancellation when the application starts; the same as in
+            `cancelation_lifespan`.
         :raises TypeError: if ``lifespan`` is not a lifespan.
         """
         if lifespan is not None and not callable(lifespan):
@@ -161,13 +167,12 @@ class Operations:
 
         @asynccontextmanager
         async def lifespan_with_operations(app: App) -> AsyncIterator[dict[str, Any]]:
-            async with self:
-                if lifespan is None:
-                    yield {STATE_KEY: self}
-                else:
-                    async with lifespan(app) as state:
-                        yield {**(state or {}), STATE_KEY: self}
+            async with self, nullcontext() if lifespan is None else lifespan(app) as state:
+                if check:
+                    check_at_start(app)
+                yield {**(state or {}), STATE_KEY: self}
 
+        setattr(lifespan_with_operations, OPERATIONS, self)
         return lifespan_with_operations
 
     @property
@@ -245,7 +250,7 @@ class Operations:
         if when_busy != "run" and key is None:
             raise TypeError(f"when_busy={when_busy!r} needs a key: the name of the group that may be busy")
         job = Job(worker.local, Cancelable(timeout=timeout), checked_work_, args)
-        job.name = _name_of(work) if name is None else checked_name(name)
+        job.name = name_of_work(work) if name is None else checked_name(name)
         job.owner = None if owner is None else checked_owner(owner)
         job.key = None if key is None else checked_key(key)
         job.labels = {} if labels is None else checked_labels(labels)
@@ -279,16 +284,21 @@ class Operations:
         running.key = None if key is None else checked_key(key)
         running.labels = {} if labels is None else checked_labels(labels)
         local.add(running, None if id is None else checked_id(id))
+        running.begin()
         state = OperationState.FAILED
+        error: BaseException | None = None
         try:
             async with running.cancelable as cancel:
                 yield cancel
             state = OperationState.FINISHED
-        except CancelationError as exc:
-            if exc.reason is running.cancelable.reason:
+        except BaseException as exc:
+            error = exc
+            if isinstance(exc, CancelationError) and exc.reason is running.cancelable.reason:
                 state = OperationState.CANCELLED
             raise
         finally:
+            tell_end(running, state, error)
+            del error  # Its traceback refers to this frame: a reference cycle otherwise.
             local.remove(running, state)
 
     # Stopping.
@@ -319,10 +329,14 @@ class Operations:
         """
         limit = seconds(wait, "wait")
         firmness = None if grace is None else seconds(grace, "grace")
+        asked_at = time.monotonic()
         call = self.worker.cancels.cancel(
             checked_id(id), checked_owners(owner), checked_message(message), limit, firmness
         )
-        return await _or_unavailable(call)
+        with unavailable_told(id, asked_at):
+            cancelation: Cancelation = await _or_unavailable(call)
+        tell_cancel(id, cancelation, asked_at)
+        return cancelation
 
     async def cancel_all(
         self,
@@ -351,8 +365,13 @@ class Operations:
             raise ValueError(
                 "cancel_all needs a condition: key, owner, route, labels or older_than (0 stops everything)"
             )
+        asked_at = time.monotonic()
         call = self.worker.cancels.cancel_all(conditions, checked_message(message), 1.0)
-        return await _or_unavailable(call)
+        with unavailable_told(None, asked_at):
+            cancelations: list[Cancelation] = await _or_unavailable(call)
+        for cancelation in cancelations:
+            tell_cancel(None, cancelation, asked_at)
+        return cancelations
 
     # Reading.
 
@@ -447,7 +466,7 @@ class Operations:
         With a final ``state``, it is background work that has ended, the newest first.
 
         :param state: the default is all that have not ended.
-        :param kind: ``"request"``, ``"websocket"``, ``"background"`` or ``"tracked"``.
+        :param kind: ``"request"``, ``"websocket"``, ``"background"``, ``"detached"`` or ``"tracked"``.
         :param limit: how many to return, at most 1,000; ``total`` counts them all.
         :param timeout: seconds to wait for the other workers; ``unreachable`` names those that did not answer.
         :raises OperationsUnavailable: if the store cannot be reached (503).
@@ -472,8 +491,3 @@ async def _or_unavailable(call: Awaitable[T]) -> T:
         return await call
     except Unavailable:
         raise OperationsUnavailable from None
-
-
-def _name_of(work: Any) -> str:
-    function = getattr(work, "func", work)
-    return str(getattr(function, "__name__", type(function).__name__))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
-from copy import copy
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -124,28 +122,6 @@ def cancelled(error: CancelationError, cause: Cause | None = None) -> Outcome:
     """Return the outcome of work that was stopped for ``cause``."""
     fields = {"reason": str(error.reason), "message": message_of(cause), "status": error.status_code}
     return Outcome(OperationState.CANCELLED, fields, error)
-
-
-def without_frames(exc: BaseException) -> BaseException:
-    """Return an exception without its frames, which would keep alive all that the work had."""
-    if isinstance(exc, BaseExceptionGroup):
-        for part in exc.exceptions:
-            without_frames(part)
-    exc.__context__ = exc.__cause__ = None
-    return exc.with_traceback(None)
-
-
-def copied(exc: BaseException) -> BaseException:
-    """Return a copy of an exception, or itself if it cannot be copied."""
-    with suppress(Exception):
-        return copy(exc)
-    # `copy` calls the class with `args`, which not every class takes.
-    try:
-        other: BaseException = type(exc).__new__(type(exc), *exc.args)
-        other.__dict__.update(vars(exc))
-    except Exception:
-        return exc
-    return other
 
 
 def result_of(fields: Mapping[str, Any]) -> Any:

@@ -35,7 +35,7 @@ class EarlyCancels:
 
     def add(self, owner: Owner, id: str, cause: Cause) -> None:
         """Remember a cancel; the first one of an id counts."""
-        self._forget()
+        self.forget()
         known = self._of_owners.setdefault(owner, OrderedDict())
         self._of_owners.move_to_end(owner)
         first = known.pop(id, (0.0, cause))[1]
@@ -51,7 +51,7 @@ class EarlyCancels:
         known = None if of_owner is None else of_owner.get(id)
         return known[1] if known is not None and known[0] > self._loop.time() else None
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Forget what is too old. The owner whose last cancel is the oldest comes first, and so do its own."""
         now = self._loop.time()
         while self._of_owners:
@@ -77,16 +77,17 @@ class EndedOperations:
 
     def add(self, running: Running, id: str) -> None:
         """Remember an operation that has ended."""
-        self._forget()
+        self.forget()
         self._order.append((self._loop.time() + self._memory, running))
         self._by_id.setdefault(id, []).append(running)
 
     def find(self, id: str, owner: Owner) -> Running | None:
         """Return the last one of that id, if it belongs to ``owner``."""
-        self._forget()
+        self.forget()
         return next((each for each in reversed(self._by_id.get(id, ())) if each.belongs_to(owner)), None)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Forget what is too old."""
         now = self._loop.time()
         while self._order and (self._order[0][0] <= now or len(self._order) > MOST_ENDED):
             _, running = self._order.popleft()

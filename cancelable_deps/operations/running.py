@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from datetime import timedelta
+from threading import RLock
 from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
 from ..hosts.starlette import route_template
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from ..request.state import RequestState
     from .clock import Clock
     from .names import Owner
+
+# One that can be taken twice, because a signal handler may log while its own thread makes an id.
+making: Final = RLock()
+"""Held while an operation or its id is made, for which several threads may ask."""
 
 _STOPPED: Final = (OperationState.STOPPING, OperationState.CANCELLED)
 
@@ -91,7 +96,9 @@ class Running:
     def id(self) -> str:
         """The id of the operation: its client's, or one that is made when it is first asked for."""
         if self._id is None:
-            self._id = self.home.name(self)
+            with making:
+                if self._id is None:
+                    self._id = self.home.name(self)
         return self._id
 
     @property
@@ -139,6 +146,10 @@ class Running:
         :param grace: seconds for its cleanup, if they are fewer than its own.
         """
         raise NotImplementedError
+
+    def supersede(self, cause: Cause) -> None:
+        """Stop it for a newer one, unless its result is there."""
+        self.stop(cause)
 
     def set_waiting(self, is_waiting: bool) -> None:
         """Note whether it waits for its turn."""
@@ -250,9 +261,14 @@ class RunningRequest(Running):
             request.shorten_grace(grace)
         if request.is_closed:
             self.was_stopped_late = True
-            request.stop_all(cause)
+            request.stop_background(cause)
         else:
             request.stop(cause)
+
+    def supersede(self, cause: Cause) -> None:
+        # What is left is the sending of the response, the end of its dependencies, and its background.
+        if self.request is not None and not self.request.is_closed:
+            self.stop(cause)
 
     def end(self, state: OperationState) -> None:
         """Note that it has ended, and forget the request."""
@@ -295,6 +311,14 @@ class RunningBlock(Running):
     @property
     def deadline(self) -> float:
         return self.cancelable.deadline if self.cancelable.is_active else math.inf
+
+    def begin(self) -> None:
+        """Be the operation of whatever is logged in the block, which is about to be entered, until its end."""
+        block_of(self.cancelable).operation = self
+
+    def end(self, state: OperationState) -> None:
+        super().end(state)
+        block_of(self.cancelable).operation = None
 
     def stop(self, cause: Cause, grace: float | None = None) -> None:
         if grace is not None:

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 
 from starlette.requests import HTTPConnection
 
+from ..doors.marks import STOPS_HANDLER
 from ..kernel.cancelable import cancelable_of
 from ..request.connection import connection_state, new_block
 
@@ -16,3 +17,6 @@ async def stoppable_handler(connection: HTTPConnection) -> AsyncIterator[None]:
         return
     async with cancelable_of(new_block(state)):
         yield
+
+
+setattr(stoppable_handler, STOPS_HANDLER, True)

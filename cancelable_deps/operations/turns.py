@@ -118,7 +118,7 @@ class Turns:
         turn = self._turns.get(holder.id)
         if turn is not None:
             if turn.running is not by:
-                turn.running.stop(superseded())
+                turn.running.supersede(superseded())
             return
         try:
             await self._exchange.send(holder.worker, "supersede", {"turn": holder.id})
@@ -129,7 +129,7 @@ class Turns:
         """Stop the operation whose key a newer one of another worker has taken."""
         turn = self._turns.get(entry.data["turn"])
         if turn is not None:
-            turn.running.stop(superseded())
+            turn.running.supersede(superseded())
 
     async def leave(self, turn: Turn) -> None:
         """Give the place back, and tell who has got it. Is not cancelled. May be called more than once."""
@@ -182,11 +182,13 @@ class Turns:
                 continue
             options: dict[str, Any] = {"limit": turn.limit, "queue": ENDLESS, "again": not is_waiting}
             call = self._exchange.backend.enter(turn.key, turn.id, latest=False, waits=False, **options)
-            entered: Entered = await self._exchange.calling(call)
-            if turn.id not in self._turns:
-                # It has left meanwhile, perhaps before it was entered again.
-                self._unleft[turn.id] = turn
-            elif entered.status == "admitted":
+            try:
+                entered: Entered = await self._exchange.calling(call)
+            finally:
+                if turn.id not in self._turns:
+                    # It has left meanwhile, perhaps before it was entered again; also if that fails, and happens later.
+                    self._unleft[turn.id] = turn
+            if entered.status == "admitted" and turn.id in self._turns:
                 turn.admit()
 
     async def leave_again(self) -> None:

@@ -138,6 +138,7 @@ class OpenWorker:
 
     async def _has_beaten(self, beat: Beat, may_have_lost: bool) -> None:
         """Act on a sign of life: go on under a new name if this worker was given up, and tell whose turn has come."""
+        self.local.forget()
         try:
             if beat.is_fenced:
                 await self._go_on_as_another()

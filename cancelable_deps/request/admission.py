@@ -10,6 +10,7 @@ from ..hosts.starlette import route_of
 from ..kernel.log import logger
 from ..kernel.loops.current import current_loop
 from .client_timeout import EXPIRED
+from .report import tell_refused
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -47,6 +48,7 @@ def admit(app: ASGIApp, scope: Scope, send: Send, limits: Limits) -> Admission:
     refusal = client.refusal(budget)
     if refusal is not None:
         logger.info("%s %s refused: %s", scope.get("method", ""), route_of(scope), refusal.message)
+        tell_refused(scope, refusal.reason, refusal.message)
     elif budget.wait is not None:
         send = _telling_that_it_waits(send, budget.wait)
     return Admission(refusal, app, send, limits.admitted(budget))

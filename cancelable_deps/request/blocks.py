@@ -225,7 +225,7 @@ class RequestBlock(Block):
         return outcome
 
     def note(self, cause: Cause) -> None:
-        self.state.log(cause.reason, cause)
+        self.state.log(cause.reason, cause, cause.struck_at, self.delivered_at)
 
 
 class DoorBlock(RequestBlock):
@@ -324,7 +324,8 @@ class DoorBlock(RequestBlock):
             outcome = outcome.__cause__
         if isinstance(outcome, CancelationError):
             # It may come from a `Cancelable` further in, which does not know the request and has not logged it.
-            self.state.log(outcome.reason, outcome.message or outcome.detail)
+            text = outcome.message or outcome.detail
+            self.state.log(outcome.reason, text, outcome.struck_at, self.delivered_at)
         return outcome
 
     def drop_timeout(self) -> None:

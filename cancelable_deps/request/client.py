@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakSet
 
 import anyio
@@ -11,17 +11,17 @@ from ..hosts.frames import is_parsing_body
 from ..hosts.starlette import route_of
 from ..kernel.log import logger
 from ..kernel.reasons import CancelationReason
-from ..kernel.token import CancelationToken, telling_everybody
+from ..kernel.settings import settings
+from ..kernel.token import CancelationToken, Cause, telling_everybody
 from .http_reader import Owner, Reader
+from .report import Report, Reported
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-    from contextvars import Context
 
-    from starlette.types import Message, Receive, Scope
+    from starlette.types import Message, Receive
 
-    from ..kernel.loops.base import Event, EventLoop
-    from ..kernel.token import Cause
+    from ..kernel.loops.base import Event
 
 # The number of waiters that share one event of asyncio's.
 _WAITERS = 32
@@ -40,19 +40,27 @@ class PastRequest:
         """Do nothing, because the request has ended."""
 
 
-class Client:
+class Guard(Protocol):
+    """An object that defers the disconnect, and has to know of it at once."""
+
+    def client_left(self) -> None:
+        """Note that the client has left. Called once, or twice if the guard is made at that moment; in any thread."""
+
+
+class Client(Reported):
     """The part of a request that concerns its client."""
 
-    scope: Scope
     raw: Receive
-    loop: EventLoop
-    started: float
-    context: Context
-
     is_closed = False
     has_left = False
     reason: CancelationReason | None = None
     """The reason for which the request was stopped, if there is a line about it in the log."""
+
+    is_finished = False
+    """Whether the handler's result is there: the sending of it is not cancelled."""
+
+    response_is_complete = False
+    """Whether the application has sent the last part of its response, so that only background work is left."""
 
     was_stopped = False
     """Whether the error of a cancellation has left a block of this request."""
@@ -62,6 +70,7 @@ class Client:
     _deferred: anyio.Event | None = None
     _leaving: dict[Event, int] | None = None
     _left_after: float | None = None
+    _guards: dict[Guard, None] | None = None
 
     def as_owner(self) -> Owner:
         """Return the request as the owner of its reader."""
@@ -98,8 +107,22 @@ class Client:
             return
         self.has_left = True
         _clients_left.add(self.token)
+        for guard in list(self._guards or ()):
+            guard.client_left()
         if not self._deferrals:
             self._disconnect()
+
+    def add_guard(self, guard: Guard) -> None:
+        """Defer the disconnect, and tell ``guard`` of it. For any thread."""
+        # In this order, because the loop may report the client's leaving at any moment.
+        self.defer_disconnect(1)
+        self._guards = {**(self._guards or {}), guard: None}
+        if self.has_left:
+            guard.client_left()
+
+    def remove_guard(self, guard: Guard) -> None:
+        """Tell ``guard`` nothing any more; its deferral it ends itself."""
+        self._guards = {other: None for other in self._guards or () if other is not guard} or None
 
     def defer_disconnect(self, by: int) -> None:
         """Count nested deferrals; a disconnect is reported when the count returns to zero. For any thread."""
@@ -193,24 +216,51 @@ class Client:
     def note_disconnect(self) -> None:
         """Log the disconnect, in the context of the caller, if no line about this request has been logged."""
         if self._left_after is not None and self.reason is None and self.cause is not None:
-            self.log_once(self.cause.reason, self.cause)
+            outcome = "finished" if self.is_finished or self.response_is_complete else "cancelled"
+            self.log_once(self.cause.reason, self.cause, self.cause.struck_at, outcome=outcome)
 
-    def log(self, reason: CancelationReason, cause: object) -> None:
-        """Note that an error of ours has left a block, and log the one line about this request."""
+    def log(
+        self,
+        reason: CancelationReason,
+        cause: object,
+        struck_at: float | None = None,
+        delivered_at: float | None = None,
+    ) -> None:
+        """Note that an error of ours has left a block, and log the one line about this request.
+
+        :param struck_at: when it was cancelled, on the clock ``time.monotonic()``.
+        :param delivered_at: when its work has received that, on the clock of the loop.
+        """
         self.was_stopped = True
-        self.log_once(reason, cause)
+        if self.report is not None:
+            self.report.note_delivery(delivered_at)
+        self.log_once(reason, cause, struck_at, delivered_at)
 
-    def log_once(self, reason: CancelationReason, cause: object) -> None:
-        """Log the one line about this request, unless that has been done."""
+    def log_once(
+        self,
+        reason: CancelationReason,
+        cause: object,
+        struck_at: float | None = None,
+        delivered_at: float | None = None,
+        *,
+        outcome: str = "cancelled",
+    ) -> None:
+        """Log the one line about this request, and tell the hooks, unless that has been done."""
         if self.reason is not None:
             return
         self.reason = reason
         method = self.scope.get("method", "WEBSOCKET")
         route = route_of(self.scope)
-        elapsed = self.loop.time() - self.started if self._left_after is None else self._left_after
-        extra = {"method": method, "route": route, "reason": str(reason), "elapsed": elapsed}
+        now, names = self.loop.time(), self.names
+        elapsed = now - self.started if self._left_after is None else self._left_after
+        extra = {"method": method, "route": route, "reason": str(reason), "elapsed": elapsed, "outcome": outcome}
+        extra["cleanup"] = None if delivered_at is None else now - delivered_at
+        extra |= {"operation_id": names["id"], "owner": names["owner"], "key": names["key"]}
         why = " ".join(str(cause).splitlines())
         logger.info("%s %s cancelled after %.3f s: %s", method, route, elapsed, why, extra=extra)
+        if settings.hooks:
+            message = cause.message if isinstance(cause, Cause) else None if cause is reason else str(cause)
+            Report(reason, message, struck_at, delivered_at).begin(self, outcome, elapsed)
 
     def forget_client(self) -> None:
         """Stop listening: a disconnect is not acted on from here on."""

@@ -402,7 +402,7 @@ class HandlerBlock(FirstDoorBlock):
 class WholeDoorBlock(FirstDoorBlock):
     """The block of a middleware or route class, which sees the whole response as well."""
 
-    __slots__ = ("_has_result", "_limits", "_send")
+    __slots__ = ("_end_is_out", "_has_result", "_limits", "_send")
 
     lifetime = Lifetime.DOOR
     takes_groups_apart = False
@@ -410,11 +410,14 @@ class WholeDoorBlock(FirstDoorBlock):
     _has_result: bool
     """Whether a response whose length is known has started."""
 
+    _end_is_out: bool
+    """Whether its last part has been sent, as long as there is no state that knows."""
+
     def __init__(self, scope: Scope, receive: Receive, send: Send, loop: EventLoop, limits: Limits) -> None:
         FirstDoorBlock.__init__(self, scope, receive, loop)
         self._send = send
         self._limits = limits
-        self._has_result = False
+        self._has_result = self._end_is_out = False
         if limits.timeout is not None:
             self.timeout = limits.timeout
             if limits.budget is not None:
@@ -432,6 +435,7 @@ class WholeDoorBlock(FirstDoorBlock):
             state.add_policies(limits.policies)
         if self._has_result:
             state.response_has_started = state.response_is_out = state.is_finished = True
+            state.end_is_being_sent = self.is_over and not self._end_is_out
 
     def has_ended_undisturbed(self) -> bool:
         """Leave the block and end the request, if nothing but the application has run; return whether that is so."""
@@ -473,6 +477,11 @@ class WholeDoorBlock(FirstDoorBlock):
                     await self._send(message)
                 except (OSError, CancelledError) as exc:
                     await failed_to_send(exc, self.state)
+                finally:
+                    if self.is_over:
+                        self._end_is_out = True
+                        if self._made is not None:
+                            self._made.end_is_out()
                 return
         await self.response.send(message)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Final, Protocol
+from weakref import WeakSet
 
 import anyio
 
@@ -12,6 +14,10 @@ from ..kernel.sweep import sweep_of
 
 if TYPE_CHECKING:
     from ..kernel.loops.base import EventLoop
+
+
+# A set that one thread iterates over must not grow in another.
+_lock: Final = Lock()
 
 
 class Young(Protocol):
@@ -119,9 +125,20 @@ def _grow_old(request: Young) -> None:
         logger.exception("a request cannot be cancelled when its client leaves: listening for that failed")
 
 
+_everywhere: Final[WeakSet[InFlight]] = WeakSet()
+
+
 def in_flight_of(loop: EventLoop) -> InFlight:
     """Return the requests in flight of ``loop``."""
     in_flight: InFlight | None = loop.in_flight
     if in_flight is None:
         in_flight = loop.in_flight = InFlight(loop)
+        with _lock:
+            _everywhere.add(in_flight)
     return in_flight
+
+
+def in_flight_everywhere() -> list[InFlight]:
+    """Return the requests in flight of each event loop of this process. May be called in any thread."""
+    with _lock:
+        return list(_everywhere)

@@ -36,6 +36,9 @@ class Mortal:
 
     scope: Scope
     is_closed: bool
+    is_finished: bool
+    response_is_complete: bool
+    status: int
     was_stopped: bool
     lifetime = Lifetime.BLOCKS
     handler_stack: AsyncExitStack | None = None
@@ -89,6 +92,17 @@ class Mortal:
         """FastAPI's exit stack that is closed after the response and its background tasks; ``None`` without FastAPI."""
         stack: AsyncExitStack | None = self.scope.get(REQUEST_STACK_KEY)
         return stack
+
+    @property
+    def has_ended_by_its_cause(self) -> bool:
+        """Whether a request that was cancelled, and is over, has ended because of that."""
+        if self.is_finished:
+            # The answer is that of the error, or of a handler that has finished all the same.
+            return self.was_stopped and self.status >= 400
+        if self.was_stopped or self.lifetime is Lifetime.BLOCKS:
+            # Where only blocks are known, and not the handler's end, this is asked before the last block raises its error.
+            return True
+        return self.lifetime is Lifetime.DOOR and not self.response_is_complete
 
     # An exit stack takes any context manager, and this is the cheapest.
     def __enter__(self) -> None: ...

@@ -12,6 +12,7 @@ from ..hosts.starlette import route_of
 from ..kernel.errors import CancelationError
 from ..kernel.log import logger
 from ..kernel.options import checked_status, seconds, takes
+from .report import tell_exceeded
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -88,6 +89,7 @@ def log_exceeded(scope: Scope, elapsed: float, limit: float, what: str) -> None:
     route = route_of(scope)
     extra = {"method": method, "route": route, "limit": limit, "elapsed": elapsed}
     logger.info(f"%s %s took %.3f s, longer than {what}", method, route, elapsed, limit, extra=extra)
+    tell_exceeded(scope, elapsed, limit)
 
 
 def found(policy: str | TimeoutPolicy, known: Mapping[str, TimeoutPolicy] | None) -> TimeoutPolicy:

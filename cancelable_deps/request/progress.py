@@ -30,8 +30,8 @@ class ResponseProgress(Client):
     response_has_started = False
     """Whether the response has started, as the innermost `ResponseWatch` sees it."""
 
-    response_is_complete = False
-    """Whether the application has sent the last part of its response, so that only background work is left."""
+    end_is_being_sent = False
+    """Whether the server is sending the last part of the response."""
 
     response_is_out = False
     """Whether a response that is complete in itself has been passed on to the server."""
@@ -45,9 +45,6 @@ class ResponseProgress(Client):
 
     stream_was_cancelled = False
     """Whether the task that sent a stream was cancelled by other code."""
-
-    is_finished = False
-    """Whether the handler's result is there: the sending of it is not cancelled."""
 
     aborted_by: CancelationError | None = None
     """The error that stopped a stream further in, whose response is to be aborted."""
@@ -65,6 +62,7 @@ class ResponseProgress(Client):
     _watchers: Members[Any]
     _postponed: Postponed | None = None
     _guard: Postponed | None = None
+    _when_end_is_out: Postponed | None = None
 
     @property
     def doors(self) -> list[Any]:
@@ -176,6 +174,24 @@ class ResponseProgress(Client):
             postponed.end()
         for door in self.doors:
             door.resume()
+
+    def end_is_out(self) -> None:
+        """Note that the last part of the response is sent, and stop the background work if that was postponed."""
+        self.end_is_being_sent = False
+        if self._when_end_is_out is not None:
+            postponed, self._when_end_is_out = self._when_end_is_out, None
+            postponed.end()
+
+    def postpone_until_end_is_out(self, stoppable: Stoppable, cause: Cause) -> bool:
+        """Stop ``stoppable`` when the last part of the response is sent; return whether it is being sent.
+
+        A server that is interrupted while it sends may not get its connection ready for the next request. It has the
+        time of a cleanup, as the client may not read.
+        """
+        if self.end_is_being_sent and self._when_end_is_out is None:
+            self._when_end_is_out = Postponed(self.loop, self.grace)
+            self._when_end_is_out.add(stoppable, cause)
+        return self.end_is_being_sent
 
     def finish(self) -> None:
         """Note that the handler's result is there, and drop a cancellation that is not delivered yet."""

@@ -28,7 +28,6 @@ class ReadAhead:
     _pulling = False
     _held = 0
     _stopped = False
-    _was_started = False
     _changed: anyio.Event | None = None
     end: Message | Exception | None = None
     """The end of the messages: the server's disconnect, or the exception that its ``receive()`` raised."""
@@ -77,10 +76,8 @@ class ReadAhead:
 
     def _start(self, loop: EventLoop) -> None:
         self._stopped = False
-        # The first task has the context to itself. A later one may be started by the task before, which still runs in it.
-        context = self._context.copy() if self._was_started else self._context
-        self._was_started = True
-        self._worker = loop.spawn(self._read, context)
+        # In a copy: what the `receive()` of a middleware sets there, such as a span of its own, is not the request's.
+        self._worker = loop.spawn(self._read, self._context.copy())
 
     async def _read(self) -> None:
         this_task = ThisTask()

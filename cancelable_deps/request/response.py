@@ -54,7 +54,7 @@ class ResponseWatch:
         # Not split into coroutines: a response pays twice for each coroutine between the application and its server.
         kind = message["type"]
         state = self._state
-        is_start_of_work = False
+        is_start_of_work = is_end = False
         if kind == "http.response.start":
             if state.drops_response:
                 return
@@ -68,15 +68,20 @@ class ResponseWatch:
             elif state.is_aborted:
                 return
             else:
-                self._complete()
-        elif _is_last(kind, message):
+                is_end = True
+        else:
+            is_end = _is_last(kind, message)
+        if is_end:
             self._complete()
         try:
             await self._send(message)
         except (OSError, CancelledError) as exc:
             await failed_to_send(exc, state)
         finally:
-            if is_start_of_work and self._is_outermost:
+            if is_end:
+                if self._is_outermost:
+                    state.end_is_out()
+            elif is_start_of_work and self._is_outermost:
                 state.start_is_out()
 
     def _starts_work(self, message: Message) -> bool:
@@ -104,6 +109,7 @@ class ResponseWatch:
         state = self._state
         state.response_is_complete = True
         if self._is_outermost:
+            state.end_is_being_sent = True
             state.complete_response()
         elif not state.is_finished:
             state.finish()

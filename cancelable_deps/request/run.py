@@ -213,7 +213,7 @@ def error_of(outcome: BaseException | None, state: RequestState) -> CancelationE
         # The work has ended by itself, as a stream does after a disconnect, or has swallowed our cancellation.
         return cause.error()
     if tells_that_it_was_swallowed(outcome):
-        state.log(cause.reason, cause)
+        state.log(cause.reason, cause, cause.struck_at)
         return cause.error()
     return None
 

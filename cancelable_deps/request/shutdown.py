@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import anyio
 import anyio.from_thread
 
+from ..kernel.detached import all_detached
 from ..kernel.log import logger
 from ..kernel.loops.current import current_loop
 from ..kernel.reasons import CancelationReason
@@ -16,6 +17,7 @@ from ..kernel.token import CancelationToken, Cause, telling_everybody
 from .in_flight import in_flight_of
 
 if TYPE_CHECKING:
+    from ..kernel.detached import Detached
     from ..kernel.loops.base import EventLoop, Timer
 
 # Seconds that a request may take beyond all graces to end, and its response to leave the process.
@@ -48,6 +50,8 @@ class Shutdown:
         self.token = CancelationToken()
         self.in_flight = in_flight_of(loop)
         self.in_flight.observers += (self,)
+        self.detached = all_detached(loop)
+        self.detached.observers += (self,)
         self._loop = loop
         self._graces: list[Graces] = []
         self.token.listen(self)
@@ -75,11 +79,16 @@ class Shutdown:
     def forget(self) -> None:
         """Observe the requests of the loop no more."""
         self.in_flight.observers = tuple(other for other in self.in_flight.observers if other is not self)
+        self.detached.observers = tuple(other for other in self.detached.observers if other is not self)
 
     @property
     def requests(self) -> dict[Any, None]:
         """The requests that have run for a while."""
         return self.in_flight.requests
+
+    @property
+    def _is_idle(self) -> bool:
+        return not self.requests and not self.detached.running
 
     @property
     def is_joined(self) -> bool:
@@ -100,6 +109,14 @@ class Shutdown:
     def request_ended(self, request: Any) -> None:
         """Do nothing: who waits for the end of all waits for `InFlight` to be empty."""
 
+    def work_began(self, work: Detached[Any]) -> None:
+        """Stop detached work, if the grace of background work is over."""
+        if self._stopped_background:
+            work.cancel_nowait(CancelationReason.SIGNAL)
+
+    def work_ended(self, work: Detached[Any]) -> None:
+        """Do nothing, as `request_ended` does."""
+
     def cause(self) -> Cause:
         """Return the cause of the shutdown, which says when a client may come back."""
         retry_after = max(graces.retry_after for graces in self._graces)
@@ -114,15 +131,18 @@ class Shutdown:
 
     async def finish(self) -> None:
         """Wait, when a lifespan ends, for the requests that the server has left running, as long as their limits allow."""
-        if not self.token.is_cancelled and (len(self._graces) > 1 or not self.requests):
+        if not self.token.is_cancelled and (len(self._graces) > 1 or self._is_idle):
             return
         self.token.cancel_nowait(CancelationReason.SIGNAL)
         self._begin()  # The token may have been cancelled in a thread, whose call has not arrived yet.
         await self._know_the_youngest()
-        if self.requests:
+        if not self._is_idle:
             left = self._began + self._grace + self._background_grace + settings.cleanup_grace + _MARGIN
             with anyio.move_on_after(left - self._loop.time()):
-                await self.in_flight.wait_empty()
+                # A request may detach work, and such work may send requests.
+                while not self._is_idle:
+                    await self.in_flight.wait_empty()
+                    await self.detached.wait_empty()
                 await anyio.sleep(_SETTLING)
 
     async def _know_the_youngest(self) -> None:
@@ -161,6 +181,8 @@ class Shutdown:
         with telling_everybody():
             for request in list(self.requests):
                 request.stop_all(self.cause())
+            for work in list(self.detached.running):
+                self.work_began(work)
 
     def _wait(self, seconds: float, then: Any) -> None:
         self._timer = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from ..kernel.log import logger
 from ..kernel.loops.current import current_loop
@@ -91,9 +91,6 @@ class RequestState(ResponseProgress, Defaults, Mortal):
 
     young_entry: Young | None
     """The entry of the request in `InFlight.young`, if it has one: the state, or the block of the first door."""
-
-    operation: Any = None
-    """The request as an operation that can be listed and stopped from elsewhere, once somebody has asked for that."""
 
     _watchers: Members[Watcher]
     root_token: CancelationToken | None = None
@@ -218,10 +215,14 @@ class RequestState(ResponseProgress, Defaults, Mortal):
             self.watch(WAITERS)
         self.arm_now()
 
+    @property
+    def is_in_flight(self) -> bool:
+        return self.is_old or self.young_entry is not None
+
     def arm_now(self) -> None:
         """Start listening before ``listen_after`` has passed, because the caller needs the disconnect at once."""
         if not self.is_armed:
-            self._leave_in_flight()
+            self._leave_young()
             self.arm()
 
     def is_work(self, task: object) -> bool:
@@ -262,6 +263,15 @@ class RequestState(ResponseProgress, Defaults, Mortal):
             for innermost in self.doors[-1:]:
                 innermost.stop_background(cause)
 
+    def stop_background(self, cause: Cause) -> None:
+        """Cancel the background work of a request whose result is there, but do not interrupt the sending of its end."""
+        if not self.postpone_until_end_is_out(self, cause):
+            self.stop_all(cause)
+
+    def stop_now(self, cause: Cause) -> None:
+        """Cancel what `stop_background` has postponed."""
+        self.stop_all(cause)
+
     async def aclose(self) -> None:
         """Do the same as `close`, and wait for the reader to end."""
         self.close()
@@ -298,11 +308,18 @@ class RequestState(ResponseProgress, Defaults, Mortal):
 
     def _leave_in_flight(self) -> None:
         self._leave_young()
+        if self.report is not None:
+            self.end_report()
         if self.is_old:
             self.is_old = False
             self.in_flight.remove(self)
         elif self.operation is not None and not self.operation.has_ended:
             self.in_flight.tell_end(self)
+
+    def end_report(self) -> None:
+        report, self.report = self.report, None
+        if report is not None:
+            report.end(self, "cancelled" if self.has_ended_by_its_cause else "finished")
 
     def _leave_young(self) -> None:
         if self.young_entry is not None:

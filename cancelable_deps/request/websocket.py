@@ -102,14 +102,14 @@ class SocketState(RequestState):
     def _disconnect(self) -> None:
         super()._disconnect()
         assert self.cause is not None
-        self.log_once(self.cause.reason, self.cause)
+        self.log_once(self.cause.reason, self.cause, self.cause.struck_at, outcome="stopping")
 
     def note_disconnect(self) -> None:
         """Log nothing: the disconnect was logged when it came, or the handler that received it decides."""
 
-    def log_once(self, reason: CancelationReason, cause: object) -> None:
+    def log_once(self, reason: CancelationReason, cause: object, *more: Any, **others: Any) -> None:
         if not self._quiet:
-            super().log_once(reason, cause)
+            super().log_once(reason, cause, *more, **others)
 
     def translate(self, outcome: BaseException | None) -> BaseException | None:
         """Return the exception that leaves a block of ours, as one that Starlette answers with the right close code."""

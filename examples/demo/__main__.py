@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-import logging
+import os
 import signal
 import socket
 import sys
@@ -13,29 +12,33 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-import uvicorn
-
 # Not relative: `anyio.to_process`, which the side without cancelable_deps uses, loads this file once more by its path.
-from examples.demo.app import Materials, create_app
 from examples.demo.catalog import works
-from examples.demo.ledger import Ledger
+from examples.demo.materials import Materials
+from examples.demo.serving import check_redis, serve, serve_in_workers
 from examples.demo.work import make_corpus, make_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import FrameType
+
+REDIS = "redis://127.0.0.1:6379"
 
 
 def main() -> None:
     options = parse_options()
-    # The word count runs Python code in worker threads. The event loop must get its turn often, or the page would stutter.
-    sys.setswitchinterval(0.0005)
     listener = bind(options.host, options.port)
+    if options.workers > 1:
+        check_redis(options.redis, listener)
     # When uvicorn has shut down, it raises the signal again for the previous handler. The default one of SIGTERM would
     # leave the files behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt), listener, TemporaryDirectory(prefix="cancelable-demo-") as folder:
-        serve(listener, generate(Path(folder), options))
+        materials = generate(Path(folder), options)
+        introduce(listener, materials)
+        if options.workers > 1:
+            serve_in_workers(listener, materials, options.redis, options.workers)
+        else:
+            serve(listener, materials)
 
 
 def parse_options() -> argparse.Namespace:
@@ -45,7 +48,13 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--rows", type=positive, default=3_000_000, help="sales in the table (default: %(default)s)")
     parser.add_argument("--words", type=positive, default=2_000_000, help="words in the books (default: %(default)s)")
     parser.add_argument("--numbers", type=positive, default=1_500_000, help="numbers to try (default: %(default)s)")
-    return parser.parse_args()
+    parser.add_argument("--workers", type=positive, default=1, help="processes; several share a Redis (default: 1)")
+    parser.add_argument("--redis", metavar="URL", help=f"for several workers (default: REDIS_URL, or {REDIS})")
+    options = parser.parse_args()
+    if options.redis is not None and options.workers == 1:
+        parser.error("--redis is for several workers: add --workers 2")
+    options.redis = options.redis or os.environ.get("REDIS_URL") or REDIS
+    return options
 
 
 def positive(text: str) -> int:
@@ -77,38 +86,6 @@ def progress_of(what: str, total: int) -> Callable[[int], None]:
             print(f"\rGenerating {done:,} of {total:,} {what}", end="\n" if done == total else "", flush=True)
 
     return progress
-
-
-class Server(uvicorn.Server):
-    """A server that ends the live feeds and the covered requests as soon as it shuts down, instead of waiting for them."""
-
-    def __init__(self, config: uvicorn.Config, ledger: Ledger) -> None:
-        super().__init__(config)
-        self.ledger = ledger
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # By way of the loop, because a signal handler may run in the middle of another callback.
-        asyncio.get_running_loop().call_soon_threadsafe(self.ledger.close)
-        super().handle_exit(sig, frame)
-
-
-def serve(listener: socket.socket, materials: Materials) -> None:
-    ledger = Ledger()
-    config = uvicorn.Config(
-        create_app(materials, ledger),
-        access_log=False,
-        log_level="error",
-        timeout_graceful_shutdown=1,
-    )
-    # After Config, which configures uvicorn's loggers and would drop the filter.
-    logging.getLogger("uvicorn.error").addFilter(not_a_cut_stream)
-    introduce(listener, materials)
-    Server(config, ledger).run(sockets=[listener])
-
-
-def not_a_cut_stream(record: logging.LogRecord) -> bool:
-    """Drop uvicorn's error about a response that ends early, because the demonstration aborts streams on purpose."""
-    return "returned without completing response" not in record.getMessage()
 
 
 def introduce(listener: socket.socket, materials: Materials) -> None:

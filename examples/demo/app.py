@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,14 +18,17 @@ from cancelable_deps import (
     RequestCancelationMiddleware,
     RequestTaskGroup,
     cancelable_with_timeout,
+    cancelation_lifespan,
     current_cancelable,
     with_cancelation,
 )
 
 from .catalog import FEED_EVENTS, LIMIT, works
 from .crunch import longest_collatz
-from .ledger import Ledger, LedgerMiddleware, Run
-from .work import SLICE_ROWS, Corpus, Table, count_words, largest_sales, sales_feed, take_in
+from .ledger import LISTED, Ledger, LedgerMiddleware, Run
+from .materials import Materials, TheMaterials, ThisRun
+from .operations import operations_routes
+from .work import SLICE_ROWS, count_words, largest_sales, sales_feed, take_in
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -34,31 +36,11 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
     from starlette.types import ASGIApp
 
+    from cancelable_deps.operations import Operations
+
     from .work import OpenTaskGroup
 
 
-@dataclass(frozen=True)
-class Materials:
-    """The data that the handlers work on."""
-
-    table: Table
-    corpus: Corpus
-    numbers: int
-    folder: Path
-
-
-async def run_of(request: Request) -> Run:
-    run: Run = request.state.run
-    return run
-
-
-async def materials_of(request: Request) -> Materials:
-    materials: Materials = request.app.state.materials
-    return materials
-
-
-ThisRun = Annotated[Run, Depends(run_of)]
-TheMaterials = Annotated[Materials, Depends(materials_of)]
 TwoSeconds = Annotated[Cancelable, Depends(cancelable_with_timeout(LIMIT))]
 
 covered, limited, plain, feeds = APIRouter(), APIRouter(prefix="/limited"), APIRouter(prefix="/plain"), APIRouter()
@@ -176,10 +158,13 @@ async def take_upload(run: Run, request: Request) -> dict[str, Any]:
     return await take_in(request.stream(), run.advance)
 
 
-def create_app(materials: Materials, ledger: Ledger) -> ASGIApp:
-    """Return the application of the demonstration; its page shows `ledger` live."""
-    app = FastAPI(title="cancelable_deps, the demonstration")
+def create_app(materials: Materials, ledger: Ledger, operations: Operations) -> ASGIApp:
+    """Return the application of the demonstration; its page shows `ledger` and `operations` live."""
+    # The lifespan ends streams of events with the server, as `ledger` does with the work.
+    lifespan = cancelation_lifespan(ledger.shared, grace=0, background_grace=0)
+    app = FastAPI(title="cancelable_deps, the demonstration", lifespan=operations.lifespan(lifespan))
     app.include_router(page_router(materials, ledger))
+    app.include_router(operations_routes(operations))
     for router in (covered, limited, plain):
         app.include_router(router)
     app.mount("/limited", feeds_app(materials, default_timeout=LIMIT))
@@ -198,14 +183,18 @@ def feeds_app(materials: Materials, default_timeout: float | None) -> FastAPI:
 
 def page_router(materials: Materials, ledger: Ledger) -> APIRouter:
     router = APIRouter()
-    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    page, script = (
+        Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.html", "operations.js")
+    )
+    page = page.replace("/*OPERATIONS*/", script)
     shown = works(materials.table.rows, materials.corpus.words, materials.numbers)
+    setup = {"limit": LIMIT, "operations": LISTED, "word": materials.corpus.example}
 
     @router.get("/")
     async def show(request: Request) -> HTMLResponse:
         address = str(request.base_url).rstrip("/")
-        setup = json.dumps({"limit": LIMIT, "works": [work.for_page(address) for work in shown]})
-        return HTMLResponse(page.replace("/*SETUP*/", setup.replace("<", "\\u003c")))
+        text = json.dumps(setup | {"works": [work.for_page(address) for work in shown]})
+        return HTMLResponse(page.replace("/*SETUP*/", text.replace("<", "\\u003c")))
 
     @router.get("/events")
     async def events() -> StreamingResponse:

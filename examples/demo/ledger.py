@@ -8,7 +8,7 @@ import json
 import os
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from starlette.responses import PlainTextResponse
 from cancelable_deps import CancelationReason
 
 from . import crunch
+from .shared import SharedRuns
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from cancelable_deps import Cancelable
 
 TICK = 0.1
+LISTED = "/operations"
+"""The path of the table of what runs. The page asks for it again and again, and that is no work."""
 
 
 class Run:
@@ -36,6 +39,7 @@ class Run:
 
     def __init__(self, run_id: str, method: str, path: str, task: asyncio.Task[Any]) -> None:
         self.id, self.method, self.path = run_id, method, path
+        self.worker = os.getpid()
         self.unit = ""
         self.total: int | None = None
         self.done = 0
@@ -118,7 +122,9 @@ class Run:
     def line(self) -> str:
         work = f"{self.done:,} {self.unit}" if self.unit else ""
         outcome = " ".join(filter(None, (self.reason, str(self.status or "no response"))))
-        return f"{self.method:<5} {self.path:<16} {outcome:<18} {work:>18} {self.ms:>8,} ms{self._process_line()}"
+        # A path may have control characters, which a terminal would obey.
+        path = "".join(each if each.isprintable() else "?" for each in self.path)
+        return f"{self.method:<5} {path:<16} {outcome:<18} {work:>18} {self.ms:>8,} ms{self._process_line()}"
 
     def _process_line(self) -> str:
         if self.process is None:
@@ -135,22 +141,24 @@ def _lives(process: int) -> bool:
 
 
 class Ledger:
-    """The runs of this server, newest last."""
+    """The runs of this worker, newest last; with `folder`, those of all workers that share it."""
 
-    def __init__(self, kept: int = 100) -> None:
+    def __init__(self, folder: Path | None = None, kept: int = 100) -> None:
         self.closed = False
         self._kept = kept
         self._runs: dict[str, Run] = {}
         self._numbers = itertools.count(1)
+        self._all = None if folder is None else SharedRuns(folder)
 
     def open(self, run_id: str | None, method: str, path: str) -> Run:
         """Note a request that the current task serves."""
         task = asyncio.current_task()
         assert task is not None
-        run = Run(run_id or f"run-{next(self._numbers)}", method, path, task)
+        run = Run(run_id or f"run-{os.getpid()}-{next(self._numbers)}", method, path, task)
         self._runs[run.id] = run
         while len(self._runs) > self._kept:
-            del self._runs[next(iter(self._runs))]
+            # The oldest that has ended: what runs is to be seen until its end.
+            del self._runs[next((old.id for old in self._runs.values() if old.ended), next(iter(self._runs)))]
         return run
 
     def close(self) -> None:
@@ -159,11 +167,29 @@ class Ledger:
         for run in self._runs.values():
             run.shut_down()
 
+    def snapshots(self) -> list[dict[str, Any]]:
+        """Return the runs of this worker that have begun to work."""
+        return [run.snapshot() for run in self._runs.values() if run.unit]
+
+    @asynccontextmanager
+    async def shared(self, app: object) -> AsyncIterator[None]:
+        """Show the runs of this worker to the others, as the lifespan of the application."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._share)
+            yield
+            tasks.cancel_scope.cancel()
+
+    async def _share(self) -> None:
+        while self._all is not None:
+            self._all.write(self.snapshots())
+            await anyio.sleep(TICK)
+
     async def changes(self) -> AsyncIterator[str]:
         """Yield Server-Sent Events: first all runs, then at every tick those that have changed, until the server stops."""
         seen: dict[str, dict[str, Any]] = {}
         while not self.closed:
-            now = {run.id: run.snapshot() for run in self._runs.values() if run.unit}
+            everywhere = self.snapshots() + (self._all.of_others() if self._all else [])
+            now = {run["id"]: run for run in everywhere}
             changed = [run for run_id, run in now.items() if seen.get(run_id) != run]
             yield f"data: {json.dumps(changed)}\n\n"
             seen = now
@@ -171,7 +197,10 @@ class Ledger:
 
 
 class LedgerMiddleware:
-    """A middleware that opens a run for each request and prints its line at the end; outermost, to see the final status."""
+    """A middleware that opens a run for each request and prints its line at the end; outermost, to see the final status.
+
+    Every response says which worker it is from.
+    """
 
     def __init__(self, app: ASGIApp, ledger: Ledger) -> None:
         self.app, self.ledger = app, ledger
@@ -179,6 +208,8 @@ class LedgerMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        if scope["path"].startswith(f"{LISTED}/"):
+            return await self.app(scope, receive, _naming_worker(send))
         run_id = dict(scope["headers"]).get(b"x-run", b"").decode("latin-1")
         run = self.ledger.open(run_id, scope["method"], scope["path"])
         scope.setdefault("state", {})["run"] = run
@@ -199,7 +230,18 @@ class LedgerMiddleware:
             print(time.strftime("%H:%M:%S"), run.line(), flush=True)
 
 
+def _naming_worker(send: Send) -> Send:
+    async def name(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", ()), (b"x-worker", str(os.getpid()).encode())]
+        await send(message)
+
+    return name
+
+
 def _noting_status(run: Run, send: Send) -> Send:
+    send = _naming_worker(send)
+
     async def note(message: Message) -> None:
         if message["type"] == "http.response.start":
             run.status = message["status"]

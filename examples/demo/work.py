@@ -17,13 +17,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from heapq import nlargest
 from itertools import pairwise
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import anyio
 import anyio.to_thread
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
@@ -40,7 +40,7 @@ READERS = 4
 _CREATE = "CREATE TABLE sales (id INTEGER PRIMARY KEY, shop TEXT, cents INTEGER)"
 _FILL = """
     WITH RECURSIVE numbers (id) AS (SELECT ? UNION ALL SELECT id + 1 FROM numbers WHERE id < ?)
-    INSERT INTO sales SELECT id, 'shop ' || (id * 40503 >> 3) % 40, (id * 2654435761 >> 9) % 1000000 FROM numbers
+    INSERT INTO sales SELECT id, 'shop ' || ((id * 40503 >> 3) % 40), (id * 2654435761 >> 9) % 1000000 FROM numbers
 """
 _LARGEST = """
     SELECT shop, cents FROM (
@@ -63,10 +63,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Books of made-up words, one file each."""
+    """Books of made-up words, one file each, with a word that is in them."""
 
     books: list[Path]
     words: int
+    example: str
 
 
 def make_table(path: Path, rows: int, progress: Advance) -> Table:
@@ -92,7 +93,7 @@ def make_corpus(folder: Path, words: int, progress: Advance) -> Corpus:
         book.write_text(_pages(dice.choices(vocabulary, k=end - written)), encoding="ascii")
         books.append(book)
         progress(end)
-    return Corpus(books, words)
+    return Corpus(books, words, example=max(vocabulary, key=len))
 
 
 def _pages(words: list[str]) -> str:
@@ -103,12 +104,16 @@ def _spans(total: int, step: int) -> list[tuple[int, int]]:
     return [(first, min(first + step, total)) for first in range(0, total, step)]
 
 
-async def largest_sales(table: Table, advance: Advance) -> dict[str, list[int]]:
-    """Return the three largest sales of each shop, in cents."""
+async def largest_sales(
+    table: Table, advance: Advance, after_slice: Callable[[], Awaitable[Any]] | None = None
+) -> dict[str, list[int]]:
+    """Return the three largest sales of each shop, in cents; call `after_slice` between two slices."""
     largest: dict[str, list[int]] = {}
     for span in _spans(table.rows, SLICE_ROWS):
         for shop, cents in await anyio.to_thread.run_sync(_read_slice, table, span, advance):
             largest[shop] = nlargest(3, [*largest.get(shop, []), cents])
+        if after_slice is not None:
+            await after_slice()
     return largest
 
 
@@ -142,6 +147,23 @@ def _count_piece(book: BinaryIO, counter: Counter[str], advance: Advance) -> boo
     words = re.findall(r"\w+", b" ".join(book.readlines(PIECE_BYTES)).decode())
     counter.update(words)
     counter.update(map(" ".join, pairwise(words)))
+    advance(len(words))
+    return bool(words)
+
+
+async def find_words(corpus: Corpus, text: str, advance: Advance) -> dict[str, int]:
+    """Return the five most common words that begin with `text`, and how often each occurs."""
+    found = Counter[str]()
+    for path in corpus.books:
+        with path.open("rb") as book:
+            while await anyio.to_thread.run_sync(_find_in_piece, book, text, found, advance):
+                pass
+    return dict(found.most_common(5))
+
+
+def _find_in_piece(book: BinaryIO, text: str, found: Counter[str], advance: Advance) -> bool:
+    words = b" ".join(book.readlines(PIECE_BYTES)).decode().split()
+    found.update(word for word in words if word.startswith(text))
     advance(len(words))
     return bool(words)
 

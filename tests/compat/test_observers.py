@@ -80,7 +80,11 @@ def test_sentry_is_told_of_no_error_by_a_hang_up(served: Served, place: str) -> 
 @pytest.mark.parametrize("place", PLACES)
 def test_sentry_sees_a_timeout_as_504(served: Served, place: str) -> None:
     key = time_out(served, f"sentry-timed-{place}")
-    served.wait_for("sentry", f"transaction {key} deadline_exceeded 504")
+    transaction = f"transaction {key} deadline_exceeded 504"
+    events = served.wait_for("sentry", transaction)
+    # These raise it through the application, as `raise HTTPException(504)` would be.
+    reported = [f"event {key} error TimeoutCancelation"] if place in ("deco", "route") else []
+    assert [event for event in events if key in event] == [*reported, transaction]
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -104,11 +104,12 @@ def _let_pass(scope: CancelScope) -> None:
 class _OurScope(CancelScope):
     """The base of the scopes of this package."""
 
-    __slots__ = ("_grace", "_loop", "_unwinding", "is_delivered")
+    __slots__ = ("_grace", "_loop", "_unwinding", "delivered_at", "is_delivered")
 
     _grace: float
     _loop: EventLoop
     _unwinding: Unwinding | None
+    delivered_at: float
     is_delivered: bool
 
     # anyio reads this to see whether a cancellation from outside is visible. For the delivery it calls our method.
@@ -173,9 +174,14 @@ class _OurScope(CancelScope):
             scope = scope._parent_scope
         return bool(self._pending_uncancellations)
 
+    def _note_delivery(self) -> None:
+        if not self.is_delivered:
+            self.is_delivered = True
+            self.delivered_at = self._loop.time()
+
     def deliver(self) -> None:
         """Note that the task has received the cancellation and cleans up now, also in inner scopes."""
-        self.is_delivered = True
+        self._note_delivery()
         self._end_unwinding()
         if self._grace > 0:
             _let_pass(self)
@@ -193,7 +199,7 @@ class _OurScope(CancelScope):
 
     def cover(self, until: float) -> None:
         """Note that a scope further out has delivered. A task group between the two might cancel this one as well."""
-        self.is_delivered = True
+        self._note_delivery()
         self._end_unwinding()
         self._withdraw()
         self._leave_alone(until)
@@ -267,7 +273,7 @@ class _OurScope(CancelScope):
         self._unwinding = None
         parent = self._parent_scope
         if parent is not None and parent._effectively_cancelled and self._comes_from_ours():
-            self.is_delivered = True
+            self._note_delivery()
             self.cancel()
 
     def _end_unwinding(self) -> None:
@@ -478,7 +484,7 @@ class AsyncioPoliteScope(_OurScope):
     def take_for_delivered(self) -> None:
         # Without a shield: code that catches the exception continues its work, and another cancellation may stop it.
         if not self.is_delivered and self._grace > 0:
-            self.is_delivered = True
+            self._note_delivery()
             self._end_unwinding()
             self._withdraw()
             self._end_grace_at(self._loop.time() + self._grace)
@@ -504,7 +510,7 @@ class AsyncioPoliteScope(_OurScope):
     def _grace_has_ended(self) -> None:
         self._unwinding = None
         if self._asked and not self._held:
-            self.is_delivered = True
+            self._note_delivery()
             self._strike()
         else:
             self._restart_cancellation_in_parent()
@@ -573,7 +579,7 @@ class AsyncioMemberScope(HookedMemberScope, _OurScope):
 
     def take_for_delivered(self) -> None:
         if not self.is_delivered and self._grace > 0:
-            self.is_delivered = True
+            self._note_delivery()
             self._end_unwinding()
             self._leave_alone(self._loop.time() + self._grace)
 

@@ -141,6 +141,11 @@ class PoliteScope(Protocol):
         """Whether the task has received the cancellation of this scope, or of a scope further out."""
         ...
 
+    @property
+    def delivered_at(self) -> float:
+        """When that was, on the clock of the loop. There is no such time before, and none for a block in a thread."""
+        ...
+
     def hold(self) -> None:
         """Delay cancellations of this package until `resume`; others pass."""
 

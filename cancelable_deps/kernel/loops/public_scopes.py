@@ -113,12 +113,15 @@ class Pair:
         "_unwinding",
         "_watch",
         "_why",
+        "delivered_at",
         "grace",
         "is_delivered",
         "loop",
         "nurseries",
         "spares",
     )
+
+    delivered_at: float
 
     def __init__(self, loop: EventLoop, grace: float) -> None:
         self.loop = loop
@@ -168,7 +171,7 @@ class Pair:
             # The cancellation is that of a scope further out.
             remaining = exc
         if remaining is not exc:
-            self.is_delivered = True
+            _note_delivery(self)
         self.nurseries.forget()
         self._task = None
         self._member_scopes.clear()
@@ -281,7 +284,7 @@ class Pair:
         """Shield the task, which has received the cancellation and cleans up now."""
         if self.is_delivered:
             return
-        self.is_delivered = True
+        _note_delivery(self)
         self._end_unwinding()
         if self.grace > 0:
             self._is_left_alone = True
@@ -299,7 +302,8 @@ class Pair:
 
     def cover(self, until: float) -> None:
         """Note that a pair further out has delivered. A task group between the two might cancel this one as well."""
-        self.is_delivered = self._is_covered = self._is_left_alone = True
+        _note_delivery(self)
+        self._is_covered = self._is_left_alone = True
         self._end_unwinding()
         self._stop_watching()
         self.close()
@@ -350,7 +354,7 @@ class Pair:
         """Cancel now, because the grace is over and the exception still unwinds the task."""
         self._unwinding = None
         if self._is_cancelled and not self._is_held:
-            self.is_delivered = True
+            _note_delivery(self)
             self.open()
 
     def _end_unwinding(self) -> None:
@@ -386,6 +390,12 @@ class Pair:
     @property
     def is_lost(self) -> bool:
         return self.nurseries.have_swallowed and not self._is_covered
+
+
+def _note_delivery(pair: Pair) -> None:
+    if not pair.is_delivered:
+        pair.is_delivered = True
+        pair.delivered_at = pair.loop.time()
 
 
 def _reached_pairs(outer: Pair) -> Iterator[Pair]:
@@ -436,7 +446,7 @@ class PublicScope(Pair):
         # If possible without a shield: code that catches the exception continues, and another cancellation may stop it.
         if self.is_delivered or self.grace <= 0:
             return
-        self.is_delivered = True
+        _note_delivery(self)
         self._end_unwinding()
         self._stop_watching()
         if self._outer.cancel_called:

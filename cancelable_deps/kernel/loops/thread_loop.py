@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ class ThreadScope:
     """The substitute for the scope of a block in a thread, which only `Cancelable.check` can stop."""
 
     is_delivered = is_lost = False
+    delivered_at = math.nan
     spares: Callable[..., bool] | None = None
 
     def __init__(self, task: int) -> None:

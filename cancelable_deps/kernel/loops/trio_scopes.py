@@ -192,6 +192,7 @@ class TrioMemberScope(HookedMemberScope):
         "_stepper",
         "_task",
         "_unwinding",
+        "delivered_at",
         "is_delivered",
         "status",
     )
@@ -277,9 +278,14 @@ class TrioMemberScope(HookedMemberScope):
         """Whether a cancellation by this package comes from this scope."""
         return self._scope.cancel_called or self._is_ours(None)
 
+    def _note_delivery(self) -> None:
+        if not self.is_delivered:
+            self.is_delivered = True
+            self.delivered_at = self._loop.time()
+
     def deliver(self, inside: list[TrioMemberScope]) -> None:
         """Note that the task has received the cancellation and cleans up now, also in the scopes ``inside``."""
-        self.is_delivered = True
+        self._note_delivery()
         self._end_unwinding()
         if self._grace > 0:
             _let_pass(self.status)
@@ -301,7 +307,7 @@ class TrioMemberScope(HookedMemberScope):
 
     def cover(self, until: float) -> None:
         """Note that a scope further out has delivered. A task group between the two might cancel this one as well."""
-        self.is_delivered = True
+        self._note_delivery()
         self._end_unwinding()
         self._withdraw()
         self._leave_alone(until)
@@ -315,7 +321,7 @@ class TrioMemberScope(HookedMemberScope):
     def take_for_delivered(self) -> None:
         """Note that the task cleans up already, because it has been stopped in another way."""
         if not self.is_delivered and self._grace > 0:
-            self.is_delivered = True
+            self._note_delivery()
             self._end_unwinding()
             self._leave_alone(self._loop.time() + self._grace)
 
@@ -368,7 +374,7 @@ class TrioMemberScope(HookedMemberScope):
         """Cancel now, because the grace is over and the exception still unwinds the task."""
         self._unwinding = None
         if _is_visible(self.status) and self._comes_from_ours():
-            self.is_delivered = True
+            self._note_delivery()
             self._scope.cancel()
 
     def _end_unwinding(self) -> None:
@@ -495,7 +501,7 @@ class TrioPoliteScope(TrioMemberScope):
     def take_for_delivered(self) -> None:
         # Without a shield: code that catches the exception continues its work, and another cancellation may stop it.
         if not self.is_delivered and self._grace > 0 and not self._is_about_to_be_told:
-            self.is_delivered = True
+            self._note_delivery()
             self._end_unwinding()
             self._withdraw()
             self._scope.deadline = self._loop.time() + self._grace
@@ -514,7 +520,7 @@ class TrioPoliteScope(TrioMemberScope):
     def _grace_has_ended(self) -> None:
         self._unwinding = None
         if self._asked and not self._held:
-            self.is_delivered = True
+            self._note_delivery()
             self._scope.cancel()
         else:
             self.status.recalculate()

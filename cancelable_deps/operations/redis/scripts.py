@@ -35,6 +35,14 @@ local function forget(workers, identities, since, inbox, worker)
   redis.call('DEL', inbox)
 end
 
+-- Whether a worker may hold something. Those who die are found by their leases, and after a loss of all data it has none
+-- before its next sign of life, which also sees by `since` that it was forgotten.
+local function may_hold(workers, tombstone, worker, lease)
+  if redis.call('EXISTS', tombstone) == 1 then return false end
+  redis.call('ZADD', workers, 'NX', whole(now + tonumber(lease)), worker)
+  return true
+end
+
 -- An index: ids by the time of their creation, beside the times when their records expire.
 local function trim(index, expiry, most)
   local old = redis.call('ZRANGEBYSCORE', expiry, '-inf', whole(now), 'LIMIT', 0, 1000)
@@ -147,15 +155,15 @@ local me, lease, read = ARGV[1], tonumber(ARGV[2]), ARGV[4]
 local lost, gap, oldest = 0, 0, whole(now - tonumber(ARGV[6])) .. '-0'
 if read ~= '' then
   local last = redis.call('XREVRANGE', KEYS[7], '+', '-', 'COUNT', 1)[1]
-  if not is_before(read, oldest) and (not last or is_before(last[1], read)) then lost = 1 end
+  if is_before(oldest, read) and (not last or is_before(last[1], read)) then lost = 1 end
   local first = redis.call('XRANGE', KEYS[7], '-', '+', 'COUNT', 1)[1]
   if first and is_before(read, first[1]) and redis.call('XLEN', KEYS[7]) >= {_MOST_LOGGED} then gap = 1 end
 end
 local fenced, known = redis.call('EXISTS', KEYS[4]), 1
 if fenced == 0 then
   local till = redis.call('ZSCORE', KEYS[1], me)
-  if not till then known = 0 end
-  if not till or tonumber(till) < now then redis.call('HSET', KEYS[3], me, whole(now)) end
+  known = redis.call('HEXISTS', KEYS[3], me)
+  if known == 0 or not till or tonumber(till) < now then redis.call('HSET', KEYS[3], me, whole(now)) end
   redis.call('ZADD', KEYS[1], whole(now + lease), me)
   redis.call('HSET', KEYS[2], me, ARGV[3])
   for i = 1, 3 do redis.call('PEXPIRE', KEYS[i], KEPT) end
@@ -204,10 +212,10 @@ return 0
 """)
 
 CREATE: Final = _script("""
--- KEYS op, held, index, expiry [, index of the owner, expiry]
--- ARGV id, member of held, ttl, created, most, most of an owner, field, value, ...
+-- KEYS op, held, workers, tombstone, index, expiry [, index of the owner, expiry]
+-- ARGV id, member of held, ttl, created, most, most of an owner, me, lease, field, value, ...
 local fields = {}
-for i = 7, #ARGV do fields[#fields + 1] = ARGV[i] end
+for i = 9, #ARGV do fields[#fields + 1] = ARGV[i] end
 if redis.call('EXISTS', KEYS[1]) == 1 then
   local worker, created = unpack(redis.call('HMGET', KEYS[1], 'worker', 'created'))
   local given = {}
@@ -218,14 +226,15 @@ if redis.call('EXISTS', KEYS[1]) == 1 then
   end
   return {0, redis.call('HGETALL', KEYS[1])}
 end
+if not may_hold(KEYS[3], KEYS[4], ARGV[7], ARGV[8]) then return {-1, {}} end
 redis.call('HSET', KEYS[1], unpack(fields))
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 redis.call('SADD', KEYS[2], ARGV[2])
 redis.call('PEXPIRE', KEYS[2], KEPT)
-for i = 3, #KEYS, 2 do
+for i = 5, #KEYS, 2 do
   redis.call('ZADD', KEYS[i], ARGV[4], ARGV[1])
   redis.call('ZADD', KEYS[i + 1], whole(now + tonumber(ARGV[3])), ARGV[1])
-  trim(KEYS[i], KEYS[i + 1], tonumber(ARGV[i == 3 and 5 or 6]))
+  trim(KEYS[i], KEYS[i + 1], tonumber(ARGV[i == 5 and 5 or 6]))
 end
 return {1, {}}
 """)
@@ -296,11 +305,12 @@ return redis.call('ZREVRANGEBYSCORE', KEYS[1], '(' .. ARGV[1], '-inf', 'LIMIT', 
 """)
 
 ENTER: Final = _script("""
--- KEYS key, waiting, generations, held of mine, workers, since
+-- KEYS key, waiting, generations, held of mine, workers, since, tombstone
 -- ARGV id, me, member of held, limit, queue, latest, waits, again, lease
 local key, waiting = KEYS[1], KEYS[2]
 local id, me, limit, queue = ARGV[1], ARGV[2], tonumber(ARGV[4]), tonumber(ARGV[5])
 local latest, waits, again, lease = ARGV[6] == '1', ARGV[7] == '1', ARGV[8] == '1', ARGV[9]
+if not may_hold(KEYS[5], KEYS[7], me, lease) then return {'given up', '0', {}} end
 local last = tonumber(redis.call('GET', KEYS[3]) or '0')
 -- Never back, also after a loss of all data.
 local generation = math.max(last + 1, time[1] * 1000000 + time[2])

@@ -31,7 +31,7 @@ from .layout import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
     from datetime import timedelta
 
     from ..backend import Fields, Position
@@ -232,8 +232,8 @@ class RedisBackend:
     async def _begin(self) -> None:
         """Find the place in the log to begin at, and look whether this Redis keeps what it is given."""
         with anyio.move_on_after(_SLACK):
-            now, policy, most = map(text, await self._run(scripts.BEGIN, [self._names.log], []))
-            if policy not in ("", "noeviction") and most != "0":
+            now, policy = await self._time_and_policy(self._run)
+            if policy is not None:
                 logger.warning(
                     "this Redis deletes keys when its memory is full (maxmemory-policy %s): it may forget operations; "
                     "use one with noeviction",
@@ -242,6 +242,27 @@ class RedisBackend:
             self._read_to = f"{int(now) - self._memory_ms}-0"
             self._last_read = time.monotonic()
             return
+        raise Unavailable("the store does not answer")
+
+    async def _time_and_policy(self, run: Callable[..., Awaitable[Any]]) -> tuple[str, str | None]:
+        """Return the time of this Redis, and the policy by which it deletes keys; ``None`` if it keeps them."""
+        now, policy, most = map(text, await run(scripts.BEGIN, [self._names.log], []))
+        return now, policy if policy not in ("", "noeviction") and most != "0" else None
+
+    async def evicting_policy(self) -> str | None:
+        """Return the policy by which this Redis deletes keys when its memory is full; ``None`` if it keeps them.
+
+        Uses a connection of its own if the store is not open.
+
+        :raises Unavailable: if it does not answer within 2 seconds.
+        """
+        # Importing a client library may take long, and is not the store's time.
+        client = client_for(self._url, self._own, _SLACK) if self._client is None else None
+        with anyio.move_on_after(_SLACK):
+            if client is None:
+                return (await self._time_and_policy(self._run))[1]
+            async with client.opened():
+                return (await self._time_and_policy(client.script))[1]
         raise Unavailable("the store does not answer")
 
     def _taken(self, found: list[tuple[str, str, bytes]], inbox: str) -> list[tuple[Position, bytes]]:
@@ -272,9 +293,10 @@ class RedisBackend:
         """Create a record, or return the one that has the id."""
         owner = fields.get("owner")
         pairs = as_pairs({name: value for name, value in fields.items() if name != "result"})
+        names, me = self._names, self._worker.name
         is_new, known = await self._run(
             scripts.CREATE,
-            [self._names.record(id), self._names.held(self._worker.name), *self._names.indexes(owner)],
+            [names.record(id), names.held(me), names.workers, names.tombstone(me), *names.indexes(owner)],
             [
                 id,
                 held_record(id),
@@ -282,9 +304,13 @@ class RedisBackend:
                 encoded(fields["created"]),
                 MOST_OF_ALL,
                 MOST_OF_OWNER,
+                me,
+                self._lease_ms,
                 *pairs,
             ],
         )
+        if is_new < 0:
+            raise Unavailable(_GIVEN_UP)
         if is_new:
             self._owners[id] = owner
         return Record(id, fields_of(list(map(text, known))) if known else fields, is_new=bool(is_new))
@@ -357,10 +383,12 @@ class RedisBackend:
         names, me = self._names, self._worker.name
         status, generation, earlier = await self._run(
             scripts.ENTER,
-            [*names.places(key), names.generations, names.held(me), names.workers, names.since],
+            [*names.places(key), names.generations, names.held(me), names.workers, names.since, names.tombstone(me)],
             [id, me, held_place(key, id), limit, queue, int(latest), int(waits), int(again), self._lease_ms],
         )
         found = text(status)
+        if found not in _STATUS:
+            raise Unavailable(_GIVEN_UP)
         if found != "refused":
             self._places[key, id] = time.monotonic()
         pairs = list(map(text, earlier))
@@ -379,6 +407,7 @@ class RedisBackend:
         return waiters_of(granted)
 
 
+_GIVEN_UP: Final = "this worker was given up, and does not know it yet"
 _STATUS: Final[dict[str, Any]] = {"admitted": "admitted", "waiting": "waiting", "refused": "refused"}
 
 

@@ -43,7 +43,8 @@ class SaidEvents(Transport):
         for item in envelope.items:
             event = item.payload.json or {}
             if item.type == "event":
-                say("sentry", "event", event["request"]["url"].rpartition("/")[2], event["level"])
+                kind = event["exception"]["values"][-1]["type"]
+                say("sentry", "event", event["request"]["url"].rpartition("/")[2], event["level"], kind)
             elif item.type == "transaction":
                 trace = event["contexts"]["trace"]
                 status = trace.get("data", {}).get("http.response.status_code", event.get("tags", {}))
