@@ -280,7 +280,7 @@ async def logs_bodies(request: Request, call_next: RequestResponseEndpoint) -> R
 
 async def short_work(request: Request) -> str:
     await request.body()
-    await anyio.sleep(0.1)
+    await (anyio.sleep_forever() if "endless" in request.query_params else anyio.sleep(0.1))
     return "done"
 
 
@@ -321,7 +321,7 @@ async def test_neither_if_ours_stands_outside(middleware: type[RepeatsDisconnect
 
 async def left(app: ASGIApp) -> Call:
     """A request whose client leaves when its body has been read."""
-    async with running(app, method="POST", content=b"body") as call:
+    async with running(app, "/?endless=1", method="POST", content=b"body") as call:
         await call.running()
         await call.listened_to()
         await call.hang_up()

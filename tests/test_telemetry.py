@@ -411,6 +411,7 @@ async def test_operations_that_run(kept: Kept) -> None:
                 assert {kind: now[kind] - before[kind] for kind in now} == {
                     "request": 1,
                     "websocket": 1,
+                    "detached": 0,
                     "background": 1,
                     "tracked": 1,
                 }

@@ -9,8 +9,6 @@ import anyio
 import pytest
 from fastapi import Depends, FastAPI, WebSocket
 from fastapi.responses import StreamingResponse
-from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
-from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import SpanKind, StatusCode
 
@@ -29,6 +27,9 @@ from cancelable_deps.operations import Operations, RequestOperations
 from cancelable_deps.testing import CancelableClient
 from tests.calls import CEILING, connected, get, hang_up
 from tests.test_telemetry import Kept
+
+OpenTelemetryMiddleware: Any = pytest.importorskip("opentelemetry.instrumentation.asgi").OpenTelemetryMiddleware
+FastAPIInstrumentor: Any = pytest.importorskip("opentelemetry.instrumentation.fastapi").FastAPIInstrumentor
 
 pytestmark = pytest.mark.anyio
 
