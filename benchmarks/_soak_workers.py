@@ -31,6 +31,7 @@ COMPLAINT = re.compile(r"Traceback|never retrieved|was never awaited|ERROR")
 PATHS = ("work", "work", "work", "timed", "owned", "error", "latest", "latest", "few", "jobs", "detached", "cancel")
 EXPECTED = {200, 409, 418, 499, 503, 504}
 PATIENCE = 30.0
+FORGOTTEN = ("old requests", "ids", "jobs", "ended", "early cancels", "seen entries", "lasting entries")
 # As in `benchmarks.soak`: what an allocator keeps, once, and what each request may leave.
 MEMORY_SLACK = 12 * 1024 * 1024
 
@@ -158,8 +159,7 @@ def _quiet(workers: Workers, server: RedisServer) -> tuple[dict[int, dict[str, A
     while True:
         held, keys = workers.held(), _redis(server)
         sizes = [worker["sizes"] for worker in held.values()]
-        # The last entries are forgotten when new ones come: each question about the sizes brings some.
-        if all(each["jobs"] + each["old requests"] + each["ids"] + each["ended"] == 0 for each in sizes):
+        if not any(each[name] for each in sizes for name in FORGOTTEN):
             return held, keys
         if time.monotonic() > until:
             return held, keys

@@ -409,7 +409,12 @@ async def test_several_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_observability(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    caplog.handler.addFilter(operation_id_filter())
+    # The handler is that of all tests of this process.
+    with caplog.filtering(operation_id_filter()):
+        await _observed(caplog)
+
+
+async def _observed(caplog: pytest.LogCaptureFixture) -> None:
     async with CancelableClient(observability.app, ceiling=CEILING) as client:
         async with client.start("GET", "/reports/7") as call:
             await call.running()

@@ -259,6 +259,7 @@ async def test_an_outage_of_several_leases_costs_nothing(
             await until(lambda: is_cancelled(a, "other"), "the other worker is reached again")
             await until(lambda: is_cancelled(a, "held"), "the other worker is reached again")
             await until(lambda: is_in(a, waiting.id, OperationState.RUNNING), "the one that waited has its turn")
+            await until(lambda: logged(caplog, "can be reached again"), "the next sign of life")
         assert "given up" not in caplog.text + "".join(b.log)
     assert levels(caplog) == {"WARNING": 1, "INFO": 1}
 

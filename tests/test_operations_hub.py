@@ -235,16 +235,3 @@ async def test_an_id_whose_record_is_lost_names_the_work_that_runs() -> None:
         hub.lose_everything()
         # Not once more, either: a client that repeats its request wants one report.
         assert (await a.start(endless, id="chosen", owner="me")).state is OperationState.CANCELLED
-
-
-@movable_clock
-async def test_a_worker_that_has_never_reached_the_store_does_not_say_that_it_is_alone() -> None:
-    async with workers(1) as (hub, (a,)):
-        hub.cut(a)
-        await advance(6)
-        for call in (a.list, a.workers):
-            with pytest.raises(OperationsUnavailable):
-                await call()
-        hub.resume(a)
-        await advance(6)
-        assert (await a.list()).total == 0

@@ -106,7 +106,7 @@ def test_what_has_happened_is_there(server: Server) -> None:
     active = {
         names[0][1]: value for (name, names), value in found.items() if name == "cancelable_deps_operations_active"
     }
-    assert active == {"request": 0, "websocket": 0, "background": 0, "tracked": 0}
+    assert active == {"request": 0, "websocket": 0, "background": 0, "detached": 0, "tracked": 0}
 
 
 def queries(dashboard: Any) -> Iterator[str]:

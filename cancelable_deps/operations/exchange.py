@@ -127,11 +127,6 @@ class Exchange:
         """The other workers that are alive."""
         return [name for name in self.alive if name != self.identity.name]
 
-    @property
-    def is_away(self) -> bool:
-        """Whether the last sign of life has failed."""
-        return self._missed > 0
-
     async def run(self, tasks: TaskGroup) -> None:
         """Start reading, answering and giving signs of life; they end when ``tasks`` is cancelled."""
         self._tasks = tasks
@@ -197,9 +192,6 @@ class Exchange:
             if to is None:
                 if asked or kind in LASTING:
                     await self.broadcast(kind, data, id)
-                elif self.is_away:
-                    # Nobody knows who else there is.
-                    raise Unavailable
             else:
                 for worker in to:
                     if not await self.send(worker, kind, data, id):

@@ -55,7 +55,7 @@ class Listing:
         """Return what runs in all workers, the oldest first."""
         items, total = await self._here(conditions, limit)
         unreachable: list[str] = []
-        if self._exchange.others or self._exchange.is_away:
+        if self._exchange.others:
             data = {"conditions": conditions.as_data(), "limit": limit}
             answers = await self._exchange.ask("list", data, to=None, timeout=timeout)
             unreachable = answers.silent
