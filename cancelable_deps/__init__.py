@@ -14,6 +14,7 @@
 #     asyncio_scopes trio_scopes unwinding known                  polite cancellation in their scopes,
 #     public_scopes public_asyncio public_trio)                   and the same by public API alone
 #   settings events options log foreign unwrap members sweep      tools
+#   registry                                                      what all that runs in a loop has in common
 # hosts/      facts about other software that it does not promise
 #   starlette fastapi route_handlers frames                       the frameworks
 #   servers serving signals debugger                              their surroundings

@@ -13,6 +13,7 @@ from .foreign import ThisTask, as_failure
 from .log import logger
 from .loops.current import current_loop, runs_in_this_thread
 from .reasons import CancelationReason
+from .registry import Registry
 from .remaining import leave_hidden
 from .shields import leave_shields
 from .unwrap import copied
@@ -37,17 +38,15 @@ class DetachedObserver(Protocol):
         """Note that ``work`` has left `AllDetached.running`."""
 
 
-class AllDetached:
+class AllDetached(Registry[DetachedObserver]):
     """The detached work of one event loop.
 
     :ivar running: what has not ended, in the order of its start.
-    :ivar observers: the objects that are told of it, such as the shutdown.
     """
 
     def __init__(self) -> None:
         self.running: dict[Detached[Any], None] = {}
-        self.observers: tuple[DetachedObserver, ...] = ()
-        self._empty: anyio.Event | None = None
+        super().__init__(self.running)
 
     def add(self, work: Detached[Any]) -> None:
         """Add work that begins."""
@@ -60,15 +59,7 @@ class AllDetached:
         self.running.pop(work, None)
         for observer in self.observers:
             observer.work_ended(work)
-        if self._empty is not None and not self.running:
-            self._empty.set()
-
-    async def wait_empty(self) -> None:
-        """Wait until all of it has ended."""
-        while self.running:
-            if self._empty is None or self._empty.is_set():
-                self._empty = anyio.Event()
-            await self._empty.wait()
+        self.note_removal()
 
 
 def all_detached(loop: EventLoop) -> AllDetached:

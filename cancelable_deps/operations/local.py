@@ -63,14 +63,14 @@ class Local:
 
     def open(self) -> None:
         """Begin to observe the requests of the loop."""
-        self._in_flight.observers += (self,)
-        self._all_detached.observers += (self,)
+        self._in_flight.observe(self)
+        self._all_detached.observe(self)
         self.loop.extras.setdefault(_OPEN, []).append(self)
 
     def close(self) -> None:
         """Observe nothing any more."""
-        self._in_flight.observers = tuple(each for each in self._in_flight.observers if each is not self)
-        self._all_detached.observers = tuple(each for each in self._all_detached.observers if each is not self)
+        self._in_flight.unobserve(self)
+        self._all_detached.unobserve(self)
         self.loop.extras[_OPEN].remove(self)
 
     def has(self, scope: Scope) -> bool:
@@ -113,7 +113,7 @@ class Local:
     def work_began(self, work: Detached[Any]) -> None:
         """Note work that a request of these operations has detached; work of no request belongs to the first."""
         request: RequestState | None = work.origin
-        is_own = self.loop.extras[_OPEN][0] is self if request is None else self.has(request.scope)
+        is_own = open_in(self.loop)[0] is self if request is None else self.has(request.scope)
         if not is_own:
             return
         running = self._detached[work] = RunningBlock(self, work.cancelable, "detached")

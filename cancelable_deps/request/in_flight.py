@@ -6,9 +6,8 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, Final, Protocol
 from weakref import WeakSet
 
-import anyio
-
 from ..kernel.log import logger
+from ..kernel.registry import Registry
 from ..kernel.settings import settings
 from ..kernel.sweep import sweep_of
 
@@ -39,7 +38,7 @@ class Observer(Protocol):
         """Note that ``request`` has left `InFlight.requests`, or has ended before with an ``operation`` of its own."""
 
 
-class InFlight:
+class InFlight(Registry[Observer]):
     """The requests in flight of one event loop.
 
     Most are over before they are ``listen_after`` seconds old, and cost two changes of a dictionary.
@@ -47,16 +46,14 @@ class InFlight:
     :ivar young: the requests that are younger, in the order of their arrival. A request is added by
         `add_young`, and removes itself.
     :ivar requests: the states of the older ones, until they and their background work have ended.
-    :ivar observers: the objects that are told of each request that joins `requests`, such as the shutdown.
     """
 
     def __init__(self, loop: EventLoop) -> None:
         self.young: dict[Young, None] = {}
         self.requests: dict[Any, None] = {}
-        self.observers: tuple[Observer, ...] = ()
+        super().__init__(self.requests)
         self.is_looked_after = False
         self.loop = loop
-        self._empty: anyio.Event | None = None
         settings.observers.add(self)
 
     def settings_changed(self) -> None:
@@ -100,21 +97,12 @@ class InFlight:
         """Remove a request that has ended, and tell the observers."""
         self.requests.pop(request, None)
         self.tell_end(request)
-        if self._empty is not None and not self.requests:
-            self._empty.set()
+        self.note_removal()
 
     def tell_end(self, request: Any) -> None:
         """Tell the observers that ``request`` has ended."""
         for observer in self.observers:
             observer.request_ended(request)
-
-    async def wait_empty(self) -> None:
-        """Wait until no old request is left."""
-        while self.requests:
-            # Several applications of one loop may wait here.
-            if self._empty is None or self._empty.is_set():
-                self._empty = anyio.Event()
-            await self._empty.wait()
 
 
 def _grow_old(request: Young) -> None:

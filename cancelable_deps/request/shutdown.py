@@ -49,9 +49,9 @@ class Shutdown:
     def __init__(self, loop: EventLoop) -> None:
         self.token = CancelationToken()
         self.in_flight = in_flight_of(loop)
-        self.in_flight.observers += (self,)
+        self.in_flight.observe(self)
         self.detached = all_detached(loop)
-        self.detached.observers += (self,)
+        self.detached.observe(self)
         self._loop = loop
         self._graces: list[Graces] = []
         self.token.listen(self)
@@ -78,8 +78,8 @@ class Shutdown:
 
     def forget(self) -> None:
         """Observe the requests of the loop no more."""
-        self.in_flight.observers = tuple(other for other in self.in_flight.observers if other is not self)
-        self.detached.observers = tuple(other for other in self.detached.observers if other is not self)
+        self.in_flight.unobserve(self)
+        self.detached.unobserve(self)
 
     @property
     def requests(self) -> dict[Any, None]:
