@@ -8,15 +8,11 @@ for what they still hold.
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import re
-import socket
-import subprocess
-import sys
 import time
 from collections import Counter
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +20,9 @@ from typing import Any
 import httpx
 import redis
 
+from benchmarks._server import ServerProcess, free_port
 from tests.redis_server import RedisServer, redis_server
 
-ROOT = Path(__file__).parents[1]
 COMPLAINT = re.compile(r"Traceback|never retrieved|was never awaited|ERROR")
 PATHS = ("work", "work", "work", "timed", "owned", "error", "latest", "latest", "few", "jobs", "detached", "cancel")
 EXPECTED = {200, 409, 418, 499, 503, 504}
@@ -51,20 +47,17 @@ class Load:
         return self.sent >= self.goal or time.monotonic() >= self.until
 
 
-class Workers:
+class Workers(ServerProcess):
     """A uvicorn with several workers."""
 
+    patience = PATIENCE
+
     def __init__(self, count: int, redis_url: str, log: Path) -> None:
-        with closing(socket.create_server(("127.0.0.1", 0))) as probe:
-            self.port: int = probe.getsockname()[1]
+        port = free_port()
+        command = ["uvicorn", "benchmarks._soak_workers_app:app", "--no-access-log"]
+        command += ["--workers", str(count), "--port", str(port), "--timeout-keep-alive", "1"]
+        super().__init__(port, command, log, REDIS_URL=redis_url)
         self.count = count
-        self._log = log
-        command = [sys.executable, "-m", "uvicorn", "benchmarks._soak_workers_app:app", "--no-access-log"]
-        command += ["--workers", str(count), "--port", str(self.port), "--timeout-keep-alive", "1"]
-        with log.open("wb") as output:
-            self._process = subprocess.Popen(
-                command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "REDIS_URL": redis_url}
-            )
         self.held()
 
     def held(self) -> dict[int, dict[str, Any]]:
@@ -82,14 +75,6 @@ class Workers:
 
     def complaints(self) -> list[str]:
         return [line for line in self._log.read_text(errors="replace").splitlines() if COMPLAINT.search(line)]
-
-    def stop(self) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
 
 
 class Client:

@@ -16,14 +16,13 @@ import random
 import re
 import socket
 import struct
-import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,8 @@ from typing import Any
 import psutil
 
 from benchmarks import _soak_workers
+from benchmarks._server import PATIENCE, ServerProcess, free_port
 
-ROOT = Path(__file__).parents[1]
 COMMANDS = {
     "uvicorn": "uvicorn --port {port} --no-access-log --http h11 --timeout-keep-alive 1",
     "uvicorn-httptools": "uvicorn --port {port} --no-access-log --http httptools --timeout-keep-alive 1",
@@ -42,7 +41,6 @@ COMMANDS = {
 }
 DOORS = ("route", "decorator", "timed", "middleware")
 HANDLES = ("handle", "group", "event")
-PATIENCE = 20.0
 # Memory that an allocator keeps, and that grows once, with the first requests of each kind.
 MEMORY_SLACK = 12 * 1024 * 1024
 BYTES_PER_REQUEST = 256
@@ -171,16 +169,12 @@ class Client:
         return status, body
 
 
-class Server:
-    """A server in a process of its own."""
+class Server(ServerProcess):
+    """A server of the application of this benchmark."""
 
     def __init__(self, name: str, log: Path) -> None:
-        with closing(socket.create_server(("127.0.0.1", 0))) as probe:
-            self.port: int = probe.getsockname()[1]
-        command = [sys.executable, "-m", *COMMANDS[name].format(port=self.port).split(), "benchmarks._soak_app:app"]
-        self._log = log
-        with log.open("wb") as output:
-            self._process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        port = free_port()
+        super().__init__(port, [*COMMANDS[name].format(port=port).split(), "benchmarks._soak_app:app"], log)
         self._wait()
 
     def _wait(self) -> None:
@@ -222,14 +216,6 @@ class Server:
 
     def complaints(self) -> int:
         return len(COMPLAINT.findall(self._log.read_text(errors="replace")))
-
-    def stop(self) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
 
 
 def unequal(counts: dict[str, int]) -> list[str]:
