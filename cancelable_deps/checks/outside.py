@@ -120,7 +120,9 @@ def _shutdown(
 def _workers(app: Starlette | None, places: Sequence[Place], around: Surroundings) -> Iterator[Finding]:
     server = around.server
     workers = around.workers if around.workers is not None or server is None else server.workers
-    in_memory = [each for each in operations_of(app, places, around) if not getattr(each.backend, "shares", True)]
+    in_memory = [
+        each for each in operations_of(app, places, around.lifespans) if not getattr(each.backend, "shares", True)
+    ]
     if workers is not None and workers > 1 and in_memory:
         yield found(
             "memory-with-workers",
@@ -131,13 +133,14 @@ def _workers(app: Starlette | None, places: Sequence[Place], around: Surrounding
         )
 
 
-def operations_of(app: Starlette | None, places: Sequence[Place], around: Surroundings) -> list[Any]:
-    """Return the `Operations` of an application, as far as they can be found."""
+def operations_of(app: Starlette | None, places: Sequence[Place], lifespans: Sequence[Any]) -> list[Any]:
+    """Return the `Operations` of an application, as far as they can be found.
+
+    :param lifespans: what `lifespans_of` has found.
+    """
     given = [operations_of_middleware(place.ours) for place in places if place.ours is not None]
     named = [] if app is None else _opened_by(app)
-    operations = [
-        each for each in (*around.lifespans, *given, *named) if not (each is None or isinstance(each, Graces))
-    ]
+    operations = [each for each in (*lifespans, *given, *named) if not (each is None or isinstance(each, Graces))]
     return list({id(each): each for each in operations}.values())
 
 
@@ -184,7 +187,7 @@ def _lifespans(app: Starlette | None, places: Sequence[Place], around: Surroundi
     handlers = [place for place in places if place.handler is not None]
     is_used = any(place.is_covered or (place.handler is not None and place.handler.has_handle) for place in places)
     # Operations hear of the shutdown, too, for their background work.
-    if around.graces and handlers and not is_used and not operations_of(app, places, around):
+    if around.graces and handlers and not is_used and not operations_of(app, places, around.lifespans):
         yield found(
             "nothing-covered",
             "cancelation_lifespan",
@@ -214,9 +217,10 @@ def _lifespans(app: Starlette | None, places: Sequence[Place], around: Surroundi
             )
 
 
-def lifespans_of(app: Starlette) -> tuple[Any, ...]:
+def lifespans_of(app: Starlette | None) -> tuple[Any, ...]:
     """Return the `Graces` and `Operations` that the lifespans of ours in that of an application stand for."""
-    marks = [vars(each)[name] for each in _functions_of(app) for name in _MARKS if name in vars(each)]
+    functions = [] if app is None else _functions_of(app)
+    marks = [vars(each)[name] for each in functions for name in _MARKS if name in vars(each)]
     return tuple({id(each): each for each in marks}.values())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from ..hosts.serving import running_server
@@ -49,12 +48,8 @@ def check_stack(
         raise ValueError(f"workers must be 1 or more, not {workers}")
     grace = None if server_grace is None else seconds(server_grace, "server_grace")
     application, places = application_in(app), places_in(app)
-    around = Surroundings(
-        lifespans=() if application is None else lifespans_of(application),
-        server=running_server() if runs_in_this_thread() else None,
-        server_grace=grace,
-        workers=workers,
-    )
+    server = running_server() if runs_in_this_thread() else None
+    around = Surroundings(lifespans_of(application), server, grace, workers)
     findings = [*check_around(places), *check_inside(places), *check_outside(application, places, around)]
     return in_order(findings)
 
@@ -62,8 +57,7 @@ def check_stack(
 def backends_of(app: Any) -> list[Any]:
     """Return the stores of the operations of an application, as far as they can be found."""
     application, places = application_in(app), places_in(app)
-    around = Surroundings(() if application is None else lifespans_of(application), None, math.inf, None)
-    found = (operations.backend for operations in operations_of(application, places, around))
+    found = (operations.backend for operations in operations_of(application, places, lifespans_of(application)))
     return list({id(backend): backend for backend in found}.values())
 
 
