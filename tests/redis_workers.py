@@ -15,7 +15,7 @@ import pytest
 from anyio.abc import Process
 
 from cancelable_deps import Cancelable
-from cancelable_deps.operations import Operations, OperationsUnavailable, RedisBackend
+from cancelable_deps.operations import Operations, OperationState, OperationsUnavailable, RedisBackend
 
 from .stores import until
 
@@ -163,6 +163,19 @@ async def cancelled_or_none(operations: Operations, id: str) -> str | None:
     except OperationsUnavailable:
         return None
     return outcome if outcome not in ("sent", "stopping") else None
+
+
+async def is_cancelled(operations: Operations, id: str) -> bool:
+    return await cancelled_or_none(operations, id) == "cancelled"
+
+
+async def is_in(operations: Operations, id: str, state: OperationState) -> bool:
+    """Whether an operation is known to be in a state."""
+    try:
+        found = await operations.get(id)
+    except OperationsUnavailable:
+        return False
+    return found is not None and found.state is state
 
 
 async def know_each_other(*all_of_them: Operations) -> None:

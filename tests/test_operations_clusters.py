@@ -17,8 +17,8 @@ from .redis_workers import (
     MARKS,
     Work,
     WorkerProcess,
-    cancelled_or_none,
     forever,
+    is_cancelled,
     know_each_other,
     none_is_lost,
     worker_process,
@@ -45,10 +45,6 @@ def cluster() -> Iterator[list[RedisServer]]:
 def sentinels() -> Iterator[Sentinels]:
     with redis_sentinels() as sentinels:
         yield sentinels
-
-
-async def is_cancelled(operations: Operations, id: str) -> bool:
-    return await cancelled_or_none(operations, id) == "cancelled"
 
 
 @asynccontextmanager

@@ -22,6 +22,8 @@ from .redis_workers import (
     WorkerProcess,
     cancelled_or_none,
     forever,
+    is_cancelled,
+    is_in,
     know_each_other,
     none_is_lost,
     opened,
@@ -147,10 +149,6 @@ async def test_a_redis_that_is_stopped_for_six_seconds_costs_nothing(
     assert "given up" not in caplog.text + "".join(b.log)
 
 
-async def is_cancelled(operations: Operations, id: str) -> bool:
-    return await cancelled_or_none(operations, id) == "cancelled"
-
-
 async def test_calls_that_redis_holds_up_are_unavailable_and_nobody_is_given_up(own_redis: RedisServer) -> None:
     async with opened(own_redis.url, 2, lease=2) as [a, b]:
         await know_each_other(a, b)
@@ -262,11 +260,3 @@ async def test_an_outage_of_several_leases_costs_nothing(
             await until(lambda: logged(caplog, "can be reached again"), "the next sign of life")
         assert "given up" not in caplog.text + "".join(b.log)
     assert levels(caplog) == {"WARNING": 1, "INFO": 1}
-
-
-async def is_in(operations: Operations, id: str, state: OperationState) -> bool:
-    try:
-        found = await operations.get(id)
-    except OperationsUnavailable:
-        return False
-    return found is not None and found.state is state

@@ -11,7 +11,7 @@ import pytest
 from cancelable_deps import Cancelable, CancelationError
 from cancelable_deps.operations import Operations, OperationState, OperationsUnavailable
 
-from .redis_workers import MARKS, cancelled_or_none, forever, know_each_other
+from .redis_workers import MARKS, forever, is_cancelled, is_in, know_each_other
 from .stores import Store, kinds, until
 
 pytest_plugins = ["tests.redis_fixtures"]
@@ -35,18 +35,6 @@ async def opened(store: Store, count: int = 2) -> AsyncIterator[list[Operations]
         workers = [await stack.enter_async_context(store.operations()) for _ in range(count)]
         await know_each_other(*workers)
         yield workers
-
-
-async def is_in(operations: Operations, id: str, state: OperationState) -> bool:
-    try:
-        found = await operations.get(id)
-    except OperationsUnavailable:
-        return False
-    return found is not None and found.state is state
-
-
-async def is_cancelled(operations: Operations, id: str) -> bool:
-    return await cancelled_or_none(operations, id) == "cancelled"
 
 
 @asynccontextmanager

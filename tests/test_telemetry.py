@@ -6,7 +6,7 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -80,14 +80,21 @@ class Kept:
         return sorted(found, key=str)
 
 
-@pytest.fixture
-def kept() -> Iterator[Kept]:
+@contextmanager
+def keeping() -> Iterator[Kept]:
+    """Keep what the telemetry tells."""
     kept = Kept()
     configure(on_event=CancelationTelemetry(tracer_provider=kept.tracers, meter_provider=kept.meters))
     yield kept
     configure(on_event=())
     kept.tracers.shutdown()
     kept.meters.shutdown()
+
+
+@pytest.fixture
+def kept() -> Iterator[Kept]:
+    with keeping() as kept:
+        yield kept
 
 
 class Traced:

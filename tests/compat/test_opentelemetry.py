@@ -19,14 +19,12 @@ from cancelable_deps import (
     begin_shutdown,
     cancelable_with_timeout,
     cancelation_lifespan,
-    configure,
     with_cancelation,
 )
-from cancelable_deps.observability import CancelationTelemetry
 from cancelable_deps.operations import Operations, RequestOperations
 from cancelable_deps.testing import CancelableClient
 from tests.calls import CEILING, connected, get, hang_up
-from tests.test_telemetry import Kept
+from tests.test_telemetry import Kept, keeping
 
 OpenTelemetryMiddleware: Any = pytest.importorskip("opentelemetry.instrumentation.asgi").OpenTelemetryMiddleware
 FastAPIInstrumentor: Any = pytest.importorskip("opentelemetry.instrumentation.fastapi").FastAPIInstrumentor
@@ -40,12 +38,8 @@ DOORS = ("middleware", "route class", "decorator", "handle", "middleware and dec
 
 @pytest.fixture
 def kept() -> Iterator[Kept]:
-    kept = Kept()
-    configure(on_event=CancelationTelemetry(tracer_provider=kept.tracers, meter_provider=kept.meters))
-    yield kept
-    configure(on_event=())
-    kept.tracers.shutdown()
-    kept.meters.shutdown()
+    with keeping() as kept:
+        yield kept
 
 
 class Site:
