@@ -44,7 +44,7 @@
 #     accepted stoppable report
 #   worker exchange outbox entries                                one worker, and what workers tell each other
 #   backend memory memory_keys                                    the store that they share
-#   redis/(store scripts layout graves choice client              the same in Redis,
+#   redis/(store scripts layout graves choice client batches      the same in Redis,
 #     redis_py core_redis held_client)                            by either client library
 # observability/ what an operator sees
 #   telemetry metrics spans gauges                                metrics and spans of OpenTelemetry

@@ -1,4 +1,6 @@
-"""The client libraries of the store: calls and reads that are interrupted, and connections that break or fall silent."""
+"""The client libraries of the store: calls and reads that are interrupted, calls that are sent together, and connections
+that break or fall silent.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ import redis.asyncio
 
 from cancelable_deps.operations import Operations, RedisBackend
 from cancelable_deps.operations.backend import Unavailable
-from cancelable_deps.operations.redis.client import Client, Script
+from cancelable_deps.operations.redis.batches import Batches
+from cancelable_deps.operations.redis.client import Call, Client, Script
 from cancelable_deps.operations.redis.core_redis import CoredisClient
 from cancelable_deps.operations.redis.redis_py import RedisPyClient
 
@@ -32,6 +35,8 @@ MANY = 80
 """More than coredis has places in a pool."""
 
 ECHO = Script.of("return ARGV[1]")
+SET = Script.of("return redis.call('SET', KEYS[1], ARGV[1])")
+FAIL = Script.of("return redis.error_reply('ERR this one fails')")
 ADD = Script.of("return redis.call('XADD', KEYS[1], '*', 'd', ARGV[1])")
 
 
@@ -162,6 +167,132 @@ async def test_calls_while_the_server_hangs_cost_nothing(
                 tasks.start_soon(echoes, client)
         proxy.resume()
         await until(lambda: echoes(client), "calls are answered")
+
+
+@asynccontextmanager
+async def batches_of(kind: str, proxy: Proxy, *, of_application: bool) -> AsyncIterator[Batches]:
+    async with opened(kind, proxy, of_application=of_application) as client:
+        batches = Batches(client)
+        async with batches.opened():
+            yield batches
+
+
+async def all_of(batches: Batches, calls: list[Call]) -> list[Any]:
+    """Make calls at the same time, and return their results in order; of one that fails the error."""
+    results: list[Any] = [None] * len(calls)
+
+    async def make(number: int) -> None:
+        try:
+            results[number] = await batches.run(calls[number])
+        except Unavailable as exc:
+            results[number] = exc
+
+    async with anyio.create_task_group() as tasks:
+        for number in range(len(calls)):
+            tasks.start_soon(make, number)
+    return results
+
+
+def echo(number: int) -> Call:
+    return Call(ECHO, [], [str(number)])
+
+
+async def test_calls_at_the_same_time_share_few_connections(
+    kind: str, of_application: bool, own_redis: RedisServer, proxy: Proxy
+) -> None:
+    async with batches_of(kind, proxy, of_application=of_application) as batches:
+        assert await all_of(batches, [echo(number) for number in range(250)]) == [b"%d" % n for n in range(250)]
+        proxy.pause()
+        async with anyio.create_task_group() as tasks:
+            for number in range(50):
+                tasks.start_soon(all_of, batches, [echo(number)])
+                await anyio.wait_all_tasks_blocked()
+            proxy.resume()
+        await until(lambda: is_answered(batches), "calls are answered")
+        connected = own_redis.command("INFO", "clients").decode().partition("connected_clients:")[2]
+        # Four batches, and this question.
+        assert int(connected.split()[0]) <= 5
+
+
+async def test_a_call_that_fails_is_alone_with_it(
+    kind: str, of_application: bool, own_redis: RedisServer, proxy: Proxy
+) -> None:
+    async with batches_of(kind, proxy, of_application=of_application) as batches:
+        for _ in range(2):
+            results = await all_of(batches, [echo(0), Call(FAIL, [], []), echo(2), Call(FAIL, [], []), echo(4)])
+            assert results[::2] == [b"0", b"2", b"4"]
+            assert all(isinstance(each, Unavailable) and "this one fails" in str(each) for each in results[1::2])
+            assert results[1] is not results[3]
+            # As after a restart: it knows none of the scripts.
+            own_redis.command("SCRIPT", "FLUSH")
+
+
+async def test_callers_that_are_cancelled_take_nothing_along(kind: str, of_application: bool, proxy: Proxy) -> None:
+    async with batches_of(kind, proxy, of_application=of_application) as batches:
+        answers: dict[int, bytes] = {}
+        scopes = [anyio.CancelScope() for _ in range(MANY)]
+
+        async def make(number: int) -> None:
+            with scopes[number]:
+                answers[number] = await batches.run(echo(number))
+
+        proxy.delay = 0.02
+        async with anyio.create_task_group() as tasks:
+            for number in range(MANY):
+                tasks.start_soon(make, number)
+                if number % 7 == 0:
+                    # Some have been sent by then.
+                    await anyio.sleep(0.001)
+                    for scope in scopes[:number:2]:
+                        scope.cancel()
+        assert answers.keys() >= set(range(1, MANY, 2))
+        assert answers == {number: b"%d" % number for number in answers}
+
+
+async def test_a_call_whose_caller_left_before_it_was_sent_is_not_sent(
+    kind: str, of_application: bool, own_redis: RedisServer, proxy: Proxy
+) -> None:
+    async with batches_of(kind, proxy, of_application=of_application) as batches:
+        await batches.run(echo(0))
+        proxy.pause()
+        async with anyio.create_task_group() as tasks:
+            for number in range(4):
+                # All that may be under way are.
+                tasks.start_soon(all_of, batches, [echo(number)])
+                await anyio.wait_all_tasks_blocked()
+            with anyio.move_on_after(0.001):
+                await batches.run(Call(SET, ["late"], ["1"]))
+            proxy.resume()
+        await until(lambda: is_answered(batches), "calls are answered")
+        assert own_redis.command("EXISTS", "late") == b":0\r\n"
+
+
+async def is_answered(batches: Batches) -> bool:
+    return await all_of(batches, [echo(1)]) == [b"1"]
+
+
+async def test_calls_of_a_server_that_is_silent_fail_within_seconds(
+    kind: str, of_application: bool, proxy: Proxy
+) -> None:
+    async with batches_of(kind, proxy, of_application=of_application) as batches:
+        await batches.run(echo(0))
+        proxy.pause()
+        with anyio.fail_after(scaled(CEILING)):
+            results = await all_of(batches, [echo(number) for number in range(MANY)])
+        assert all(isinstance(each, Unavailable) for each in results)
+        proxy.resume()
+        await until(lambda: is_answered(batches), "calls are answered")
+
+
+async def test_no_call_is_made_before_and_after(kind: str, own_redis: RedisServer, proxy: Proxy) -> None:
+    async with opened(kind, proxy, of_application=False) as client:
+        batches = Batches(client)
+        with pytest.raises(Unavailable, match="not open"):
+            await batches.run(echo(1))
+        async with batches.opened():
+            assert await batches.run(echo(1)) == b"1"
+        with pytest.raises(Unavailable, match="not open"):
+            await batches.run(echo(1))
 
 
 @pytest.mark.parametrize("kind", ["redis-py", "coredis-asyncio", "coredis-trio"])

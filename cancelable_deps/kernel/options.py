@@ -6,7 +6,8 @@ import inspect
 import math
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -107,12 +108,19 @@ class NotADependency:
         return _refused(constructor.replace(parameters=without_self), self._advice)
 
 
+_COUNTS: Final[WeakKeyDictionary[Any, set[int]]] = WeakKeyDictionary()
+"""The numbers of arguments that functions were found to take: to look takes longer than to start them."""
+
+
 def checked_work(work: Any, count: int) -> Callable[..., Awaitable[Any]]:
     """Return work that can be started.
 
     :raises TypeError: if it cannot.
     """
     what: Any = work
+    is_function = inspect.isfunction(work)
+    if is_function and count in _COUNTS.get(work, ()):
+        return cast("Callable[..., Awaitable[Any]]", work)
     while isinstance(what, partial):
         what = what.func
     if not callable(what) or inspect.isgeneratorfunction(what) or inspect.isasyncgenfunction(what):
@@ -129,8 +137,9 @@ def checked_work(work: Any, count: int) -> Callable[..., Awaitable[Any]]:
         raise TypeError(f"work is called with the Cancelable and the {count} arguments given here: {exc}") from None
     except ValueError:
         pass  # Some functions that are written in C have no signature.
-    typed: Callable[..., Awaitable[Any]] = work
-    return typed
+    if is_function:
+        _COUNTS.setdefault(work, set()).add(count)
+    return cast("Callable[..., Awaitable[Any]]", work)
 
 
 def name_of_work(work: Any) -> str:

@@ -98,9 +98,16 @@ class Background:
                 async for job in self._receiver:
                     tasks.start_soon(self._run, job)
                     del job
+                    self._begin_all(tasks)
             finally:
                 with anyio.CancelScope(shield=True):
                     await self._end_unbegun()
+
+    def _begin_all(self, tasks: TaskGroup) -> None:
+        # One for each turn of the event loop would be too few for a burst, which would wait.
+        with suppress(anyio.WouldBlock):
+            while True:
+                tasks.start_soon(self._run, self._receiver.receive_nowait())
 
     async def _end_unbegun(self) -> None:
         """End the work that was handed over and has not begun, so that its record says so."""

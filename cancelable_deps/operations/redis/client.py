@@ -35,8 +35,19 @@ class Script(NamedTuple):
         return cls(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
+class Call(NamedTuple):
+    """A script with its arguments."""
+
+    script: Script
+    keys: Sequence[str]
+    args: Sequence[str | bytes | int]
+
+
 class Client(Protocol):
     """A client library, as far as the store uses it. Calls raise `Unavailable` when they fail."""
+
+    can_pipeline: bool
+    """Whether `scripts` may be used; clients of a cluster send commands one by one."""
 
     longest_block: float | None
     """The seconds that a read may wait, if the client's own timeout allows no more."""
@@ -47,6 +58,10 @@ class Client(Protocol):
 
     async def script(self, script: Script, keys: Sequence[str], args: Sequence[str | bytes | int]) -> Any:
         """Run a script, and return what it returns."""
+        ...
+
+    async def scripts(self, calls: Sequence[Call]) -> list[Any]:
+        """Run scripts in this order, on one connection; return the result or the `Unavailable` of each."""
         ...
 
     async def xread(self, streams: Mapping[str, str], block: int) -> StreamEntries:
@@ -90,11 +105,32 @@ class Failures:
             self._log(exc)
             raise Unavailable(f"{type(exc).__name__}: {exc}") from exc
 
+    def result_or_failure(self, result: Any) -> Any:
+        """Return a result of a pipeline as it is, and an error in its place as `Unavailable`.
+
+        :raises Exception: one that is not the library's, or says that a script is unknown.
+        """
+        if isinstance(result, Exception):
+            try:
+                with self.translated():
+                    raise result
+            except Unavailable as exc:
+                return exc
+        return result
+
     def _log(self, exc: Exception) -> None:
         name = type(exc).__name__
         if isinstance(exc, self._answered) and name not in _PASSING and name not in self._logged:
             self._logged.add(name)
             logger.warning("the store of operations refuses a call: %s: %.300s", name, exc)
+
+
+async def script_or_failure(client: Client, call: Call) -> Any:
+    """Run a script, and return what it returns, or the `Unavailable` that it raises."""
+    try:
+        return await client.script(*call)
+    except Unavailable as exc:
+        return exc
 
 
 def entries_of(reply: Any) -> StreamEntries:

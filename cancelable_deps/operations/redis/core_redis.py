@@ -12,13 +12,13 @@ from coredis import exceptions
 from coredis.pool import ClusterConnectionPool, ConnectionPool, SentinelConnectionPool
 from coredis.retry import NoRetryPolicy
 
-from .client import CONNECT_SECONDS, MOST_AT_ONCE, Failures, Script, entries_of
+from .client import CONNECT_SECONDS, MOST_AT_ONCE, Failures, Script, entries_of, script_or_failure
 from .held_client import HeldClient
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
-    from .client import StreamEntries
+    from .client import Call, StreamEntries
 
 _CALL_SECONDS: Final = 2.0
 """More than the exchange waits for a call, which is to give up first."""
@@ -39,6 +39,8 @@ class CoredisClient:
         self._caller: HeldClient | None = None
         self._reader: HeldClient | None = None
         self.longest_block: float | None = None
+        # The pipelines of a cluster are another matter.
+        self.can_pipeline = not isinstance(own, coredis.RedisCluster)
         self._failures = Failures(
             exceptions.RedisError,
             anyio.ClosedResourceError,
@@ -69,6 +71,17 @@ class CoredisClient:
                 return await caller.call("evalsha", script.sha, keys, args)
             except exceptions.NoScriptError:
                 return await caller.call("eval", script.text, keys, args)
+
+    async def scripts(self, calls: Sequence[Call]) -> list[Any]:
+        """Run scripts in this order, on one connection; return the result or the failure of each."""
+        with self._failures.translated():
+            found = await self._calling().run(lambda client: _pipelined(client, calls))
+            return [await self._known(call, each) for call, each in zip(calls, found, strict=True)]
+
+    async def _known(self, call: Call, result: Any) -> Any:
+        if isinstance(result, exceptions.NoScriptError):
+            return await script_or_failure(self, call)
+        return self._failures.result_or_failure(result)
 
     async def xread(self, streams: Mapping[str, str], block: int) -> StreamEntries:
         """Return entries after these positions, or wait for some."""
@@ -104,6 +117,15 @@ class CoredisClient:
         return coredis.Redis.from_url(
             self._url, connect_timeout=CONNECT_SECONDS, retry_policy=NoRetryPolicy(), verify_version=False, **limits
         )
+
+
+async def _pipelined(client: Any, calls: Sequence[Call]) -> Sequence[Any]:
+    pipeline: Any
+    async with client.pipeline(transaction=False, raise_on_error=False) as pipeline:
+        for script, keys, args in calls:
+            pipeline.evalsha(script.sha, keys, args)
+    results: Sequence[Any] = pipeline.results
+    return results
 
 
 def _can_be_copied(client: Any) -> bool:

@@ -15,9 +15,12 @@ from coredis import exceptions
 from ...kernel.loops.current import current_loop
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
     from contextvars import Context
 
     from anyio.abc import TaskGroup
+
+    Work = Callable[[Any], Awaitable[Any]]
 
 _LONGEST_CALL: Final = 5.0
 """Seconds after which a call is given up whose caller has long gone: a client may repeat its commands without end."""
@@ -26,9 +29,8 @@ _CLOSE_SECONDS: Final = 1.0
 
 
 class _Call:
-    def __init__(self, name: str, args: tuple[Any, ...]) -> None:
-        self.name = name
-        self.args = args
+    def __init__(self, work: Work) -> None:
+        self.work = work
         self.has_ended = anyio.Event()
         self.is_abandoned = False
         self.result: Any = None
@@ -100,11 +102,15 @@ class HeldClient:
             await self._has_ended.wait()
 
     async def call(self, name: str, *args: Any) -> Any:
-        """Call a method of the client, and return its result. If the caller is cancelled, the call goes on."""
+        """Call a method of the client, and return its result; as `run` does."""
+        return await self.run(lambda client: getattr(client, name)(*args))
+
+    async def run(self, work: Work) -> Any:
+        """Call a function with the client, and return its result. If the caller is cancelled, the call goes on."""
         await self._is_open.wait()
         if self._tasks is None:
             raise exceptions.ConnectionError("the client is closed") from self._failure
-        call = _Call(name, args)
+        call = _Call(work)
         self._calls.add(call)
         # In this context, because a connection that it makes keeps it: that of a request would be kept alive.
         self._context.copy().run(self._tasks.start_soon, self._run, call)
@@ -127,7 +133,7 @@ class HeldClient:
 
     async def _finish(self, call: _Call) -> None:
         try:
-            call.result = await getattr(self.client, call.name)(*call.args)
+            call.result = await call.work(self.client)
             call.error = None
             self.is_connected = True
         except Exception as exc:

@@ -128,5 +128,5 @@ def identities_of(texts: Iterable[str]) -> list[Identity]:
     return found
 
 
-def _encoded(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
+# Made once: `json.dumps` makes one for each call that has its own separators.
+_encoded: Final = json.JSONEncoder(separators=(",", ":")).encode

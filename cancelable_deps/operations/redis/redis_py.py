@@ -10,12 +10,12 @@ from redis import exceptions
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from .client import CONNECT_SECONDS, MOST_AT_ONCE, Failures, Script, entries_of
+from .client import CONNECT_SECONDS, MOST_AT_ONCE, Failures, Script, entries_of, script_or_failure
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
-    from .client import StreamEntries
+    from .client import Call, StreamEntries
 
 _CALL_SECONDS: Final = 2.0
 """More than the exchange waits for a call, which is to give up first."""
@@ -30,6 +30,8 @@ class RedisPyClient:
         self._longest_read = longest_read
         self._reader: Any = own
         self.longest_block: float | None = None
+        # The pipelines of a cluster do not take scripts.
+        self.can_pipeline = isinstance(own, redis.asyncio.Redis) if url is None else True
         self._failures = Failures(
             exceptions.RedisError,
             exceptions.RedisClusterException,
@@ -88,6 +90,20 @@ class RedisPyClient:
                 return await self._client.execute_command("EVALSHA", script.sha, *rest)
             except exceptions.NoScriptError:
                 return await self._client.execute_command("EVAL", script.text, *rest)
+
+    async def scripts(self, calls: Sequence[Call]) -> list[Any]:
+        """Run scripts in this order, on one connection; return the result or the failure of each."""
+        with self._failures.translated():
+            async with self._client.pipeline(transaction=False) as pipeline:
+                for script, keys, args in calls:
+                    pipeline.execute_command("EVALSHA", script.sha, len(keys), *keys, *args)
+                found = await pipeline.execute(raise_on_error=False)
+            return [await self._known(call, each) for call, each in zip(calls, found, strict=True)]
+
+    async def _known(self, call: Call, result: Any) -> Any:
+        if isinstance(result, exceptions.NoScriptError):
+            return await script_or_failure(self, call)
+        return self._failures.result_or_failure(result)
 
     async def xread(self, streams: Mapping[str, str], block: int) -> StreamEntries:
         """Return entries after these positions, or wait for some."""

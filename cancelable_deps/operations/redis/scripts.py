@@ -213,9 +213,8 @@ return 0
 
 CREATE: Final = _script("""
 -- KEYS op, held, workers, tombstone, index, expiry [, index of the owner, expiry]
--- ARGV id, member of held, ttl, created, most, most of an owner, me, lease, field, value, ...
-local fields = {}
-for i = 9, #ARGV do fields[#fields + 1] = ARGV[i] end
+-- ARGV id, member of held, ttl, created, most, most of an owner, me, lease, fields and values as JSON
+local fields = cjson.decode(ARGV[9])
 if redis.call('EXISTS', KEYS[1]) == 1 then
   local worker, created = unpack(redis.call('HMGET', KEYS[1], 'worker', 'created'))
   local given = {}
@@ -241,13 +240,13 @@ return {1, {}}
 
 CHANGE: Final = _script("""
 -- KEYS op, result, held, tombstone, index, expiry [, index of the owner, expiry]
--- ARGV worker, id, member of held, ttl at the end or '', result or '', ended, most, most of an owner, field, value, ...
+-- ARGV worker, id, member of held, ttl at the end or '', result or '', ended, most, most of an owner, fields and values as
+-- JSON
 local worker, ended = unpack(redis.call('HMGET', KEYS[1], 'worker', 'ended'))
 if not worker or worker ~= ARGV[1] then return 0 end
 if is_set(ended) then return ended == ARGV[6] and 1 or 0 end
 if redis.call('EXISTS', KEYS[4]) == 1 then return 0 end
-local fields = {}
-for i = 9, #ARGV do fields[#fields + 1] = ARGV[i] end
+local fields = cjson.decode(ARGV[9])
 if #fields > 0 then redis.call('HSET', KEYS[1], unpack(fields)) end
 local ttl = tonumber(ARGV[4])
 if ttl then

@@ -13,8 +13,9 @@ from ...kernel.log import logger
 from ...kernel.options import seconds
 from ..backend import Beat, Entered, Gap, Holder, Identity, Record, Unavailable, Waiter
 from . import scripts
+from .batches import Batches
 from .choice import checked_client, client_for
-from .client import text
+from .client import Call, text
 from .graves import Graves, waiters_of
 from .layout import (
     MOST_OF_ALL,
@@ -82,6 +83,7 @@ class RedisBackend:
         self._own = client
         self._names = Names(checked_prefix(prefix))
         self._client: Client | None = None
+        self._batches: Batches | None = None
         self._worker = Identity("", "", 0, "", 0.0)
         self._memory_ms = 60_000
         self._read_to = ""
@@ -106,13 +108,14 @@ class RedisBackend:
         self._places.clear()
         self.rename(worker)
         client = client_for(self._url, self._own, self.lease / 3 + _SLACK)
-        async with client.opened():
-            self._client = client
+        batches = Batches(client)
+        async with client.opened(), batches.opened():
+            self._client, self._batches = client, batches
             try:
                 yield
             finally:
                 await self._part()
-                self._client = None
+                self._client = self._batches = None
 
     def rename(self, worker: Identity) -> None:
         """Go on under a new name, with the mail of that one."""
@@ -130,9 +133,9 @@ class RedisBackend:
                 logger.info("the store of operations cannot be told that this worker ends")
 
     async def _run(self, script: Script, keys: Sequence[str], args: Sequence[str | bytes | int]) -> Any:
-        if self._client is None:
+        if self._batches is None:
             raise Unavailable("the store is not open")
-        return await self._client.script(script, keys, args)
+        return await self._batches.run(Call(script, keys, args))
 
     # Signs of life.
 
@@ -292,7 +295,6 @@ class RedisBackend:
     async def create(self, id: str, fields: Fields, *, ttl: float) -> Record:
         """Create a record, or return the one that has the id."""
         owner = fields.get("owner")
-        pairs = as_pairs({name: value for name, value in fields.items() if name != "result"})
         names, me = self._names, self._worker.name
         is_new, known = await self._run(
             scripts.CREATE,
@@ -306,7 +308,7 @@ class RedisBackend:
                 MOST_OF_OWNER,
                 me,
                 self._lease_ms,
-                *pairs,
+                _without_result(fields),
             ],
         )
         if is_new < 0:
@@ -337,7 +339,7 @@ class RedisBackend:
                 encoded(fields.get("ended")),
                 MOST_OF_ALL,
                 MOST_OF_OWNER,
-                *as_pairs({name: value for name, value in fields.items() if name != "result"}),
+                _without_result(fields),
             ],
         )
         if end_ttl is not None:
@@ -409,6 +411,11 @@ class RedisBackend:
 
 _GIVEN_UP: Final = "this worker was given up, and does not know it yet"
 _STATUS: Final[dict[str, Any]] = {"admitted": "admitted", "waiting": "waiting", "refused": "refused"}
+
+
+def _without_result(fields: Mapping[str, Any]) -> str:
+    # One argument: most of the time of a call goes into packing its arguments.
+    return encoded(as_pairs({name: value for name, value in fields.items() if name != "result"}))
 
 
 def _rewound(position: str) -> str:

@@ -1,0 +1,142 @@
+"""Calls of scripts that are made at the same time, sent together.
+
+A pipeline of fifty costs the client library a fifth of fifty single calls. And a call that has been sent is not interrupted
+when its caller is cancelled: the connection would be lost with it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import asynccontextmanager
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+
+from ...kernel.loops.current import current_loop
+from ..backend import Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from ...kernel.loops.base import Event, Worker
+    from .client import Call, Client
+
+_MOST_TOGETHER: Final = 100
+_MOST_BATCHES: Final = 4
+"""So many are under way at the same time: fewer would wait for each other, more would be smaller."""
+
+_MOST_SINGLES: Final = 32
+"""The same for a client that cannot send calls together."""
+
+_LONGEST: Final = 1.0
+"""Seconds after which a batch is given up, as by then all of its callers have."""
+
+
+class _Waiting:
+    def __init__(self, call: Call, has_ended: Event) -> None:
+        self.call = call
+        self.is_abandoned = False
+        self.has_ended = has_ended
+        self.result: Any = None
+        self.error: Exception | None = None
+
+    async def outcome(self) -> Any:
+        try:
+            await self.has_ended.wait()
+        except BaseException:
+            self.is_abandoned = True
+            raise
+        if self.error is not None:
+            try:
+                raise self.error
+            finally:
+                # Its traceback has this frame, and so this object.
+                self.error = None
+        return self.result
+
+    def end(self, result: Any) -> None:
+        if isinstance(result, Exception):
+            self.error = result
+        else:
+            self.result = result
+        self.has_ended.set()
+
+
+class Batches:
+    """The calls that wait for a client, and those that are under way."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._loop = current_loop()
+        # A connection keeps the context in which it is made, and that of a request would be kept alive.
+        self._context = copy_context()
+        self._most_together = _MOST_TOGETHER if client.can_pipeline else 1
+        self._most_batches = _MOST_BATCHES if client.can_pipeline else _MOST_SINGLES
+        self._waiting: deque[_Waiting] = deque()
+        self._workers: list[Worker] = []
+        self._is_due = self._is_open = False
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[None]:
+        """Send calls inside the ``async with``; those that are under way at its end are waited for, a second at most."""
+        self._is_open = True
+        try:
+            yield
+        finally:
+            self._is_open = False
+            with anyio.move_on_after(_LONGEST, shield=True):
+                for worker in self._workers:
+                    await worker.join()
+
+    async def run(self, call: Call) -> Any:
+        """Run a script, and return what it returns.
+
+        A caller that is cancelled does not stop a call that has been sent.
+
+        :raises Unavailable: if it fails, or takes longer than a second; it may take effect all the same.
+        """
+        if not self._is_open:
+            raise Unavailable("the store is not open")
+        waiting = _Waiting(call, self._loop.make_event())
+        self._waiting.append(waiting)
+        # A worker that has not begun takes along all that is there when it begins.
+        if not self._is_due and self._has_room():
+            self._is_due = True
+            self._workers.append(self._loop.spawn(self._send, self._context.copy()))
+        return await waiting.outcome()
+
+    def _has_room(self) -> bool:
+        self._workers = [worker for worker in self._workers if not worker.done]
+        return len(self._workers) < self._most_batches
+
+    async def _send(self) -> None:
+        self._is_due = False
+        while batch := self._taken():
+            await self._finish(batch)
+
+    def _taken(self) -> list[_Waiting]:
+        batch: list[_Waiting] = []
+        while self._waiting and len(batch) < self._most_together:
+            waiting = self._waiting.popleft()
+            if not waiting.is_abandoned:
+                batch.append(waiting)
+        return batch
+
+    async def _finish(self, batch: list[_Waiting]) -> None:
+        results: Sequence[Any] = ()
+        try:
+            with anyio.move_on_after(_LONGEST):
+                results = await self._results([each.call for each in batch])
+        finally:
+            for number, each in enumerate(batch):
+                each.end(results[number] if number < len(results) else Unavailable("the store does not answer"))
+
+    async def _results(self, calls: list[Call]) -> list[Any]:
+        try:
+            return [await self._client.script(*calls[0])] if len(calls) == 1 else await self._client.scripts(calls)
+        except Unavailable as exc:
+            # One for each caller, who adds its own frames.
+            return [Unavailable(*exc.args) for _ in calls]
+        except Exception as exc:
+            return [exc for _ in calls]
