@@ -17,7 +17,7 @@ from anyio.abc import Process
 from cancelable_deps import Cancelable
 from cancelable_deps.operations import Operations, OperationState, OperationsUnavailable, RedisBackend
 
-from .stores import until
+from .stores import CEILING, until
 
 Work = Callable[[], Coroutine[Any, Any, None]]
 
@@ -68,14 +68,18 @@ class WorkerProcess:
         assert self.process.stdin
         await self.process.stdin.send((" ".join(map(str, words)) + "\n").encode())
 
-    async def hears(self, key: str, value: str | None = None, count: int = 1) -> list[dict[str, Any]]:
+    async def hears(
+        self, key: str, value: str | None = None, count: int = 1, ceiling: float = CEILING
+    ) -> list[dict[str, Any]]:
         async def found() -> list[dict[str, Any]] | None:
             fitting = [each for each in self.heard if key in each and value in (None, each[key])]
             return fitting if len(fitting) >= count else None
 
-        fitting: list[dict[str, Any]] = await until(
-            found, f"{key} {value} {count} times, and not {self.heard[-3:]} {''.join(self.log)[-3000:]}"
-        )
+        try:
+            fitting: list[dict[str, Any]] = await until(found, f"{key} {value} {count} times", ceiling)
+        except AssertionError as exc:
+            told = f"the exit status of its process is {self.process.returncode}; {self.heard[-3:]} {''.join(self.log)[-3000:]}"
+            raise AssertionError(f"{exc}: {told}") from None
         return fitting
 
     @property
@@ -98,7 +102,8 @@ async def worker_process(
         tasks.start_soon(worker.listen)
         tasks.start_soon(worker.listen_to_log)
         try:
-            await worker.hears("ready")
+            # Python and the client libraries take 15 seconds to start on a machine with six times its work.
+            await worker.hears("ready", ceiling=90)
             yield worker
         finally:
             if process.returncode is None:
