@@ -51,6 +51,19 @@ async def test_an_operation_is_stopped_from_another_worker(shared_redis: SharedR
         assert len(await b.workers()) == 2
 
 
+async def test_when_all_workers_have_left_redis_forgets_everything(shared_redis: SharedRedis) -> None:
+    async with opened(shared_redis.url, 2, prefix=shared_redis.prefix) as [a, b]:
+        await know_each_other(a, b)
+        operation = await a.start(forever, owner="me", key="key", when_busy="wait")
+        await b.start(forever, id="waits", key="key", when_busy="wait")
+        await b.cancel(operation.id, wait=10)
+        await a.cancel("nobody-has-it", wait=0.1)
+    with redis.Redis.from_url(shared_redis.url, decode_responses=True) as client:
+        kept = list(client.scan_iter(f"{{{shared_redis.prefix}}}:*", count=1000))
+        assert any(name.endswith(":log") for name in kept)
+        assert [name for name in kept if client.pttl(name) == -1] == []
+
+
 async def test_results_and_progress_are_read_in_another_worker(shared_redis: SharedRedis) -> None:
     release = anyio.Event()
 

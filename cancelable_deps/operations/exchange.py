@@ -119,6 +119,7 @@ class Exchange:
         self._missed = 0
         self._has_warned = False
         self._began = clock.now()
+        self._has_beaten = False
         self.beaten_at = time.monotonic()
         """When the store has had the last sign of life of this worker, on the clock ``time.monotonic()``."""
 
@@ -126,6 +127,11 @@ class Exchange:
     def others(self) -> list[str]:
         """The other workers that are alive."""
         return [name for name in self.alive if name != self.identity.name]
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other worker; one that has not reached the store yet does not know."""
+        return self._has_beaten and len(self.alive) == 1
 
     async def run(self, tasks: TaskGroup) -> None:
         """Start reading, answering and giving signs of life; they end when ``tasks`` is cancelled."""
@@ -184,6 +190,9 @@ class Exchange:
         :param to: the workers to ask; one that is dead is counted as silent.
         :raises Unavailable: if the store cannot be reached.
         """
+        if not self._has_beaten:
+            # Nobody has told it who the others are.
+            raise Unavailable("the store has not been reached yet")
         asked = self.others if to is None else to
         dead: list[str] = []
         id = new_entry_id()
@@ -353,6 +362,7 @@ class Exchange:
                 logger.warning("the store of operations cannot be reached; requests go on, and local cancels work")
             return
         self.beaten_at = time.monotonic()
+        self._has_beaten = True
         self._missed = 0
         self._beats_in_a_row += 1
         if self._has_warned:

@@ -55,7 +55,7 @@ class Listing:
         """Return what runs in all workers, the oldest first."""
         items, total = await self._here(conditions, limit)
         unreachable: list[str] = []
-        if self._exchange.others:
+        if not self._exchange.is_alone:
             data = {"conditions": conditions.as_data(), "limit": limit}
             answers = await self._exchange.ask("list", data, to=None, timeout=timeout)
             unreachable = answers.silent
