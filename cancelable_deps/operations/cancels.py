@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
@@ -159,16 +160,19 @@ class Cancels:
 
     async def _stop_those(self, conditions: Conditions, message: str | None, results: list[Cancelation]) -> None:
         cause = Cause(CancelationReason.MANUAL, message)
-        stopped: list[Running] = []
+        stopped: deque[Running] = deque()
         async for part in everything_that(self._local, conditions):
-            for begin in range(0, len(part), _PART):
-                running = [as_running(self._local, each) for each in part[begin : begin + _PART] if runs(each)]
+            part.reverse()
+            while part:
+                running = [as_running(self._local, each) for each in reversed(part[-_PART:]) if runs(each)]
+                del part[-_PART:]
                 stop_all(running, cause, None)
                 stopped += running
                 await anyio.lowlevel.checkpoint()
-        for count, each in enumerate(stopped):
+        while stopped:
+            each = stopped.popleft()
             results.append(Cancelation.model_construct(outcome=outcome_of(each.state), operation=each.view()))
-            if count % _PART == 0:
+            if len(results) % _PART == 0:
                 await anyio.lowlevel.checkpoint()
 
     async def all_asked(self, entry: Entry) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .local import Local
     from .running import RunningBlock
 
-CHUNK: Final = 5000
+CHUNK: Final = 1000
 """So many are looked at before the event loop does something else."""
 
 _VIEWS: Final = 100
@@ -32,9 +32,12 @@ async def everything_that(local: Local, conditions: Conditions) -> AsyncIterator
     """Yield what runs here and fulfils the conditions, the oldest first, in parts; others get their turn in between."""
     fulfils = matcher(conditions, local.loop.time(), local.clock.now())
     found = local.everything()
-    for begin in range(0, len(found), CHUNK):
+    found.reverse()
+    while found:
         # Some may have ended since the last part.
-        part = [each for each in found[begin : begin + CHUNK] if runs(each)]
+        part = [each for each in reversed(found[-CHUNK:]) if runs(each)]
+        # Let go of part by part: to free all that have ended meanwhile takes as long as to look at them.
+        del found[-CHUNK:]
         yield part if fulfils is None else list(filter(fulfils, part))
         await anyio.lowlevel.checkpoint()
 
