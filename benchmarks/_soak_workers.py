@@ -198,6 +198,8 @@ def _told(
             continue
         for name, size in then["sizes"].items():
             print(f"| {pid} | {name} | {size} | {now['sizes'][name]} |")
+        print(f"| {pid} | requests | {then['served']:,} | {now['served']:,} |")
+        print(f"| {pid} | objects of Python | {then['objects']:,} | {now['objects']:,} |")
         print(f"| {pid} | descriptors | {then['descriptors']} | {now['descriptors']} |")
         print(f"| {pid} | RSS in MiB | {then['memory'] / 2**20:.1f} | {now['memory'] / 2**20:.1f} |")
         held = held and now["memory"] - then["memory"] <= MEMORY_SLACK and now["sizes"]["jobs"] == 0

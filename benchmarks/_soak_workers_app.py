@@ -9,6 +9,7 @@ import anyio
 import psutil
 from fastapi import Depends, FastAPI, HTTPException, Query
 from fastapi.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cancelable_deps import Cancelable, RequestCancelationMiddleware, with_cancelation
 from cancelable_deps.kernel.detached import all_detached
@@ -28,6 +29,7 @@ operations = Operations(
     RedisBackend(os.environ["REDIS_URL"], lease=3), memory=MEMORY, result_ttl=MEMORY, background_grace=1
 )
 app = FastAPI(lifespan=operations.lifespan(), openapi_url=None)
+served = 0
 app.add_middleware(
     RequestCancelationMiddleware, operations=operations, operation_id="operation-id", default_timeout=0.05
 )
@@ -35,6 +37,21 @@ app.add_middleware(
 
 async def user(user: Annotated[str, Query()]) -> str:
     return user
+
+
+class Counter:
+    """A middleware that counts the requests of this worker."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        global served
+        served += 1
+        await self.app(scope, receive, send)
+
+
+app.add_middleware(Counter)
 
 
 @app.post("/work")
@@ -110,6 +127,8 @@ async def held() -> dict[str, Any]:
     loop = local.loop
     return {
         "pid": process.pid,
+        "served": served,
+        "objects": len(gc.get_objects()),
         "sizes": {
             "tasks": len(anyio.get_running_tasks()),
             "young requests": len(loop.in_flight.young),

@@ -394,6 +394,36 @@ async def test_background_work_that_has_not_begun_at_the_shutdown(told: list[Obs
     assert sorted(event.name or "" for event in told if event.what == "ended") == ["first", "second"]
 
 
+async def test_detached_work(told: list[ObservedEvent]) -> None:
+    async def quick(cancel: Cancelable) -> None: ...
+
+    async def failing(cancel: Cancelable) -> None:
+        raise ZeroDivisionError
+
+    async def slow(cancel: Cancelable) -> None:
+        await anyio.sleep_forever()
+
+    async with Operations() as operations:
+        for work in (quick, failing):
+            detached = Cancelable().detach(work)
+            with suppress(ZeroDivisionError):
+                await detached.result()
+        detached = Cancelable().detach(slow)
+        [listed] = (await operations.list(kind="detached")).items
+        await operations.cancel(listed.id, message="enough", wait=CEILING)
+    assert [(event.what, event.outcome, event.reason) for event in told if event.what != "cancel"] == [
+        ("ended", "finished", None),
+        ("ended", "failed", None),
+        ("cancelled", "cancelled", CancelationReason.MANUAL),
+        ("ended", "cancelled", CancelationReason.MANUAL),
+    ]
+    assert {event.kind for event in told} == {"detached"}
+    assert [event.name for event in told[:2]] == ["quick", "failing"]
+    assert isinstance(told[1].error, ZeroDivisionError)
+    stopped = [event for event in told if event.what == "ended"][-1]
+    assert (stopped.id, stopped.message) == (listed.id, "enough")
+
+
 async def test_tracked_work(told: list[ObservedEvent]) -> None:
     async with Operations() as operations:
         async with operations.track(name="quick"):

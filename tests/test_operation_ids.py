@@ -364,3 +364,26 @@ async def test_a_failure_does_not_reach_who_logs(monkeypatch: pytest.MonkeyPatch
         assert current_operation_id() is not None
         monkeypatch.setattr("cancelable_deps.observability.operation_ids._id_of", None)
         assert current_operation_id() is None
+
+
+async def test_detached_work_has_an_id_of_its_own() -> None:
+    seen: list[str | None] = []
+
+    async def work(cancel: Cancelable) -> None:
+        seen.append(current_operation_id())
+        await anyio.sleep_forever()
+
+    async def handler() -> None:
+        seen.append(current_operation_id())
+        Cancelable().detach(work)
+
+    app = FastAPI()
+    async with Operations() as operations:
+        app.add_middleware(RequestCancelationMiddleware, operations=operations, operation_id="operation-id")
+        app.get("/")(handler)
+        await get(app, headers={"operation-id": "mine"})
+        [listed] = (await operations.list(kind="detached")).items
+        await until(lambda: len(seen) == 2)
+        assert seen == ["mine", listed.id]
+        await operations.cancel(listed.id, wait=CEILING)
+    assert current_operation_id() is None

@@ -29,9 +29,9 @@ class ObservedEvent:
     ``what`` it is:
 
     * ``"cancelled"``: the work was stopped. Once for each line of the log that says so: about a request when the error
-      has left its innermost block, before its response; about background and tracked work when it has ended.
-    * ``"ended"``: a request that was cancelled is over, with its cleanup and background tasks; or background or tracked
-      work is over, however it has ended.
+      has left its innermost block, before its response; about background, detached and tracked work when it has ended.
+    * ``"ended"``: a request that was cancelled is over, with its cleanup and background tasks; or background, detached or
+      tracked work is over, however it has ended. Of detached work while `Operations` are open.
     * ``"started"``, ``"running"``: background work was accepted, where `Operations.start` was called; its turn has come,
       in the task that runs it.
     * ``"exceeded"``: a request took longer than an advisory limit, which stops nothing.
@@ -56,7 +56,7 @@ class ObservedEvent:
 
     outcome: str | None = None
     """``"cancelled"``: it has ended, or is about to, because of the cancellation. ``"finished"``: it ended by itself.
-    ``"failed"``: background or tracked work has raised. ``"stopping"``: a WebSocket whose handler still runs. Of a
+    ``"failed"``: background, detached or tracked work has raised. ``"stopping"``: a WebSocket whose handler still runs. Of a
     ``"cancel"``: the outcome of its `Cancelation`, or ``"unavailable"`` if the store could not be reached."""
 
     cancel_seconds: float | None = None
@@ -71,7 +71,7 @@ class ObservedEvent:
     """The limit in seconds that was ``"exceeded"``."""
 
     name: str | None = None
-    """The name of background or tracked work."""
+    """The name of background, detached or tracked work."""
 
     method: str | None = None
     """The HTTP method of a request."""
@@ -89,7 +89,7 @@ class ObservedEvent:
     """The key of the operation."""
 
     error: BaseException | None = field(default=None, repr=False, compare=False)
-    """What background or tracked work has raised."""
+    """What background, detached or tracked work has raised."""
 
     scope: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
     """The ASGI scope of a request."""

@@ -16,6 +16,7 @@ from .clock import clock_of
 from .model import OperationState
 from .names import ANYONE, MOST_NAME, new_id
 from .remembered import EarlyCancels, EndedOperations
+from .report import tell_end
 from .running import RefusedRequest, Running, RunningBlock, RunningRequest, making
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ class Local:
         of_request: Running | None = None if request is None else request.operation
         running.owner = None if of_request is None else of_request.owner
         self.add(running, None)
+        running.begin()
 
     def work_ended(self, work: Detached[Any]) -> None:
         """Note the end of detached work."""
@@ -132,6 +134,7 @@ class Local:
         else:
             stopped = isinstance(work.error, CancelationError) and work.error.reason is work.cancelable.reason
             state = OperationState.CANCELLED if stopped else OperationState.FAILED
+        tell_end(running, state, work.error)
         self.remove(running, state)
 
     def of_request(self, request: RequestState) -> RunningRequest:
