@@ -138,9 +138,9 @@ __all__ = [
     "wait_for_disconnect",
     "with_cancelation",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-# The former paths of modules, which can be imported until the next minor version, and the places of their names now.
+# The former paths of modules, which can be imported until 0.3, and the places of their names now.
 # Why no files: they would be a floor of their own. Type checkers do not see these paths.
 _FORMER_PATHS = {
     "cancelable": ["kernel.cancelable"],

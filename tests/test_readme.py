@@ -9,6 +9,7 @@ import anyio
 import pytest
 from fastapi import FastAPI
 
+import cancelable_deps
 from cancelable_deps.testing import advance
 from tests.calls import get, hang_up, movable_clock, running
 from tests.snippets import PAGES, README, forgotten, run
@@ -22,6 +23,13 @@ def test_none_is_forgotten() -> None:
 
 def test_it_is_short() -> None:
     assert len(README.read_text().splitlines()) <= 165
+
+
+def test_the_changelog_has_the_version() -> None:
+    sections = re.findall(r"^## (.*)$", (README.parent / "CHANGELOG.md").read_text(), re.MULTILINE)
+    released = [section for section in sections if section != "Unreleased"]
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+ - \d{4}-\d\d-\d\d", section) for section in released)
+    assert released[0].split(" - ")[0] == cancelable_deps.__version__
 
 
 def test_it_leads_to_every_page_that_it_names() -> None:
