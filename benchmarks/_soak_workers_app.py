@@ -142,6 +142,8 @@ async def held() -> dict[str, Any]:
             "questions": len(exchange._questions),
             "seen entries": len(exchange._seen),
             "lasting entries": len(exchange._lasting),
+            "turns": len(operations.worker.turns),
+            "doubtful records": len(operations.worker.background.doubtful),
             "jobs": len(operations.worker.background._jobs),
             "places": len(operations.worker.exchange.backend._places),  # type: ignore[attr-defined]
         },

@@ -43,7 +43,7 @@
 #   cancels watching turns background archive doubtful records    what is done with it, here and in other workers
 #     accepted stoppable report
 #   worker exchange outbox entries                                one worker, and what workers tell each other
-#   backend memory memory_keys                                    the store that they share
+#   backend memory memory_keys together                           the store that they share
 #   redis/(store scripts layout graves choice client batches      the same in Redis,
 #     redis_py core_redis held_client)                            by either client library
 # observability/ what an operator sees

@@ -139,6 +139,23 @@ async def test_in_an_application_that_is_mounted() -> None:
     assert (call.status, seen) == (499, [499])
 
 
+@pytest.mark.parametrize("path", ["/work", "/again/work", "/again/again/work", "/inner/again/work"])
+async def test_in_a_router_that_is_mounted_in_itself(path: str) -> None:
+    seen: list[Any] = []
+
+    async def work(request: Request) -> Response:
+        await anyio.sleep_forever()
+        return Response()
+
+    router = Router([Route("/work", work)], middleware=[Middleware(Observer, seen=seen)])
+    inner = Starlette(routes=[Mount("/", router)])
+    inner.middleware_stack = inner.build_middleware_stack()
+    router.routes += [Mount("/inner", inner), Mount("/again", router)]
+    app = Starlette(routes=[Mount("/", router)], middleware=[Middleware(RequestCancelationMiddleware)])
+    call = await hang_up(app, path)
+    assert (call.status, set(seen)) == (499, {499})
+
+
 async def test_work_outside_of_a_handler_that_has_returned_is_stopped_too() -> None:
     """A middleware that holds the response back is not what the handler's result is to be spared for."""
     waiting = anyio.Event()

@@ -48,21 +48,26 @@ under_ours: Final[WeakSet[Starlette]] = WeakSet()
 """The applications that a middleware of ours stands around: outside of all of their own, which they cannot know."""
 
 
-def put_inner_doors(app: Any) -> Any:
+def put_inner_doors(app: Any, routers: set[int] | None = None) -> Any:
     """Put an `InnerDoor` at each such place of the stack of ``app``, and of the applications that its routes lead to.
 
     Return what has to be called in place of ``app``: another application around it, if it bridges to WSGI.
+
+    :param routers: the ids of those that have been looked through: a router may be mounted in itself.
     """
     if is_wsgi_bridge(app):
         return Bridge(app)
+    routers = set() if routers is None else routers
     outer, innermost = _put_into_chain(app)
     if isinstance(innermost, Starlette):
-        _put_into_application(innermost)
+        _put_into_application(innermost, routers)
     elif isinstance(innermost, Router):
         if outer is not None:
             _put_inside(outer)
-        _put_into_its_end(innermost.middleware_stack)
-        _look_through(innermost.routes)
+        if id(innermost) not in routers:
+            routers.add(id(innermost))
+            _put_into_its_end(innermost.middleware_stack)
+            _look_through(innermost.routes, routers)
     return app
 
 
@@ -102,11 +107,11 @@ def _put_inside(outer: Any) -> None:
         outer.app = InnerDoor(outer.app)
 
 
-def _put_into_application(app: Starlette) -> None:
+def _put_into_application(app: Starlette, routers: set[int]) -> None:
     """Put inner doors into an application, whose stack may be built only when it is first called."""
     under_ours.add(app)
     if app.middleware_stack is not None:
-        put_inner_doors(app.middleware_stack)
+        put_inner_doors(app.middleware_stack, routers)
         return
     build = app.build_middleware_stack
 
@@ -118,14 +123,14 @@ def _put_into_application(app: Starlette) -> None:
     app.build_middleware_stack = build_with_inner_doors  # type: ignore[method-assign]
 
 
-def _look_through(routes: Iterable[Any]) -> None:
+def _look_through(routes: Iterable[Any], routers: set[int]) -> None:
     for route in routes:
         if isinstance(route, Mount | Host):
-            route.app = put_inner_doors(route.app)
+            route.app = put_inner_doors(route.app, routers)
         elif isinstance(route, Route | WebSocketRoute):
             _put_into_its_end(route.app)
         else:
-            _look_through(included_routes(route))
+            _look_through(included_routes(route), routers)
 
 
 class InnerDoor:

@@ -13,6 +13,7 @@ from ..kernel.cancelable import Cancelable, block_of
 from ..kernel.errors import CancelationError
 from ..kernel.foreign import ThisTask
 from ..kernel.log import logger
+from ..kernel.options import checked_work
 from ..kernel.task_group import CancelableTaskGroup
 from ..request.sse import SSE, format_sse
 from .streaming import CancelableStreamingResponse
@@ -47,11 +48,10 @@ def progress_response(
     :param gap_timeout: the seconds that may pass between two reports.
     :param send_timeout: the seconds that the client may take to make room for one event.
     :param headers: additional headers of the response.
-    :raises TypeError: if ``work`` is not callable, ``cancel`` is not a `Cancelable`, or a limit is not a number.
+    :raises TypeError: if ``work`` is no async function of one argument, ``cancel`` is not a `Cancelable`, or a limit is not a number.
     :raises ValueError: if a limit is negative or NaN.
     """
-    if not callable(work):
-        raise TypeError(f"work must be an async function that takes the Cancelable, not {work!r}")
+    work = checked_work(work, 0)
     cancel = Cancelable() if cancel is None else cancel
     return CancelableStreamingResponse(
         _events(work, cancel),

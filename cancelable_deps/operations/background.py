@@ -33,6 +33,7 @@ from .records import (
 )
 from .report import tell_end, tell_work
 from .running import Running, RunningBlock
+from .together import together
 from .turns import ENDLESS, Turn, Turns, key_name
 
 if TYPE_CHECKING:
@@ -330,10 +331,14 @@ class Background:
 
         :raises Unavailable: if the store cannot be reached.
         """
-        for job in list(self._jobs):
-            mark = (await self._create_again(job)).fields.get("cancel")
-            if mark is not None:
-                job.stop(Cause(CancelationReason.MANUAL, mark.get("message")))
+        await together(self._write_again, list(self._jobs))
+
+    async def _write_again(self, job: Job) -> None:
+        if job not in self._jobs:
+            return
+        mark = (await self._create_again(job)).fields.get("cancel")
+        if mark is not None:
+            job.stop(Cause(CancelationReason.MANUAL, mark.get("message")))
 
     def stop_everything(self, cause: Cause) -> None:
         """Stop all background work of this worker."""

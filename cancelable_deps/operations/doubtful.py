@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from .model import OperationState
+from .together import together
 
 if TYPE_CHECKING:
     from .exchange import Exchange
@@ -21,6 +22,9 @@ class DoubtfulRecords:
         self._local = local
         self._exchange = exchange
         self._since: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._since)
 
     def __contains__(self, id: str | None) -> bool:
         return id in self._since
@@ -47,7 +51,9 @@ class DoubtfulRecords:
 
         :raises Unavailable: if the store cannot be reached.
         """
-        now = self._local.loop.time()
-        for id, at in list(self._since.items()):
-            if await self.delete(id) or at < now - _DOUBT_SECONDS:
-                self.discard(id)
+        await together(self._delete_or_forget, list(self._since.items()))
+
+    async def _delete_or_forget(self, doubtful: tuple[str, float]) -> None:
+        id, since = doubtful
+        if await self.delete(id) or since < self._local.loop.time() - _DOUBT_SECONDS:
+            self.discard(id)

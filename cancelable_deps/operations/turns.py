@@ -11,6 +11,7 @@ from .backend import Holder, Unavailable
 from .local import superseded
 from .memory_keys import Keys
 from .names import new_id
+from .together import together
 
 if TYPE_CHECKING:
     from .backend import Entered, Waiter
@@ -56,7 +57,9 @@ class Turns:
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
         self._turns: dict[str, Turn] = {}
-        self._unleft: dict[str, Turn] = {}
+        self._unleft: dict[str, str] = {}
+        """The keys of turns that are to be given back once more, by the ids of the turns."""
+
         self._fallback = Keys(lambda worker: True)
         self._skips_waiting = False
 
@@ -98,7 +101,7 @@ class Turns:
         except BaseException:
             # Also if this is cancelled: the place may have been taken, or the call may arrive after this one.
             await self.leave(turn)
-            self._unleft[turn.id] = turn
+            self._unleft[turn.id] = turn.key
             raise
         return turn
 
@@ -111,7 +114,7 @@ class Turns:
             if not runs_alone:
                 raise
             turn.is_local = True
-            self._unleft[turn.id] = turn
+            self._unleft[turn.id] = turn.key
             return self._fallback.enter(turn.key, Holder(self._exchange.identity.name, turn.id), **options)
 
     async def _supersede(self, holder: Holder, by: Running) -> None:
@@ -143,7 +146,7 @@ class Turns:
                 backend = self._exchange.backend
                 await self.tell(await self._exchange.calling(backend.leave(turn.key, turn.id)))
             except Unavailable:
-                self._unleft[turn.id] = turn
+                self._unleft[turn.id] = turn.key
                 logger.info("a key could not be given back yet: the store is away")
 
     async def tell(self, granted: list[Waiter] | tuple[Waiter, ...] | Any) -> None:
@@ -175,31 +178,40 @@ class Turns:
         :raises Unavailable: if the store cannot be reached.
         """
         self._skips_waiting = may_have_lost and not self._skips_waiting
-        for turn in list(self._turns.values()):
-            is_waiting = turn.status == "waiting"
-            is_entered = turn.status != "refused" and not turn.is_local and turn.id in self._turns
-            if not is_entered or (self._skips_waiting if is_waiting else not may_have_lost):
-                continue
-            options: dict[str, Any] = {"limit": turn.limit, "queue": ENDLESS, "again": not is_waiting}
-            call = self._exchange.backend.enter(turn.key, turn.id, latest=False, waits=False, **options)
-            try:
-                entered: Entered = await self._exchange.calling(call)
-            finally:
-                if turn.id not in self._turns:
-                    # It has left meanwhile, perhaps before it was entered again; also if that fails, and happens later.
-                    self._unleft[turn.id] = turn
-            if entered.status == "admitted" and turn.id in self._turns:
-                turn.admit()
+        entered = [turn for turn in self._turns.values() if turn.status != "refused" and not turn.is_local]
+        if may_have_lost:
+            await together(self._enter_again, [turn for turn in entered if turn.status != "waiting"])
+        if not self._skips_waiting:
+            # One after the other: if they are lost, they wait in this order.
+            for turn in entered:
+                if turn.status == "waiting":
+                    await self._enter_again(turn)
+
+    async def _enter_again(self, turn: Turn) -> None:
+        if turn.id not in self._turns:
+            return
+        options: dict[str, Any] = {"limit": turn.limit, "queue": ENDLESS, "again": turn.status != "waiting"}
+        call = self._exchange.backend.enter(turn.key, turn.id, latest=False, waits=False, **options)
+        try:
+            entered: Entered = await self._exchange.calling(call)
+        finally:
+            if turn.id not in self._turns:
+                # It has left meanwhile, perhaps before it was entered again; also if that fails, and happens later.
+                self._unleft[turn.id] = turn.key
+        if entered.status == "admitted" and turn.id in self._turns:
+            turn.admit()
 
     async def leave_again(self) -> None:
         """Give the places back that could not be given back before.
 
         :raises Unavailable: if the store cannot be reached.
         """
-        while self._unleft:
-            turn = next(iter(self._unleft.values()))
-            await self.tell(await self._exchange.calling(self._exchange.backend.leave(turn.key, turn.id)))
-            self._unleft.pop(turn.id, None)
+        await together(self._leave_again, list(self._unleft.items()))
+
+    async def _leave_again(self, unleft: tuple[str, str]) -> None:
+        id, key = unleft
+        await self.tell(await self._exchange.calling(self._exchange.backend.leave(key, id)))
+        self._unleft.pop(id, None)
 
 
 def key_name(scope: str, key: str) -> str:
