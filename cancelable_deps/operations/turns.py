@@ -177,15 +177,17 @@ class Turns:
 
         :raises Unavailable: if the store cannot be reached.
         """
-        self._skips_waiting = may_have_lost and not self._skips_waiting
+        were_skipped, self._skips_waiting = self._skips_waiting, may_have_lost and not self._skips_waiting
         entered = [turn for turn in self._turns.values() if turn.status != "refused" and not turn.is_local]
+        waiting = [turn for turn in entered if turn.status == "waiting"]
         if may_have_lost:
             await together(self._enter_again, [turn for turn in entered if turn.status != "waiting"])
-        if not self._skips_waiting:
-            # One after the other: if they are lost, they wait in this order.
-            for turn in entered:
-                if turn.status == "waiting":
-                    await self._enter_again(turn)
+        if were_skipped:
+            # They may be lost, and are to wait in this order.
+            for turn in waiting:
+                await self._enter_again(turn)
+        elif not may_have_lost:
+            await together(self._enter_again, waiting)
 
     async def _enter_again(self, turn: Turn) -> None:
         if turn.id not in self._turns:
