@@ -20,6 +20,7 @@ from cancelable_deps.operations.redis.batches import Batches
 from cancelable_deps.operations.redis.client import Call, Client, Script
 from cancelable_deps.operations.redis.core_redis import CoredisClient
 from cancelable_deps.operations.redis.redis_py import RedisPyClient
+from cancelable_deps.testing import no_tasks_left
 
 from .machine import scaled
 from .proxy import Proxy, proxy_to
@@ -269,6 +270,19 @@ async def test_a_call_whose_caller_left_before_it_was_sent_is_not_sent(
 
 async def is_answered(batches: Batches) -> bool:
     return await all_of(batches, [echo(1)]) == [b"1"]
+
+
+async def test_a_call_that_goes_on_without_its_caller_is_no_task_that_was_left(
+    kind: str, of_application: bool, proxy: Proxy
+) -> None:
+    async with batches_of(kind, proxy, of_application=of_application) as batches:
+        await batches.run(echo(0))
+        proxy.pause()
+        async with no_tasks_left():
+            with anyio.move_on_after(0.001) as scope:
+                await batches.run(echo(1))
+        assert scope.cancelled_caught
+        proxy.resume()
 
 
 async def test_calls_of_a_server_that_is_silent_fail_within_seconds(

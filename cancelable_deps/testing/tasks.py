@@ -12,6 +12,7 @@ import anyio.lowlevel
 from ..kernel.processes.pool import Pool
 from ..kernel.sweep import Sweep
 from ..kernel.timeouts import TimeoutQueue
+from ..operations.redis.batches import Batches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,8 +20,14 @@ if TYPE_CHECKING:
 # Passes of the loop in which callbacks that are due run, and tasks that are being cancelled end.
 _PASSES = 5
 # Ours, of which a loop has one for all requests: the timer that finds old ones, those of equal deadlines, which are there
-# while anybody waits for one, and the keeper of idle processes.
-_SHARED = (Sweep.tick.__qualname__, TimeoutQueue.tick.__qualname__, Pool.keep.__qualname__)
+# while anybody waits for one, the keeper of idle processes, and what talks to Redis for all operations.
+_SHARED = (
+    Sweep.tick.__qualname__,
+    TimeoutQueue.tick.__qualname__,
+    Pool.keep.__qualname__,
+    Batches.send.__qualname__,
+)
+_OF_REDIS = Batches.__module__.removesuffix("batches")
 
 
 @dataclass(frozen=True)
@@ -82,4 +89,5 @@ def _line(task: Any) -> str:
 
 
 def _is_shared(task: Any) -> bool:
-    return _name(task) in _SHARED
+    name = _name(task)
+    return name in _SHARED or name.startswith(_OF_REDIS)

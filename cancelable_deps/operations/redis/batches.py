@@ -103,14 +103,15 @@ class Batches:
         # A worker that has not begun takes along all that is there when it begins.
         if not self._is_due and self._has_room():
             self._is_due = True
-            self._workers.append(self._loop.spawn(self._send, self._context.copy()))
+            self._workers.append(self._loop.spawn(self.send, self._context.copy()))
         return await waiting.outcome()
 
     def _has_room(self) -> bool:
         self._workers = [worker for worker in self._workers if not worker.done]
         return len(self._workers) < self._most_batches
 
-    async def _send(self) -> None:
+    async def send(self) -> None:
+        """Send what waits, until nothing does; a task of this class runs it."""
         self._is_due = False
         while batch := self._taken():
             await self._finish(batch)
