@@ -15,6 +15,7 @@ from ..kernel.log import logger
 from .backend import Gap, Unavailable
 from .entries import Entry, decoded, new_entry_id
 from .outbox import Outbox
+from .together import together
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 2.0
 _MOST_REMEMBERED: Final = 100_000
+_MOST_LOOKED_FOR: Final = 5000
+"""So many entries are looked for in one call, which blocks the store."""
+
 _OLD: Final = 2.0
 _ANSWER_SECONDS: Final = 5.0
 """The longest that a worker tries to answer."""
@@ -405,10 +409,18 @@ class Exchange:
         """Append again what the store has lost of the last ``memory`` seconds: those who know it do nothing twice."""
         self._forget(self._clock.now())
         self.is_broken = False
-        logged = {id: sent for id, sent in self._lasting.items() if sent.to is None}
-        if logged:
-            for id in await self.calling(self.backend.missing(list(logged))):
-                await self.calling(self.backend.broadcast(logged[id].data, id))
-        for id, sent in list(self._lasting.items()):
-            if sent.to is not None and sent.to != self.identity.name:
-                await self.calling(self.backend.send(sent.to, sent.data, id))
+        logged = [id for id, sent in self._lasting.items() if sent.to is None]
+        for begin in range(0, len(logged), _MOST_LOOKED_FOR):
+            part = logged[begin : begin + _MOST_LOOKED_FOR]
+            await together(self._append_again, await self.calling(self.backend.missing(part)))
+        mail = [id for id, sent in self._lasting.items() if sent.to not in (None, self.identity.name)]
+        await together(self._append_again, mail)
+
+    async def _append_again(self, id: str) -> None:
+        sent = self._lasting.get(id)
+        if sent is None:
+            return
+        if sent.to is None:
+            await self.calling(self.backend.broadcast(sent.data, id))
+        else:
+            await self.calling(self.backend.send(sent.to, sent.data, id))
