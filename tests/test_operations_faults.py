@@ -82,9 +82,13 @@ async def test_what_was_cancelled_before_a_worker_came_does_not_start_in_it(stor
             await a.cancel(f"job-{number}", message="enough", wait=0)
         async with store.operations() as b:
             with pytest.raises(CancelationError, match="enough"):
-                async with b.track(id="job-149"):
-                    await anyio.lowlevel.checkpoint()
-                    raise AssertionError("it has started")
+                await run_job(b, "job-149")
+
+
+async def run_job(operations: Operations, id: str) -> None:
+    async with operations.track(id=id):
+        await anyio.lowlevel.checkpoint()
+        raise AssertionError("it has started")
 
 
 @pytest.mark.parametrize("loss", ["nothing", "the last second", "everything"])

@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from typing import Annotated, Any
 
 from anyio import from_thread
-from anyio.abc import BlockingPortal, TaskStatus
+from anyio.abc import TaskStatus
 from celery import Celery, Task
 from celery.exceptions import Ignore, SoftTimeLimitExceeded
 from celery.signals import worker_process_init, worker_process_shutdown, worker_shutdown
@@ -44,9 +44,9 @@ class Loop:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._resources = ExitStack()
-        self._portal: BlockingPortal | None = None
+        self._portal: from_thread.BlockingPortal | None = None
 
-    def portal(self) -> BlockingPortal:
+    def portal(self) -> from_thread.BlockingPortal:
         """Return the way into the loop, which is started by the first call."""
         with self._lock:
             if self._portal is None:

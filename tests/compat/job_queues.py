@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,7 +77,7 @@ class Site:
     kind: Kind
     redis: RedisServer
     folder: Path
-    port: int = field(default_factory=free_port)
+    client: httpx.AsyncClient
     workers: int = 0
 
     @property
@@ -109,17 +109,16 @@ class Site:
             finally:
                 kill(process)
 
-    @asynccontextmanager
-    async def worker(self) -> AsyncIterator[Worker]:
-        """A worker of the queue, which has been seen in the list of those that have operations."""
+    @contextmanager
+    def worker(self) -> Iterator[Worker]:
+        """A worker of the queue, which has just been started."""
         self.workers += 1
         log = self.folder / f"worker-{self.workers}.log"
         with self.process(self.kind.worker, log) as process:
             yield Worker(process, log, self.kind.noise)
 
     async def ask(self, method: str, path: str, json: Any = None, **headers: str) -> httpx.Response:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", timeout=scaled(20)) as client:
-            return await client.request(method, path, headers={**USER, **headers}, json=json)
+        return await self.client.request(method, path, headers={**USER, **headers}, json=json)
 
     async def get(self, path: str) -> Any:
         return (await self.ask("GET", path)).json()
@@ -139,7 +138,7 @@ class Site:
             listed = (await self.get("/operations/"))["operations"]
             return next((each for each in listed if each["id"] == id), None)
 
-        found: dict[str, Any] = await until(is_listed, f"{id} runs", ceiling=60)
+        found: dict[str, Any] = await until(is_listed, f"{id} runs")
         return found
 
     async def progresses(self, id: str) -> dict[str, Any]:
@@ -161,7 +160,7 @@ class Site:
             return bool(seen[0] == record)
 
         try:
-            await until(is_so, f"the record is {record}", ceiling=60)
+            await until(is_so, f"the record is {record}")
         except AssertionError as exc:
             raise AssertionError(f"{exc}, but {seen}") from None
 
@@ -202,21 +201,26 @@ class Worker:
 @asynccontextmanager
 async def site_of(kind: Kind, redis: RedisServer, folder: Path) -> AsyncIterator[Site]:
     """The web server of an example, which answers."""
-    site = Site(kind, redis, folder)
-    site.reports.mkdir()
-    log = folder / "web.log"
-    command = f"uvicorn examples.queues.with_{kind.package}:app --port {site.port}"
-    with site.process(command, log) as process:
+    # The first sweep of a worker of SAQ takes a job that is being fetched at that moment for stuck, and aborts it: this
+    # says that another worker sweeps.
+    redis.command("SET", "saq:default:sweep", "1")
+    port = free_port()
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=scaled(20)) as client:
+        site = Site(kind, redis, folder, client)
+        site.reports.mkdir()
+        log = folder / "web.log"
+        command = f"uvicorn examples.queues.with_{kind.package}:app --port {port}"
+        with site.process(command, log) as process:
 
-        async def answers() -> bool:
-            assert process.poll() is None, log.read_text()
-            try:
-                return (await site.ask("GET", "/operations/")).status_code == 200
-            except httpx.TransportError:
-                return False
+            async def answers() -> bool:
+                assert process.poll() is None, log.read_text()
+                try:
+                    return (await site.ask("GET", "/operations/")).status_code == 200
+                except httpx.TransportError:
+                    return False
 
-        await until(answers, "the application answers", ceiling=60)
-        yield site
+            await until(answers, "the application answers")
+            yield site
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
