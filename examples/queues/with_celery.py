@@ -108,9 +108,9 @@ def report(self: Task, user: str, pages: int) -> Any:
     return tracked(self, user, write_report, self.request.id, pages)
 
 
-@queue.task(bind=True)
+@queue.task(bind=True, autoretry_for=(Exception,))
 def check(self: Task, user: str, pages: int) -> Any:
-    """Check pages: plain code in a thread, which is stopped where it asks."""
+    """Check pages: plain code in a thread, which is stopped where it asks, and then not tried again."""
     return tracked(self, user, in_thread, check_pages, pages)
 
 

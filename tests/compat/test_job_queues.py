@@ -1,7 +1,6 @@
 """The jobs of arq, SAQ and Celery are operations of the application: the examples, with real workers of each queue.
 
-arq has a dependency group of its own: ``uv run --no-default-groups --group arq pytest -m compat -k arq tests/compat/
-test_job_queues.py``.
+arq has a dependency group of its own, and its tests run with ``uv run --group arq pytest -m compat -k arq`` and this file.
 """
 
 from __future__ import annotations
