@@ -45,6 +45,14 @@ async def holds(condition: Callable[[], bool]) -> bool:
     return condition()
 
 
+async def stays_stopped(site: Site, id: str) -> None:
+    """The queue has a job as stopped, does not try it again, and goes on with the next one."""
+    await site.has_record(id, site.kind.stopped)
+    following = await site.order("/reports?pages=1")
+    await until(lambda: holds(lambda: site.has(following, "txt")), "the next report is written")
+    assert await site.get(f"/reports/{id}") == site.kind.stopped
+
+
 @kinds()
 async def test_a_job_is_listed_with_its_progress_and_stopped_by_its_id(site: Site) -> None:
     with site.worker() as worker:
@@ -62,11 +70,7 @@ async def test_a_job_is_listed_with_its_progress_and_stopped_by_its_id(site: Sit
         assert (answer.status_code, answer.json()["outcome"]) == (200, "cancelled")
         assert answer.json()["operation"]["message"] == "enough"
         assert not site.has(id, "draft")
-        await site.has_record(id, site.kind.stopped)
-        # The worker goes on with the next job, and does not try this one again.
-        following = await site.order("/reports?pages=1")
-        await until(lambda: holds(lambda: site.has(following, "txt")), "the next report is written")
-        assert await site.get(f"/reports/{id}") == site.kind.stopped
+        await stays_stopped(site, id)
         assert not site.has(id, "draft")
         assert (await site.get(f"/operations/{id}"))["state"] == "cancelled"
         assert worker.complaints() == []
@@ -110,6 +114,7 @@ async def test_a_job_of_a_worker_that_is_told_to_stop_runs_again_in_the_next(sit
         first = await site.progresses(id)
         worker.terminate()
         await until(worker.has_ended, "the worker stops")
+        assert worker.process.returncode == 0, worker.log()
         assert not site.has(id, "draft")
         # It has said goodbye: nobody waits for its lease.
         assert await site.get("/operations/") == {"operations": [], "total": 0, "unreachable": []}
@@ -129,6 +134,7 @@ async def test_a_worker_of_celery_that_is_told_to_stop_finishes_its_task(site: S
         await site.progresses(id)
         worker.terminate()
         await until(worker.has_ended, "the worker stops")
+        assert worker.process.returncode == 0, worker.log()
         assert site.has(id, "txt")
         assert await site.get(f"/reports/{id}") == {"status": "SUCCESS", "result": "{'pages': 4}"}
         assert await site.get("/operations/") == {"operations": [], "total": 0, "unreachable": []}
@@ -187,7 +193,7 @@ async def test_a_plain_function_is_stopped_where_it_asks(site: Site) -> None:
         id = await site.order("/checks?pages=600")
         assert (await site.progresses(id))["progress"]["message"] == "page checked"
         assert (await site.cancel(id)).json()["outcome"] == "cancelled"
-        await site.has_record(id, site.kind.stopped)
+        await stays_stopped(site, id)
         assert worker.complaints() == []
 
 
