@@ -103,6 +103,7 @@ async def test_a_job_whose_worker_is_killed_disappears(site: Site) -> None:
 
         await until(is_gone, "the operation is gone", ceiling=3 * LEASE)
         assert (await site.ask("GET", f"/operations/{id}")).status_code == 404
+        assert (await site.cancel(id)).status_code == 404
         # Its cleanup has not run.
         assert site.has(id, "draft")
 
