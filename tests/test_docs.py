@@ -663,6 +663,36 @@ async def test_operations_of_a_queue() -> None:
         assert (await operations.get("thumbnails-7")).state == "finished"
 
 
+# job-queues.md
+
+PARTS = {
+    "The operations, and the work": "reports",
+    "The hooks of arq and SAQ": "hooks",
+    "arq": "with_arq",
+    "SAQ": "with_saq",
+    "Celery": "with_celery",
+    "Celery (2)": "with_celery",
+}
+"""The snippets of the page with the example that each is a part of: `tests/compat/test_job_queues.py` runs these."""
+
+
+def test_job_queues_shows_parts_of_the_examples() -> None:
+    compiled("job-queues.md", "The operations, and the work")
+    compiled("job-queues.md", "The hooks of arq and SAQ")
+    compiled("job-queues.md", "arq")
+    compiled("job-queues.md", "SAQ")
+    compiled("job-queues.md", "Celery")
+    compiled("job-queues.md", "Celery (2)")
+    snippets = snippets_of(ROOT / "docs/job-queues.md")
+    assert snippets.keys() == PARTS.keys()
+    for heading, example in PARTS.items():
+        text = (ROOT / f"examples/queues/{example}.py").read_text()
+        shown = re.findall(r"^(?:@|async def |def |class ).*?(?=^\S|\Z)", snippets[heading], re.DOTALL | re.MULTILINE)
+        assert shown
+        for part in shown:
+            assert part.strip() in text, part
+
+
 # operations-http.md
 
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from cancelable_deps import Cancelable, CancelationError
@@ -72,6 +73,22 @@ async def test_an_acknowledged_cancel_reaches_a_worker_that_was_cut_off(loss: st
             store.lose_last(1)
         store.resume()
         await until(lambda: holds(lambda: ends == ["begun", "enough"]), "the block is stopped")
+
+
+async def test_what_was_cancelled_before_a_worker_came_does_not_start_in_it(store: Store) -> None:
+    async with store.operations() as a:
+        # More than one read of the log brings along.
+        for number in range(150):
+            await a.cancel(f"job-{number}", message="enough", wait=0)
+        async with store.operations() as b:
+            with pytest.raises(CancelationError, match="enough"):
+                await run_job(b, "job-149")
+
+
+async def run_job(operations: Operations, id: str) -> None:
+    async with operations.track(id=id):
+        await anyio.lowlevel.checkpoint()
+        raise AssertionError("it has started")
 
 
 @pytest.mark.parametrize("loss", ["nothing", "the last second", "everything"])

@@ -122,6 +122,10 @@ class Exchange:
         self._beats_in_a_row = 0
         self._missed = 0
         self._has_warned = False
+        self._hello = new_entry_id()
+        self._has_caught_up = anyio.Event()
+        """Set when this worker has read all that was in the log when it came."""
+
         self._began = clock.now()
         self._has_beaten = False
         self.beaten_at = time.monotonic()
@@ -141,20 +145,26 @@ class Exchange:
         """Start reading, answering and giving signs of life; they end when ``tasks`` is cancelled."""
         self._tasks = tasks
         await self._beat()
-        await self._say("hello", {"identity": list(self.identity)})
+        has_said_hello = await self._say("hello", {"identity": list(self.identity)}, self._hello)
         tasks.start_soon(self._keep_reading)
         tasks.start_soon(self._keep_beating)
         tasks.start_soon(self._outbox.run)
+        if has_said_hello:
+            # An operation that was cancelled before this worker came must not start in it.
+            with anyio.move_on_after(CALL_SECONDS):
+                await self._has_caught_up.wait()
 
     async def leave(self) -> None:
         """Say goodbye, so that others do not wait for the answers of this worker."""
         await self._say("bye", {})
 
-    async def _say(self, kind: str, data: dict[str, Any]) -> None:
+    async def _say(self, kind: str, data: dict[str, Any], id: str | None = None) -> bool:
         try:
-            await self.broadcast(kind, data)
+            await self.broadcast(kind, data, id)
         except Unavailable:
             self._note_break()
+            return False
+        return True
 
     # Sending.
 
@@ -258,6 +268,8 @@ class Exchange:
     def _take(self, data: bytes) -> None:
         entry = decoded(data)
         if entry is None or entry.id in self._seen:
+            if entry is not None and entry.id == self._hello:
+                self._has_caught_up.set()
             return
         now = self._clock.now()
         if entry.at < now - self._memory - self._lease - _OLD:

@@ -1,0 +1,1 @@
+"""The jobs of a queue as operations: the same application with arq, with SAQ and with Celery."""
