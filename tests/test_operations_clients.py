@@ -298,6 +298,32 @@ async def test_calls_of_a_server_that_is_silent_fail_within_seconds(
         await until(lambda: is_answered(batches), "calls are answered")
 
 
+async def test_at_the_end_calls_that_wait_are_told_and_those_under_way_end(
+    kind: str, of_application: bool, own_redis: RedisServer, proxy: Proxy
+) -> None:
+    results: list[Any] = []
+    async with opened(kind, proxy, of_application=of_application) as client:
+        batches = Batches(client)
+
+        async def make(call: Call) -> None:
+            results.extend(await all_of(batches, [call]))
+
+        with anyio.fail_after(scaled(CEILING)):
+            async with anyio.create_task_group() as tasks, batches.opened():
+                await batches.run(echo(0))
+                proxy.pause()
+                for number in range(4):
+                    tasks.start_soon(make, echo(number))
+                    await anyio.wait_all_tasks_blocked()
+                tasks.start_soon(make, Call(SET, ["late"], ["1"]))
+                await anyio.wait_all_tasks_blocked()
+        assert len(results) == 5
+        assert all(isinstance(each, Unavailable) for each in results)
+        assert "not open" in str(results[0])
+        proxy.resume()
+    assert own_redis.command("EXISTS", "late") == b":0\r\n"
+
+
 async def test_no_call_is_made_before_and_after(kind: str, own_redis: RedisServer, proxy: Proxy) -> None:
     async with opened(kind, proxy, of_application=False) as client:
         batches = Batches(client)

@@ -29,6 +29,7 @@ _MOST_BATCHES: Final = 4
 _MOST_SINGLES: Final = 32
 """The same for a client that cannot send calls together."""
 
+_CLOSED: Final = "the store is not open"
 _LONGEST: Final = 1.0
 """Seconds after which a batch is given up, as by then all of its callers have."""
 
@@ -79,13 +80,16 @@ class Batches:
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
-        """Send calls inside the ``async with``; those that are under way at its end are waited for, a second at most."""
+        """Send calls inside the ``async with``; at its end those that are under way are waited for, a second or two."""
         self._is_open = True
         try:
             yield
         finally:
             self._is_open = False
-            with anyio.move_on_after(_LONGEST, shield=True):
+            while self._waiting:
+                self._waiting.popleft().end(Unavailable(_CLOSED))
+            # Each batch has its limit; a little more, so that none uses a client that is closed.
+            with anyio.move_on_after(2 * _LONGEST, shield=True):
                 for worker in self._workers:
                     await worker.join()
 
@@ -97,7 +101,7 @@ class Batches:
         :raises Unavailable: if it fails, or takes longer than a second; it may take effect all the same.
         """
         if not self._is_open:
-            raise Unavailable("the store is not open")
+            raise Unavailable(_CLOSED)
         waiting = _Waiting(call, self._loop.make_event())
         self._waiting.append(waiting)
         # A worker that has not begun takes along all that is there when it begins.
