@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, HTTPException
 
 from cancelable_deps import RequestCancelationMiddleware
 from cancelable_deps.operations import (
@@ -79,7 +79,8 @@ async def document(user: str, text: str) -> str:
 @app.get("/running")
 async def running(route: str, operations: RequestOperations) -> list[dict[str, Any]]:
     found = await operations.list(route=route, limit=1000, timeout=10)
-    assert found.unreachable == []
+    if found.unreachable:
+        raise HTTPException(503, f"unreachable: {found.unreachable}")
     return [
         {"id": each.id, "worker": each.worker, "key": each.key, "state": each.state, "text": each.labels.get("text")}
         for each in found.items

@@ -11,6 +11,7 @@ import pytest
 
 from cancelable_deps import Cancelable, CancelationError
 from cancelable_deps.operations import Operations, OperationState, OperationsUnavailable
+from cancelable_deps.operations.backend import Unavailable
 
 from .redis_workers import MARKS, forever, is_cancelled, is_in, know_each_other
 from .stores import Store, kinds, until
@@ -89,6 +90,26 @@ async def run_job(operations: Operations, id: str) -> None:
     async with operations.track(id=id):
         await anyio.lowlevel.checkpoint()
         raise AssertionError("it has started")
+
+
+async def test_who_could_not_be_told_of_a_newer_one_is_told_after_the_break(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(store) as [a, b]:
+        older = await b.start(forever, key="key", when_busy="cancel_previous")
+        send, lost = a.backend.send, list[bytes]()
+
+        async def fail_once(worker: str, entry: bytes, id: str) -> bool:
+            if not lost:
+                lost.append(entry)
+                raise Unavailable
+            return await send(worker, entry, id)
+
+        monkeypatch.setattr(a.backend, "send", fail_once)
+        newer = await a.start(forever, key="key", when_busy="cancel_previous")
+        await until(lambda: is_in(b, older.id, OperationState.CANCELLED), "the older one is stopped")
+        assert [b"supersede" in entry for entry in lost] == [True]
+        assert await is_in(a, newer.id, OperationState.RUNNING)
 
 
 @pytest.mark.parametrize("loss", ["nothing", "the last second", "everything"])

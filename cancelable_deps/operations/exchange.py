@@ -40,7 +40,10 @@ _ANSWER_SECONDS: Final = 5.0
 CALL_SECONDS: Final = 1.0
 """The longest that one call of the store may take, except reading."""
 
-LASTING: Final = frozenset({"cancel", "cancel_all", "granted", "supersede"})
+_OF_TURNS: Final = frozenset({"granted", "supersede"})
+"""The kinds of entries that nobody has asked for, and so nobody asks for again."""
+
+LASTING: Final = _OF_TURNS | {"cancel", "cancel_all"}
 """The kinds of entries that must not be lost: they are appended again if the store has lost them."""
 
 
@@ -181,10 +184,15 @@ class Exchange:
     async def send(self, worker: str, kind: str, data: dict[str, Any], id: str | None = None) -> bool:
         """Append an entry to the mail of a worker; return ``False`` if no living worker has that name.
 
-        :raises Unavailable: as `broadcast` does.
+        :raises Unavailable: as `broadcast` does. What nobody else says is appended after the break, if that ends soon.
         """
         entry = self._new(kind, data, id)._replace(to=worker)
-        is_there: bool = await self.calling(self.backend.send(worker, entry.encoded(), entry.id))
+        try:
+            is_there: bool = await self.calling(self.backend.send(worker, entry.encoded(), entry.id))
+        except Unavailable:
+            if kind in _OF_TURNS:
+                self._note(entry, worker)
+            raise
         if is_there:
             self._note(entry, worker)
         return is_there

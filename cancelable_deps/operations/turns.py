@@ -126,7 +126,7 @@ class Turns:
         try:
             await self._exchange.send(holder.worker, "supersede", {"turn": holder.id})
         except Unavailable:
-            logger.warning("an operation could not be told that a newer one has taken its key: the store is away")
+            logger.warning("an operation is told later that a newer one has taken its key: the store is away")
 
     def superseded_elsewhere(self, entry: Entry) -> None:
         """Stop the operation whose key a newer one of another worker has taken."""
@@ -160,7 +160,7 @@ class Turns:
                 if waiter.worker != self._exchange.identity.name:
                     await self._exchange.send(waiter.worker, "granted", {"turn": waiter.id})
             except Unavailable:
-                logger.warning("an operation could not be told that its turn has come: the store is away")
+                logger.warning("an operation is told later that its turn has come: the store is away")
 
     def granted(self, entry: Entry) -> None:
         """Admit the operation whose turn has come, as the worker says that has left."""
