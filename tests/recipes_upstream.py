@@ -40,7 +40,8 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def key_of(scope: Scope) -> str:
-    return dict(scope["headers"]).get(b"x-id", b"").decode()
+    key: bytes = dict(scope["headers"]).get(b"x-id", b"")
+    return key.decode()
 
 
 async def answer(send: Send, body: Any, status: int = 200, headers: list[tuple[bytes, bytes]] | None = None) -> None:
@@ -80,7 +81,8 @@ async def read(receive: Receive, note: Callable[[bytes], None]) -> bytes:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ConnectionError
-        body += message.get("body", b"")
+        part: bytes = message.get("body", b"")
+        body += part
         note(body)
         if not message.get("more_body"):
             return body

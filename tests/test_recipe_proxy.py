@@ -146,14 +146,14 @@ def test_the_service_is_not_left_with_half_of_a_body(proxy: Server, service: Ser
 
 def test_the_service_stops_when_the_time_of_the_client_is_up(proxy: Server, service: Server) -> None:
     key = new_key()
-    response = proxy.ask("/wait", key, **{"x-time-left": scaled(0.5)})
+    response = proxy.ask("/wait", key, **{"x-time-left": str(scaled(0.5))})
     assert (response.status, response.headers["x-deadline-expired"]) == (504, "1")
     service.journal(key, "left")
 
 
 def test_the_service_is_told_how_much_time_is_left(proxy: Server) -> None:
     for given, most in ((None, TIMEOUT), (TIMEOUT / 2, TIMEOUT / 2)):
-        headers = {} if given is None else {"x-time-left": given}
+        headers = {} if given is None else {"x-time-left": str(given)}
         (left,) = values(proxy.ask("/echo", **headers).json()["headers"], "x-time-left")
         assert most / 2 < float(left) <= most - 0.05
 

@@ -50,7 +50,9 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 app = FastAPI(lifespan=cancelation_lifespan(lifespan), openapi_url=None)
 app.add_middleware(
-    RequestCancelationMiddleware, default_timeout=TIMEOUT, client_timeout=ClientTimeout(["x-time-left"], maximum=TIMEOUT)
+    RequestCancelationMiddleware,
+    default_timeout=TIMEOUT,
+    client_timeout=ClientTimeout(["x-time-left"], maximum=TIMEOUT),
 )
 
 Headers = list[tuple[bytes, bytes]]

@@ -150,6 +150,9 @@ def test_a_client_that_leaves_before_the_bill_does_not_stop_it(server: Server, s
     connection.send(asked(key, "3 finish gate usage end"))
     assert events(connection, 4)[-1] == "data: [DONE]"
     connection.reset()
+    # The server has noticed the hang-up when it has answered what came after it.
+    for _ in range(2):
+        assert server.ask(f"/usage/{key}").json() == []
     service.open_gate(f"{key}-0")
     assert service.journal(key, "billed")[:2] == ["at-gate-0", "billed"]
     assert row_of(server, key) == billed(key, "complete")
