@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qs
 
 import anyio
+import anyio.lowlevel
 from starlette.types import Receive, Scope, Send
 
+from tests.machine import scaled
 from tests.server_app import Journal
 
 journal = Journal()
@@ -122,14 +125,52 @@ async def wait(scope: Scope, receive: Receive, send: Send) -> None:
 async def at_the_gate(scope: Scope, receive: Receive, go_on: Callable[[], Awaitable[None]]) -> None:
     key = key_of(scope)
     journal.add(key, "started")
+
+    async def work() -> None:
+        await gates[key].wait()
+        await go_on()
+
+    await until_left(key, receive, work)
+
+
+async def flood(key: str, send_part: Callable[[], Awaitable[None]]) -> None:
+    """Send without an end, and note when the other side takes no more."""
+    sent = 0
+
+    async def watch() -> None:
+        before = -1
+        while before != sent:
+            before = sent
+            await anyio.sleep(scaled(0.3))
+        journal.add(key, "stalled")
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(watch)
+        while True:
+            await send_part()
+            sent += 1
+            await anyio.lowlevel.checkpoint()  # uvicorn's `send` returns at once when the other side has left
+
+
+async def endless(scope: Scope, receive: Receive, send: Send) -> None:
+    """Send more than a client takes that does not read."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send_part() -> None:
+        await send({"type": "http.response.body", "body": bytes(65536), "more_body": True})
+
+    await until_left(key_of(scope), receive, partial(flood, key_of(scope), send_part))
+
+
+async def until_left(key: str, receive: Receive, work: Callable[[], Awaitable[None]]) -> None:
+    """Work until the other side leaves, and note that."""
     async with anyio.create_task_group() as tasks:
 
-        async def gate() -> None:
-            await gates[key].wait()
-            await go_on()
+        async def run() -> None:
+            await work()
             tasks.cancel_scope.cancel()
 
-        tasks.start_soon(gate)
+        tasks.start_soon(run)
         while (await receive())["type"] != "http.disconnect":
             pass
         journal.add(key, "left")
@@ -149,6 +190,7 @@ HANDLERS = {
     "echo": echo,
     "upload": upload,
     "stream": stream,
+    "endless": endless,
     "wait": wait,
     "break-off": break_off,
 }

@@ -112,14 +112,14 @@ def hang_up(proxy: Server, service: Server, path: str) -> None:
     key = new_key()
     connection = proxy.connect()
     connection.send(request(path, key))
-    service.journal(key, "started")
+    service.journal(key, "stalled" if path == "/endless" else "started")
     if path == "/stream":
         assert connection.head().status == 200
     connection.reset()
     service.journal(key, "left")
 
 
-@pytest.mark.parametrize("path", ["/wait", "/stream"])
+@pytest.mark.parametrize("path", ["/wait", "/stream", "/endless"])
 def test_the_service_stops_with_the_client_and_the_pool_stays_whole(proxy: Server, service: Server, path: str) -> None:
     # A connection that was lost would be missing for the next: `httpx.PoolTimeout`, which is answered with 504.
     for _ in range(2 * CONNECTIONS + 1):

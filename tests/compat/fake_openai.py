@@ -1,19 +1,19 @@
 """A service with the API of OpenAI, as far as a chat that is streamed needs it: bare ASGI, so that it sees who leaves.
 
 The text of a question is ``key step step ...``. A step is a number of tokens, ``gate`` (wait until it is open: the first
-one is ``key-0``), ``finish``, ``usage``, ``end``, or the status of a refusal.
+one is ``key-0``), ``flood``, ``finish``, ``usage``, ``end``, or the status of a refusal.
 """
 
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
-import anyio
 from starlette.types import Receive, Scope, Send
 
 from tests import recipes_upstream
-from tests.recipes_upstream import answer, gates, journal, read
+from tests.recipes_upstream import answer, flood, gates, journal, read, until_left
 
 PROMPT_TOKENS, COMPLETION_TOKENS = 7, 42
 HEAD = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "fake"}
@@ -24,17 +24,7 @@ async def complete(scope: Scope, receive: Receive, send: Send) -> None:
     assert asked["stream"] is True
     assert asked["stream_options"] == {"include_usage": True}
     key, *steps = asked["messages"][0]["content"].split()
-    async with anyio.create_task_group() as tasks:
-
-        async def stream() -> None:
-            await Stream(key, send).run(steps)
-            tasks.cancel_scope.cancel()
-
-        tasks.start_soon(stream)
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        journal.add(key, "left")
-        tasks.cancel_scope.cancel()
+    await until_left(key, receive, partial(Stream(key, send).run, steps))
 
 
 class Stream:
@@ -59,6 +49,8 @@ class Stream:
             journal.add(self._key, f"at-gate-{self._gates}")
             await gates[f"{self._key}-{self._gates}"].wait()
             self._gates += 1
+        elif step == "flood":
+            await flood(self._key, partial(self._choose, {"content": "x" * 65536}, None))
         elif step == "finish":
             await self._choose({}, "stop")
         elif step == "usage":

@@ -134,6 +134,18 @@ def test_a_client_that_leaves_stops_the_service_and_its_tokens_are_counted(serve
     assert row_of(server, key) == counted(key, "disconnect", 3)
 
 
+def test_a_client_that_reads_nothing_and_leaves_stops_the_service_too(server: Server, service: Server) -> None:
+    key = new_key()
+    connection = server.connect()
+    connection.send(asked(key, "flood"))
+    service.journal(key, "stalled")
+    connection.reset()
+    service.journal(key, "left")
+    row = row_of(server, key)
+    assert row == counted(key, "disconnect", row["completion_tokens"])
+    assert row["completion_tokens"] > 0
+
+
 def test_a_client_that_leaves_before_the_first_token_is_in_the_ledger_too(server: Server, service: Server) -> None:
     key = new_key()
     connection = server.connect()
