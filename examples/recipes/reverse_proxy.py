@@ -38,6 +38,7 @@ HOP_BY_HOP = {
 http = httpx.AsyncClient(
     event_hooks={"request": [forward_deadline(header="x-time-left", margin=0.05)]},
     limits=httpx.Limits(max_connections=int(os.environ.get("CONNECTIONS", "100"))),
+    timeout=httpx.Timeout(None, connect=5, pool=5),
     trust_env=False,
 )
 
