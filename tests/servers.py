@@ -53,6 +53,8 @@ class Variant:
     asks_for_bodies: bool = True
     answers_half_closed: bool = False
     app: str = APP
+    ready: str = "/bare/work"
+    """What it answers with 200 when it has started."""
 
     def arguments(self, port: int) -> list[str]:
         return [sys.executable, "-m", *self.command.format(port=port).split(), self.app]
@@ -238,7 +240,7 @@ class Server:
         deadline = time.monotonic() + STARTUP
         while time.monotonic() < deadline:
             with suppress(OSError):
-                assert self.ask("/bare/work").status == 200
+                assert self.ask(self.variant.ready).status == 200
                 return
             with suppress(subprocess.TimeoutExpired):
                 code = self._process.wait(timeout=0.05)

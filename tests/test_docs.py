@@ -536,6 +536,24 @@ async def wait_until_stopped(cancel: Any) -> None:
     await anyio.sleep_forever()
 
 
+# mcp.md, llm-usage.md, reverse-proxy.md
+
+
+def test_recipes() -> None:
+    # `test_recipes.py` compares them with the programs that they are parts of, and which have tests of their own.
+    compiled("mcp.md", "A tool call that stops")
+    compiled("mcp.md", "The application")
+    compiled("mcp.md", "The application (2)")
+    compiled("llm-usage.md", "The stream")
+    compiled("llm-usage.md", "The stream (2)")
+    compiled("llm-usage.md", "What the ledger says")
+    compiled("reverse-proxy.md", "The request and its answer")
+    compiled("reverse-proxy.md", "The request and its answer (2)")
+    compiled("reverse-proxy.md", "Headers of this hop")
+    compiled("reverse-proxy.md", "The time that is left")
+    compiled("reverse-proxy.md", "The time that is left (2)")
+
+
 # check.md
 
 

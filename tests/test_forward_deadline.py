@@ -143,6 +143,17 @@ async def test_the_clients_own_timeouts_are_shortened_to_what_is_left(service: S
 
 
 @ways
+async def test_the_clients_own_timeouts_do_not_strike_together_with_the_deadline(service: Service, way: str) -> None:
+    # Of two that do, trio takes the one or the other, and the handler failed now and then with `httpx.ReadTimeout`.
+    async def endpoint(cancel: RequestCancelable) -> None:
+        async with client_of(service, way, timeout=None) as client:
+            await client.get("http://service/")
+            assert min(service.timeouts.values()) - cancel.remaining() >= 0.1
+
+    await ask(endpoint)
+
+
+@ways
 async def test_without_a_deadline_requests_are_as_they_were(service: Service, way: str) -> None:
     async with client_of(service, way) as client:
         await client.get("http://service/")

@@ -22,7 +22,9 @@ from cancelable_deps import (
     Cancelable,
     CancelableRoute,
     CancelationReason,
+    CancelationToken,
     DisconnectCancelation,
+    ManualCancelation,
     RequestCancelable,
     RequestCancelationMiddleware,
     SignalCancelation,
@@ -443,6 +445,34 @@ async def test_tracked_work(told: list[ObservedEvent]) -> None:
     assert {event.kind for event in told} == {"tracked"}
     assert told[1].id == "job-1"
     assert isinstance(told[3].error, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("around", ["block", "scope"])
+async def test_tracked_work_that_is_stopped_with_what_is_around_it(told: list[ObservedEvent], around: str) -> None:
+    token = CancelationToken()
+    async with Operations() as operations:
+        with anyio.CancelScope() as scope, suppress(ManualCancelation):
+            async with Cancelable(token=token), operations.track(name="inside") as cancel:
+                if around == "scope":
+                    cancel.cancel_nowait()
+                    scope.cancel()
+                else:
+                    token.cancel_nowait()
+                await anyio.sleep_forever()
+    reason = CancelationReason.MANUAL if around == "scope" else CancelationReason.PARENT
+    assert [(event.what, event.outcome, event.reason) for event in told if event.name == "inside"] == [
+        ("cancelled", "cancelled", reason),
+        ("ended", "cancelled", reason),
+    ]
+
+
+async def test_tracked_work_that_another_stops_has_failed(told: list[ObservedEvent]) -> None:
+    async with Operations() as operations:
+        with anyio.CancelScope() as scope:
+            async with operations.track(name="inside"):
+                scope.cancel()
+                await anyio.sleep_forever()
+    assert [(event.what, event.outcome, event.reason) for event in told] == [("ended", "failed", None)]
 
 
 async def test_cancels(told: list[ObservedEvent]) -> None:

@@ -6,6 +6,7 @@ import math
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from ..kernel.loops.current import runs_in_this_thread
 from ..kernel.options import seconds, takes
 from ..kernel.remaining import Hidden, next_deadline
 from ..request.durations import PREFER, checked_name, header_named, read_all, with_wait
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
 _TIMEOUTS: Final = ("connect", "read", "write", "pool")
+_BEHIND: Final = 0.1
+"""Seconds by which httpx's timeouts are behind the deadline where that interrupts the call itself."""
 
 
 class OutgoingRequest(Protocol):
@@ -53,6 +56,9 @@ class DeadlineHook:
         left = self.set_header(request.headers)
         if left is not None:
             known = request.extensions.get("timeout") or {}
+            if runs_in_this_thread():
+                # Of two that strike together, trio takes either: the handler would now and then fail with httpx's error.
+                left += _BEHIND
             timeouts = {name: _smaller(known.get(name), left) for name in _TIMEOUTS}
             request.extensions = {**request.extensions, "timeout": timeouts}
         return _Done()
@@ -116,8 +122,8 @@ def forward_deadline(
     ```
 
     The time is that until the next deadline around the caller: of the request (its timeout, its policy, the time that its
-    client gives), or of a `Cancelable` around the call. httpx's own timeouts are shortened to it. Without a deadline, the
-    request is sent as it is. A smaller time that the request already has in the header is kept.
+    client gives), or of a `Cancelable` around the call. httpx's own timeouts are shortened to it (in an event loop, where
+    the deadline interrupts the call, to a little more). Without a deadline, the request is sent as it is. A smaller time that the request already has in the header is kept.
 
     If no more than ``margin`` is left, the call raises the `TimeoutCancelation` of that block at once, and nothing is sent.
     The cleanup of work that was cancelled has no deadline. In a worker thread, whose work nothing interrupts, a deadline

@@ -293,7 +293,7 @@ class Operations:
             state = OperationState.FINISHED
         except BaseException as exc:
             error = exc
-            if isinstance(exc, CancelationError) and exc.reason is running.cancelable.reason:
+            if _was_stopped(running.cancelable, exc):
                 state = OperationState.CANCELLED
             raise
         finally:
@@ -484,6 +484,14 @@ class Operations:
 
 
 T = TypeVar("T")
+
+
+def _was_stopped(cancelable: Cancelable, exc: BaseException) -> bool:
+    """Return whether the block was cancelled, and ``exc`` leaves it for that reason."""
+    if isinstance(exc, CancelationError):
+        return exc.reason is cancelable.reason
+    # What is around the block was cancelled as well, and its own error is raised there.
+    return cancelable.is_cancelled and isinstance(exc, anyio.get_cancelled_exc_class())
 
 
 async def _or_unavailable(call: Awaitable[T]) -> T:
