@@ -398,6 +398,57 @@ async def test_when_the_store_is_away(when_unavailable: Any, status: int) -> Non
 
 
 @movable_clock
+async def test_who_came_while_the_store_was_away_is_known_to_all_afterwards() -> None:
+    hub = OperationsHub()
+    sites = [Searches(latest_only(user), operations=hub.operations()) for _ in range(2)]
+    async with sites[0].client() as first, sites[1].client() as second:
+        hub.cut(sites[0].operations)
+        async with first.start("GET", "/search?text=1") as one:
+            await until(lambda: sites[0].begun)
+            hub.resume(sites[0].operations)
+            await advance(10)
+            async with second.start("GET", "/search?text=2") as two:
+                await one.ended()
+                assert one.json() == {"detail": "superseded by a newer request"}
+                sites[1].go_on.set()
+            assert two.status == 200
+        await advance(10)
+        nothing_is_kept(*(site.operations for site in sites))
+
+
+def in_flight(site: Searches) -> list[Any]:
+    return site.operations.worker.local.everything()
+
+
+@movable_clock
+async def test_who_came_while_the_store_was_away_counts_afterwards_and_gives_its_places_back() -> None:
+    hub = OperationsHub()
+    sites = [Searches(at_most(1, user, queue=1), operations=hub.operations()) for _ in range(2)]
+    async with sites[0].client() as first, sites[1].client() as second:
+        hub.cut(sites[0].operations)
+        async with first.start("GET", "/search?text=1") as one:
+            await until(lambda: sites[0].begun)
+            async with first.start("GET", "/search?text=2") as two:
+                # In the order of this worker, too.
+                await until(lambda: any(each.operation.is_waiting for each in in_flight(sites[0]) if each.operation))
+                hub.resume(sites[0].operations)
+                await advance(10)
+                async with second.start("GET", "/search?text=3") as three:
+                    await until(lambda: len(sites[1].operations.worker.turns) == 1)
+                    assert sites[1].begun == []
+                    sites[0].go_on.set()
+                    await one.ended()
+                    await two.ended()
+                    sites[1].go_on.set()
+                    await advance(10)
+        assert (one.status, two.status, three.status) == (200, 200, 200)
+        assert sites[0].most == {"ann": 1}
+        assert (await second.get("/search?text=4")).status_code == 200
+        await advance(10)
+        nothing_is_kept(*(site.operations for site in sites))
+
+
+@movable_clock
 async def test_a_key_that_could_not_be_given_back_is_given_back_later() -> None:
     hub = OperationsHub()
     sites = [Searches(at_most(1, user), operations=hub.operations()) for _ in range(2)]

@@ -36,7 +36,10 @@ class Turn:
         self.running = running
         self.status = "refused"
         self.is_local = False
-        """Whether only this worker knows of it, because the store could not be reached."""
+        """Whether it has a place in the order of this worker, because the store could not be reached when it entered."""
+
+        self.is_shared = False
+        """Whether the store knows of it."""
 
         self.limit = 1
         self._admitted = anyio.Event()
@@ -109,6 +112,7 @@ class Turns:
         options: dict[str, Any] = {"limit": turn.limit, "queue": queue, "latest": latest, "waits": waits}
         try:
             entered: Entered = await self._exchange.calling(self._exchange.backend.enter(turn.key, turn.id, **options))
+            turn.is_shared = True
             return entered
         except Unavailable:
             if not runs_alone:
@@ -141,7 +145,8 @@ class Turns:
         with anyio.CancelScope(shield=True):
             if turn.is_local:
                 await self.tell(self._fallback.leave(turn.key, turn.id))
-                return
+                if not turn.is_shared:
+                    return
             try:
                 backend = self._exchange.backend
                 await self.tell(await self._exchange.calling(backend.leave(turn.key, turn.id)))
@@ -169,7 +174,8 @@ class Turns:
             turn.admit()
 
     async def enter_again(self, *, may_have_lost: bool) -> None:
-        """Enter turns once more: those that hold a place if the store may have lost them, and those that wait.
+        """Enter turns once more: those that hold a place if the store may have lost them or never had them, and those that
+        wait.
 
         Those that wait are asked for at each sign of life, because who gave them their place may have failed to tell.
         But not at the first one after a loss, when those of all workers that hold a place have to be there first. A
@@ -178,10 +184,9 @@ class Turns:
         :raises Unavailable: if the store cannot be reached.
         """
         were_skipped, self._skips_waiting = self._skips_waiting, may_have_lost and not self._skips_waiting
-        entered = [turn for turn in self._turns.values() if turn.status != "refused" and not turn.is_local]
-        waiting = [turn for turn in entered if turn.status == "waiting"]
-        if may_have_lost:
-            await together(self._enter_again, [turn for turn in entered if turn.status != "waiting"])
+        waiting = [turn for turn in self._turns.values() if turn.status == "waiting" and not turn.is_local]
+        holding = [turn for turn in self._turns.values() if turn.status == "admitted"]
+        await together(self._enter_again, [turn for turn in holding if may_have_lost or not turn.is_shared])
         if were_skipped:
             # They may be lost, and are to wait in this order.
             for turn in waiting:
@@ -201,6 +206,9 @@ class Turns:
                 # It has left meanwhile, perhaps before it was entered again; also if that fails, and happens later.
                 self._unleft[turn.id] = turn.key
         if entered.status == "admitted" and turn.id in self._turns:
+            turn.is_shared = True
+            # It is not to be given back any more because its first call may have arrived.
+            self._unleft.pop(turn.id, None)
             turn.admit()
 
     async def leave_again(self) -> None:
