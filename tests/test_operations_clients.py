@@ -228,6 +228,17 @@ async def test_a_call_that_fails_is_alone_with_it(
             own_redis.command("SCRIPT", "FLUSH")
 
 
+async def test_scripts_that_a_server_has_forgotten_are_sent_together(
+    kind: str, of_application: bool, own_redis: RedisServer, proxy: Proxy
+) -> None:
+    async with batches_of(kind, proxy, of_application=of_application) as batches:
+        await batches.run(echo(0))
+        own_redis.command("SCRIPT", "FLUSH")
+        # One by one they would take longer than a batch may.
+        proxy.delay = 0.008
+        assert await all_of(batches, [echo(number) for number in range(100)]) == [b"%d" % n for n in range(100)]
+
+
 async def test_callers_that_are_cancelled_take_nothing_along(kind: str, of_application: bool, proxy: Proxy) -> None:
     async with batches_of(kind, proxy, of_application=of_application) as batches:
         answers: dict[int, bytes] = {}
