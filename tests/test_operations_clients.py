@@ -239,6 +239,36 @@ async def test_scripts_that_a_server_has_forgotten_are_sent_together(
         assert await all_of(batches, [echo(number) for number in range(100)]) == [b"%d" % n for n in range(100)]
 
 
+class WithPrefix(redis.asyncio.Redis):
+    """A client that changes commands, and not those of pipelines."""
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        command, script, count, *rest = args
+        return await super().execute_command(
+            command, script, count, *[f"mine:{each}" for each in rest[:count]], *rest[count:]
+        )
+
+
+@pytest.mark.parametrize("kind", ["redis-py"])
+async def test_calls_pass_through_a_client_that_changes_them(kind: str, own_redis: RedisServer) -> None:
+    async with WithPrefix(port=own_redis.port) as own:
+        client = RedisPyClient(None, own, LONGEST_READ)
+        batches = Batches(client)
+        async with client.opened(), batches.opened():
+            await all_of(batches, [Call(SET, [f"key{number}"], ["1"]) for number in range(3)])
+    names = own_redis.command("KEYS", "*").decode().split()
+    assert sorted(each for each in names if "key" in each) == ["mine:key0", "mine:key1", "mine:key2"]
+
+
+@pytest.mark.parametrize("kind", ["redis-py"])
+async def test_a_client_of_one_connection_needs_no_other(kind: str, own_redis: RedisServer) -> None:
+    async with redis.asyncio.Redis(port=own_redis.port, single_connection_client=True, max_connections=1) as own:
+        client = RedisPyClient(None, own, LONGEST_READ)
+        batches = Batches(client)
+        async with client.opened(), batches.opened():
+            assert await all_of(batches, [echo(number) for number in range(3)]) == [b"0", b"1", b"2"]
+
+
 async def test_callers_that_are_cancelled_take_nothing_along(kind: str, of_application: bool, proxy: Proxy) -> None:
     async with batches_of(kind, proxy, of_application=of_application) as batches:
         answers: dict[int, bytes] = {}

@@ -30,8 +30,7 @@ class RedisPyClient:
         self._longest_read = longest_read
         self._reader: Any = own
         self.longest_block: float | None = None
-        # The pipelines of a cluster do not take scripts.
-        self.can_pipeline = isinstance(own, redis.asyncio.Redis) if url is None else True
+        self.can_pipeline = url is not None or _has_pipelines_like_calls(own)
         self._failures = Failures(
             exceptions.RedisError,
             exceptions.RedisClusterException,
@@ -107,6 +106,18 @@ class RedisPyClient:
         """Return entries after these positions, or wait for some."""
         with self._failures.translated():
             return entries_of(await self._reader.xread(dict(streams), count=MOST_AT_ONCE, block=block))
+
+
+def _has_pipelines_like_calls(client: Any) -> bool:
+    """Return whether a pipeline of the application's client does to a command the same as the client."""
+    if not isinstance(client, redis.asyncio.Redis) or client.single_connection_client:
+        # Those of a cluster do not take scripts. Those of a client of one connection take another, which its pool may
+        # not have.
+        return False
+    definitions = [vars(each) for each in type(client).__mro__]
+    # A class that changes commands, such as by a prefix, has to change pipelines as well.
+    first = next(each for each in definitions if "execute_command" in each or "pipeline" in each)
+    return "pipeline" in first
 
 
 def _longest_block(client: Any) -> float | None:
