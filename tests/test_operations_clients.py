@@ -4,6 +4,7 @@ that break or fall silent.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -267,6 +268,26 @@ async def test_a_client_of_one_connection_needs_no_other(kind: str, own_redis: R
         batches = Batches(client)
         async with client.opened(), batches.opened():
             assert await all_of(batches, [echo(number) for number in range(3)]) == [b"0", b"1", b"2"]
+
+
+@pytest.mark.parametrize("kind", ["redis-py", "coredis-asyncio"])
+async def test_calls_are_sent_after_all_tasks_were_cancelled_once(
+    kind: str, of_application: bool, proxy: Proxy
+) -> None:
+    async with batches_of(kind, proxy, of_application=of_application) as batches:
+        await batches.run(echo(0))
+        before = asyncio.all_tasks()
+        asker = asyncio.create_task(batches.run(echo(1)))
+        await asyncio.sleep(0)
+        # It has asked, and the task that is to send it has not begun.
+        started = asyncio.all_tasks() - before
+        assert len(started) == 2
+        for task in started:
+            task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asker
+        with anyio.fail_after(scaled(CEILING)):
+            assert await batches.run(echo(2)) == b"2"
 
 
 async def test_callers_that_are_cancelled_take_nothing_along(kind: str, of_application: bool, proxy: Proxy) -> None:

@@ -75,7 +75,10 @@ class Batches:
         self._most_batches = _MOST_BATCHES if client.can_pipeline else _MOST_SINGLES
         self._waiting: deque[_Waiting] = deque()
         self._workers: list[Worker] = []
-        self._is_due = self._is_open = False
+        self._due: Worker | None = None
+        """The worker that has not begun, if there is one."""
+
+        self._is_open = False
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
@@ -100,10 +103,10 @@ class Batches:
             raise Unavailable("the store is not open")
         waiting = _Waiting(call, self._loop.make_event())
         self._waiting.append(waiting)
-        # A worker that has not begun takes along all that is there when it begins.
-        if not self._is_due and self._has_room():
-            self._is_due = True
-            self._workers.append(self._loop.spawn(self.send, self._context.copy()))
+        # A worker that has not begun takes along all that is there when it begins; on asyncio it may be cancelled before.
+        if (self._due is None or self._due.done) and self._has_room():
+            self._due = self._loop.spawn(self.send, self._context.copy())
+            self._workers.append(self._due)
         return await waiting.outcome()
 
     def _has_room(self) -> bool:
@@ -112,7 +115,7 @@ class Batches:
 
     async def send(self) -> None:
         """Send what waits, until nothing does; a task of this class runs it."""
-        self._is_due = False
+        self._due = None
         while batch := self._taken():
             await self._finish(batch)
 
