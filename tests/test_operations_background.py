@@ -369,6 +369,31 @@ async def test_when_busy() -> None:
         nothing_is_kept(a, b)
 
 
+class Proxied:
+    """What stands for a function, has its class and cannot be referred to weakly: a `LocalProxy` of Werkzeug is such."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    @property
+    def __class__(self) -> Any:
+        return type(self._function)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._function, name)
+
+
+async def test_work_may_be_what_only_seems_to_be_a_function() -> None:
+    async with Operations() as operations:
+        operation = await operations.start(Proxied(double), 4)
+        assert await operations.result(operation.id) == 8
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "text"),
     [
