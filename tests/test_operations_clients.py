@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -37,6 +37,7 @@ MANY = 80
 """More than coredis has places in a pool."""
 
 ECHO = Script.of("return ARGV[1]")
+SIZE = Script.of("return #ARGV[1]")
 SET = Script.of("return redis.call('SET', KEYS[1], ARGV[1])")
 FAIL = Script.of("return redis.error_reply('ERR this one fails')")
 ADD = Script.of("return redis.call('XADD', KEYS[1], '*', 'd', ARGV[1])")
@@ -288,6 +289,28 @@ async def test_calls_are_sent_after_all_tasks_were_cancelled_once(
             await asker
         with anyio.fail_after(scaled(CEILING)):
             assert await batches.run(echo(2)) == b"2"
+
+
+async def test_large_calls_are_not_sent_together(
+    kind: str, of_application: bool, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(kind, proxy, of_application=of_application) as client:
+        sent: list[int] = []
+        scripts = client.scripts
+
+        async def noted(calls: Sequence[Call]) -> list[Any]:
+            sent.append(sum(len(str(call.args[0])) for call in calls))
+            return await scripts(calls)
+
+        monkeypatch.setattr(client, "scripts", noted)
+        batches = Batches(client)
+        sizes = [number * 60_000 for number in range(10)] + [2_000_000]
+        async with batches.opened():
+            results = await all_of(batches, [Call(SIZE, [], ["x" * size]) for size in sizes])
+        assert results == sizes
+        assert sent
+        # Beside those that are not large.
+        assert max(sent) <= (1 << 20) + 2 * 60_000
 
 
 async def test_callers_that_are_cancelled_take_nothing_along(kind: str, of_application: bool, proxy: Proxy) -> None:

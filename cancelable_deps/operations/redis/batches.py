@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from .client import Call, Client
 
 _MOST_TOGETHER: Final = 100
+_LARGE: Final = 1 << 16
+_MOST_BYTES: Final = 1 << 20
+"""More than that takes long to pack, and perhaps longer to send than a batch may; arguments below 64 KiB do not count."""
+
 _MOST_BATCHES: Final = 4
 """So many are under way at the same time: fewer would wait for each other, more would be smaller."""
 
@@ -121,10 +125,15 @@ class Batches:
 
     def _taken(self) -> list[_Waiting]:
         batch: list[_Waiting] = []
+        size = 0
         while self._waiting and len(batch) < self._most_together:
-            waiting = self._waiting.popleft()
+            waiting = self._waiting[0]
             if not waiting.is_abandoned:
+                size += _large_part(waiting.call)
+                if batch and size > _MOST_BYTES:
+                    break
                 batch.append(waiting)
+            self._waiting.popleft()
         return batch
 
     async def _finish(self, batch: list[_Waiting]) -> None:
@@ -144,3 +153,7 @@ class Batches:
             return [Unavailable(*exc.args) for _ in calls]
         except Exception as exc:
             return [exc for _ in calls]
+
+
+def _large_part(call: Call) -> int:
+    return sum(len(each) for each in call.args if isinstance(each, str | bytes) and len(each) > _LARGE)
