@@ -313,6 +313,25 @@ async def test_large_calls_are_not_sent_together(
         assert max(sent) <= (1 << 20) + 2 * 60_000
 
 
+async def test_a_call_that_cannot_be_sent_is_alone_with_it(kind: str, of_application: bool, proxy: Proxy) -> None:
+    async with batches_of(kind, proxy, of_application=of_application) as batches:
+        answers: list[bytes] = []
+
+        async def make(number: int) -> None:
+            answers.append(await batches.run(echo(number)))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(make, 0)
+            tasks.start_soon(fails_to_encode, batches)
+            tasks.start_soon(make, 2)
+        assert sorted(answers) == [b"0", b"2"]
+
+
+async def fails_to_encode(batches: Batches) -> None:
+    with pytest.raises(UnicodeEncodeError):
+        await batches.run(Call(ECHO, [], ["\ud800"]))
+
+
 async def test_callers_that_are_cancelled_take_nothing_along(kind: str, of_application: bool, proxy: Proxy) -> None:
     async with batches_of(kind, proxy, of_application=of_application) as batches:
         answers: dict[int, bytes] = {}

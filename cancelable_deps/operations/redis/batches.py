@@ -152,7 +152,8 @@ class Batches:
             # One for each caller, who adds its own frames.
             return [Unavailable(*exc.args) for _ in calls]
         except Exception as exc:
-            return [exc for _ in calls]
+            # Of one of them, such as what cannot be encoded; the others, and a sign of life, are to go their way.
+            return [exc] if len(calls) == 1 else [(await self._results([call]))[0] for call in calls]
 
 
 def _large_part(call: Call) -> int:
