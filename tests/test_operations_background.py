@@ -380,7 +380,7 @@ class Proxied:
         self._function = function
 
     @property
-    def __class__(self) -> Any:
+    def __class__(self) -> Any:  # type: ignore[misc]
         return type(self._function)
 
     def __call__(self, *args: Any) -> Any:

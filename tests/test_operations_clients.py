@@ -246,7 +246,8 @@ class WithPrefix(redis.asyncio.Redis):
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         command, script, count, *rest = args
-        return await super().execute_command(
+        base: Any = super()
+        return await base.execute_command(
             command, script, count, *[f"mine:{each}" for each in rest[:count]], *rest[count:]
         )
 
