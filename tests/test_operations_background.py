@@ -379,8 +379,8 @@ class Proxied:
     def __init__(self, function: Any) -> None:
         self._function = function
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
         return type(self._function)
 
     def __call__(self, *args: Any) -> Any:

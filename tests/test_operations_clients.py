@@ -38,6 +38,7 @@ MANY = 80
 
 ECHO = Script.of("return ARGV[1]")
 SIZE = Script.of("return #ARGV[1]")
+PUSH = Script.of("return redis.call('RPUSH', KEYS[1], ARGV[1])")
 SET = Script.of("return redis.call('SET', KEYS[1], ARGV[1])")
 FAIL = Script.of("return redis.error_reply('ERR this one fails')")
 ADD = Script.of("return redis.call('XADD', KEYS[1], '*', 'd', ARGV[1])")
@@ -331,6 +332,31 @@ async def test_a_call_that_cannot_be_sent_is_alone_with_it(kind: str, of_applica
 async def fails_to_encode(batches: Batches) -> None:
     with pytest.raises(UnicodeEncodeError):
         await batches.run(Call(ECHO, [], ["\ud800"]))
+
+
+async def test_a_call_does_not_overtake_one_of_its_key_whose_caller_has_left(
+    kind: str, of_application: bool, own_redis: RedisServer, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(kind, proxy, of_application=of_application) as client:
+        script, goes_on = client.script, anyio.Event()
+
+        async def held(which: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+            if args == ["first"]:
+                # As one does for which a connection is made.
+                await goes_on.wait()
+            return await script(which, keys, args)
+
+        monkeypatch.setattr(client, "script", held)
+        batches = Batches(client)
+        async with batches.opened(), anyio.create_task_group() as tasks:
+            with anyio.move_on_after(0.05):
+                await batches.run(Call(PUSH, ["list"], ["first"]))
+            tasks.start_soon(batches.run, Call(PUSH, ["list"], ["second"]))
+            for number in range(3):
+                # Others are not held up.
+                assert await batches.run(echo(number)) == b"%d" % number
+            goes_on.set()
+        assert own_redis.command("LRANGE", "list", "0", "-1").split()[2::2] == [b"first", b"second"]
 
 
 async def test_callers_that_are_cancelled_take_nothing_along(kind: str, of_application: bool, proxy: Proxy) -> None:

@@ -40,7 +40,7 @@ _LONGEST: Final = 1.0
 class _Waiting:
     def __init__(self, call: Call, has_ended: Event) -> None:
         self.call = call
-        self.is_abandoned = False
+        self.is_abandoned = self.is_under_way = False
         self.has_ended = has_ended
         self.result: Any = None
         self.error: Exception | None = None
@@ -60,6 +60,7 @@ class _Waiting:
         return self.result
 
     def end(self, result: Any) -> None:
+        self.is_under_way = False
         if isinstance(result, Exception):
             self.error = result
         else:
@@ -78,6 +79,9 @@ class Batches:
         self._most_together = _MOST_TOGETHER if client.can_pipeline else 1
         self._most_batches = _MOST_BATCHES if client.can_pipeline else _MOST_SINGLES
         self._waiting: deque[_Waiting] = deque()
+        self._left: dict[str | None, _Waiting] = {}
+        """The last call under way whose caller has left, by its first key."""
+
         self._workers: list[Worker] = []
         self._due: Worker | None = None
         """The worker that has not begun, if there is one."""
@@ -103,6 +107,11 @@ class Batches:
 
         :raises Unavailable: if it fails, or takes longer than a second; it may take effect all the same.
         """
+        key = _first_key(call)
+        left = self._left.get(key)
+        if left is not None:
+            # What takes something back that a cancelled caller has asked for must not come before it.
+            await left.has_ended.wait()
         if not self._is_open:
             raise Unavailable("the store is not open")
         waiting = _Waiting(call, self._loop.make_event())
@@ -111,7 +120,11 @@ class Batches:
         if (self._due is None or self._due.done) and self._has_room():
             self._due = self._loop.spawn(self.send, self._context.copy())
             self._workers.append(self._due)
-        return await waiting.outcome()
+        try:
+            return await waiting.outcome()
+        finally:
+            if waiting.is_under_way and waiting.is_abandoned and key is not None:
+                self._left[key] = waiting
 
     def _has_room(self) -> bool:
         self._workers = [worker for worker in self._workers if not worker.done]
@@ -132,6 +145,7 @@ class Batches:
                 size += _large_part(waiting.call)
                 if batch and size > _MOST_BYTES:
                     break
+                waiting.is_under_way = True
                 batch.append(waiting)
             self._waiting.popleft()
         return batch
@@ -143,6 +157,9 @@ class Batches:
                 results = await self._results([each.call for each in batch])
         finally:
             for number, each in enumerate(batch):
+                key = _first_key(each.call)
+                if self._left.get(key) is each:
+                    del self._left[key]
                 each.end(results[number] if number < len(results) else Unavailable("the store does not answer"))
 
     async def _results(self, calls: list[Call]) -> list[Any]:
@@ -158,3 +175,7 @@ class Batches:
 
 def _large_part(call: Call) -> int:
     return sum(len(each) for each in call.args if isinstance(each, str | bytes) and len(each) > _LARGE)
+
+
+def _first_key(call: Call) -> str | None:
+    return call.keys[0] if call.keys else None
