@@ -36,6 +36,8 @@ from cancelable_deps.operations import (
     OperationTaken,
     OperationUnknown,
 )
+from cancelable_deps.operations.backend import Record, Unavailable
+from cancelable_deps.operations.memory import MemoryBackend
 from cancelable_deps.testing import CancelableClient, advance
 from tests.calls import CEILING, movable_clock
 from tests.operations import Steps, ended, endless, nothing_is_kept, until, workers
@@ -367,6 +369,72 @@ async def test_when_busy() -> None:
         for operation in (latest, beside):
             await a.cancel(operation.id)
         nothing_is_kept(a, b)
+
+
+class Proxied:
+    """What stands for a function, has its class and cannot be referred to weakly: a `LocalProxy` of Werkzeug is such."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return type(self._function)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._function, name)
+
+
+async def test_work_may_be_what_only_seems_to_be_a_function() -> None:
+    async with Operations() as operations:
+        operation = await operations.start(Proxied(double), 4)
+        assert await operations.result(operation.id) == 8
+
+
+class LosingAnswers(MemoryBackend):
+    """A store that does not answer when a record is created, and may hold a change of one back."""
+
+    loses = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held, self.is_held, self.goes_on = "", anyio.Event(), anyio.Event()
+
+    async def create(self, id: str, fields: Any, *, ttl: float) -> Record:
+        record = await super().create(id, fields, ttl=ttl)
+        if self.loses:
+            raise Unavailable
+        return record
+
+    async def change(self, id: str, fields: Any, *, end_ttl: float | None = None) -> bool:
+        if id == self.held:
+            self.is_held.set()
+            await self.goes_on.wait()
+        return await super().change(id, fields, end_ttl=end_ttl)
+
+
+async def test_the_record_of_a_call_that_is_repeated_is_not_deleted() -> None:
+    store = LosingAnswers()
+    async with Operations(store) as operations:
+        # One more than are looked for at the same time.
+        ids = [f"id-{number}" for number in range(101)]
+        for id in ids:
+            with pytest.raises(OperationsUnavailable):
+                await operations.start(endless, id=id)
+        store.loses = False
+        store.held = ids[0]
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(operations.worker.background.doubtful.delete_all)
+            await store.is_held.wait()
+            await operations.start(endless, id=ids[-1])
+            store.goes_on.set()
+        assert [record is not None for record in await store.load(ids)] == [False] * 100 + [True]
+        assert (await operations.cancel(ids[-1])).outcome == "cancelled"
 
 
 @pytest.mark.parametrize(

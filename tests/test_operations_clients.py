@@ -4,8 +4,9 @@ that break or fall silent.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -36,6 +37,8 @@ MANY = 80
 """More than coredis has places in a pool."""
 
 ECHO = Script.of("return ARGV[1]")
+SIZE = Script.of("return #ARGV[1]")
+PUSH = Script.of("return redis.call('RPUSH', KEYS[1], ARGV[1])")
 SET = Script.of("return redis.call('SET', KEYS[1], ARGV[1])")
 FAIL = Script.of("return redis.error_reply('ERR this one fails')")
 ADD = Script.of("return redis.call('XADD', KEYS[1], '*', 'd', ARGV[1])")
@@ -226,6 +229,134 @@ async def test_a_call_that_fails_is_alone_with_it(
             assert results[1] is not results[3]
             # As after a restart: it knows none of the scripts.
             own_redis.command("SCRIPT", "FLUSH")
+
+
+async def test_scripts_that_a_server_has_forgotten_are_sent_together(
+    kind: str, of_application: bool, own_redis: RedisServer, proxy: Proxy
+) -> None:
+    async with batches_of(kind, proxy, of_application=of_application) as batches:
+        await batches.run(echo(0))
+        own_redis.command("SCRIPT", "FLUSH")
+        # One by one they would take longer than a batch may.
+        proxy.delay = 0.008
+        assert await all_of(batches, [echo(number) for number in range(100)]) == [b"%d" % n for n in range(100)]
+
+
+class WithPrefix(redis.asyncio.Redis):
+    """A client that changes commands, and not those of pipelines."""
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        command, script, count, *rest = args
+        base: Any = super()
+        return await base.execute_command(
+            command, script, count, *[f"mine:{each}" for each in rest[:count]], *rest[count:]
+        )
+
+
+@pytest.mark.parametrize("kind", ["redis-py"])
+async def test_calls_pass_through_a_client_that_changes_them(kind: str, own_redis: RedisServer) -> None:
+    async with WithPrefix(port=own_redis.port) as own:
+        client = RedisPyClient(None, own, LONGEST_READ)
+        batches = Batches(client)
+        async with client.opened(), batches.opened():
+            await all_of(batches, [Call(SET, [f"key{number}"], ["1"]) for number in range(3)])
+    names = own_redis.command("KEYS", "*").decode().split()
+    assert sorted(each for each in names if "key" in each) == ["mine:key0", "mine:key1", "mine:key2"]
+
+
+@pytest.mark.parametrize("kind", ["redis-py"])
+async def test_a_client_of_one_connection_needs_no_other(kind: str, own_redis: RedisServer) -> None:
+    async with redis.asyncio.Redis(port=own_redis.port, single_connection_client=True, max_connections=1) as own:
+        client = RedisPyClient(None, own, LONGEST_READ)
+        batches = Batches(client)
+        async with client.opened(), batches.opened():
+            assert await all_of(batches, [echo(number) for number in range(3)]) == [b"0", b"1", b"2"]
+
+
+@pytest.mark.parametrize("kind", ["redis-py", "coredis-asyncio"])
+async def test_calls_are_sent_after_all_tasks_were_cancelled_once(
+    kind: str, of_application: bool, proxy: Proxy
+) -> None:
+    async with batches_of(kind, proxy, of_application=of_application) as batches:
+        await batches.run(echo(0))
+        before = asyncio.all_tasks()
+        asker = asyncio.create_task(batches.run(echo(1)))
+        await asyncio.sleep(0)
+        # It has asked, and the task that is to send it has not begun.
+        started = asyncio.all_tasks() - before
+        assert len(started) == 2
+        for task in started:
+            task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asker
+        with anyio.fail_after(scaled(CEILING)):
+            assert await batches.run(echo(2)) == b"2"
+
+
+async def test_large_calls_are_not_sent_together(
+    kind: str, of_application: bool, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(kind, proxy, of_application=of_application) as client:
+        sent: list[int] = []
+        scripts = client.scripts
+
+        async def noted(calls: Sequence[Call]) -> list[Any]:
+            sent.append(sum(len(str(call.args[0])) for call in calls))
+            return await scripts(calls)
+
+        monkeypatch.setattr(client, "scripts", noted)
+        batches = Batches(client)
+        sizes = [number * 60_000 for number in range(10)] + [2_000_000]
+        async with batches.opened():
+            results = await all_of(batches, [Call(SIZE, [], ["x" * size]) for size in sizes])
+        assert results == sizes
+        assert sent
+        # Beside those that are not large.
+        assert max(sent) <= (1 << 20) + 2 * 60_000
+
+
+async def test_a_call_that_cannot_be_sent_is_alone_with_it(kind: str, of_application: bool, proxy: Proxy) -> None:
+    async with batches_of(kind, proxy, of_application=of_application) as batches:
+        answers: list[bytes] = []
+
+        async def make(number: int) -> None:
+            answers.append(await batches.run(echo(number)))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(make, 0)
+            tasks.start_soon(fails_to_encode, batches)
+            tasks.start_soon(make, 2)
+        assert sorted(answers) == [b"0", b"2"]
+
+
+async def fails_to_encode(batches: Batches) -> None:
+    with pytest.raises(UnicodeEncodeError):
+        await batches.run(Call(ECHO, [], ["\ud800"]))
+
+
+async def test_a_call_does_not_overtake_one_of_its_key_whose_caller_has_left(
+    kind: str, of_application: bool, own_redis: RedisServer, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(kind, proxy, of_application=of_application) as client:
+        script, goes_on = client.script, anyio.Event()
+
+        async def held(which: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+            if args == ["first"]:
+                # As one does for which a connection is made.
+                await goes_on.wait()
+            return await script(which, keys, args)
+
+        monkeypatch.setattr(client, "script", held)
+        batches = Batches(client)
+        async with batches.opened(), anyio.create_task_group() as tasks:
+            with anyio.move_on_after(0.05):
+                await batches.run(Call(PUSH, ["list"], ["first"]))
+            tasks.start_soon(batches.run, Call(PUSH, ["list"], ["second"]))
+            for number in range(3):
+                # Others are not held up.
+                assert await batches.run(echo(number)) == b"%d" % number
+            goes_on.set()
+        assert own_redis.command("LRANGE", "list", "0", "-1").split()[2::2] == [b"first", b"second"]
 
 
 async def test_callers_that_are_cancelled_take_nothing_along(kind: str, of_application: bool, proxy: Proxy) -> None:

@@ -13,8 +13,9 @@ from cancelable_deps import Cancelable, CancelationError
 from cancelable_deps.operations import Operations, OperationState, OperationsUnavailable
 from cancelable_deps.operations.backend import Unavailable
 
+from .machine import scaled
 from .redis_workers import MARKS, forever, is_cancelled, is_in, know_each_other
-from .stores import Store, kinds, until
+from .stores import CEILING, Store, kinds, until
 
 pytest_plugins = ["tests.redis_fixtures"]
 pytestmark = MARKS
@@ -74,6 +75,16 @@ async def test_an_acknowledged_cancel_reaches_a_worker_that_was_cut_off(loss: st
             store.lose_last(1)
         store.resume()
         await until(lambda: holds(lambda: ends == ["begun", "enough"]), "the block is stopped")
+
+
+@pytest.mark.parametrize("memory", [0, 0.0001])
+async def test_a_worker_of_operations_that_remember_nothing_opens_at_once(
+    store: Store, memory: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cancelable_deps.operations.exchange.CALL_SECONDS", 1000)
+    with anyio.fail_after(scaled(CEILING)):
+        async with store.operations(memory=memory):
+            pass
 
 
 async def test_what_was_cancelled_before_a_worker_came_does_not_start_in_it(store: Store) -> None:

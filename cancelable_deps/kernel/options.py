@@ -6,6 +6,7 @@ import inspect
 import math
 from datetime import timedelta
 from functools import partial
+from types import FunctionType
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -118,7 +119,8 @@ def checked_work(work: Any, count: int) -> Callable[..., Awaitable[Any]]:
     :raises TypeError: if it cannot.
     """
     what: Any = work
-    is_function = inspect.isfunction(work)
+    # Not `isfunction`, which also believes a proxy that cannot be referred to weakly.
+    is_function = type(work) is FunctionType
     if is_function and count in _COUNTS.get(work, ()):
         return cast("Callable[..., Awaitable[Any]]", work)
     while isinstance(what, partial):

@@ -182,6 +182,8 @@ class Background:
         # Known here before its record is: who reads of it may stop it at once.
         self._local.add(job, id)
         fields = first_fields(job, self._result_ttl)
+        # Before the call: from now on nobody may delete it.
+        self.doubtful.discard(job.id)
         try:
             record = await self._exchange.calling(self._exchange.backend.create(job.id, fields, ttl=MOST_AGE))
         except BaseException:
@@ -196,7 +198,6 @@ class Background:
             if record.fields.get("owner") != job.owner:
                 raise OperationTaken
             return self.archive.seen(record.id, record.fields)
-        self.doubtful.discard(job.id)
         self._jobs[job] = None
         job.has_record = True
         tell_work("started", job)

@@ -55,5 +55,8 @@ class DoubtfulRecords:
 
     async def _delete_or_forget(self, doubtful: tuple[str, float]) -> None:
         id, since = doubtful
+        if id not in self._since:
+            # A later call with this id has created it, and works on it.
+            return
         if await self.delete(id) or since < self._local.loop.time() - _DOUBT_SECONDS:
             self.discard(id)

@@ -153,8 +153,9 @@ class Exchange:
         tasks.start_soon(self._keep_beating)
         tasks.start_soon(self._outbox.run)
         if has_said_hello:
-            # An operation that was cancelled before this worker came must not start in it.
-            with anyio.move_on_after(CALL_SECONDS):
+            # An operation that was cancelled before this worker came must not start in it. What is remembered for a
+            # shorter time may be gone by then.
+            with anyio.move_on_after(min(CALL_SECONDS, self._memory)):
                 await self._has_caught_up.wait()
 
     async def leave(self) -> None:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from .client import Call, Client
 
 _MOST_TOGETHER: Final = 100
+_LARGE: Final = 1 << 16
+_MOST_BYTES: Final = 1 << 20
+"""More than that takes long to pack, and perhaps longer to send than a batch may; arguments below 64 KiB do not count."""
+
 _MOST_BATCHES: Final = 4
 """So many are under way at the same time: fewer would wait for each other, more would be smaller."""
 
@@ -37,7 +41,7 @@ _LONGEST: Final = 1.0
 class _Waiting:
     def __init__(self, call: Call, has_ended: Event) -> None:
         self.call = call
-        self.is_abandoned = False
+        self.is_abandoned = self.is_under_way = False
         self.has_ended = has_ended
         self.result: Any = None
         self.error: Exception | None = None
@@ -57,6 +61,7 @@ class _Waiting:
         return self.result
 
     def end(self, result: Any) -> None:
+        self.is_under_way = False
         if isinstance(result, Exception):
             self.error = result
         else:
@@ -75,8 +80,14 @@ class Batches:
         self._most_together = _MOST_TOGETHER if client.can_pipeline else 1
         self._most_batches = _MOST_BATCHES if client.can_pipeline else _MOST_SINGLES
         self._waiting: deque[_Waiting] = deque()
+        self._left: dict[str | None, _Waiting] = {}
+        """The last call under way whose caller has left, by its first key."""
+
         self._workers: list[Worker] = []
-        self._is_due = self._is_open = False
+        self._due: Worker | None = None
+        """The worker that has not begun, if there is one."""
+
+        self._is_open = False
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
@@ -100,15 +111,24 @@ class Batches:
 
         :raises Unavailable: if it fails, or takes longer than a second; it may take effect all the same.
         """
+        key = _first_key(call)
+        left = self._left.get(key)
+        if left is not None:
+            # What takes something back that a cancelled caller has asked for must not come before it.
+            await left.has_ended.wait()
         if not self._is_open:
             raise Unavailable(_CLOSED)
         waiting = _Waiting(call, self._loop.make_event())
         self._waiting.append(waiting)
-        # A worker that has not begun takes along all that is there when it begins.
-        if not self._is_due and self._has_room():
-            self._is_due = True
-            self._workers.append(self._loop.spawn(self.send, self._context.copy()))
-        return await waiting.outcome()
+        # A worker that has not begun takes along all that is there when it begins; on asyncio it may be cancelled before.
+        if (self._due is None or self._due.done) and self._has_room():
+            self._due = self._loop.spawn(self.send, self._context.copy())
+            self._workers.append(self._due)
+        try:
+            return await waiting.outcome()
+        finally:
+            if waiting.is_under_way and waiting.is_abandoned and key is not None:
+                self._left[key] = waiting
 
     def _has_room(self) -> bool:
         self._workers = [worker for worker in self._workers if not worker.done]
@@ -116,16 +136,22 @@ class Batches:
 
     async def send(self) -> None:
         """Send what waits, until nothing does; a task of this class runs it."""
-        self._is_due = False
+        self._due = None
         while batch := self._taken():
             await self._finish(batch)
 
     def _taken(self) -> list[_Waiting]:
         batch: list[_Waiting] = []
+        size = 0
         while self._waiting and len(batch) < self._most_together:
-            waiting = self._waiting.popleft()
+            waiting = self._waiting[0]
             if not waiting.is_abandoned:
+                size += _large_part(waiting.call)
+                if batch and size > _MOST_BYTES:
+                    break
+                waiting.is_under_way = True
                 batch.append(waiting)
+            self._waiting.popleft()
         return batch
 
     async def _finish(self, batch: list[_Waiting]) -> None:
@@ -135,6 +161,9 @@ class Batches:
                 results = await self._results([each.call for each in batch])
         finally:
             for number, each in enumerate(batch):
+                key = _first_key(each.call)
+                if self._left.get(key) is each:
+                    del self._left[key]
                 each.end(results[number] if number < len(results) else Unavailable("the store does not answer"))
 
     async def _results(self, calls: list[Call]) -> list[Any]:
@@ -144,4 +173,13 @@ class Batches:
             # One for each caller, who adds its own frames.
             return [Unavailable(*exc.args) for _ in calls]
         except Exception as exc:
-            return [exc for _ in calls]
+            # Of one of them, such as what cannot be encoded; the others, and a sign of life, are to go their way.
+            return [exc] if len(calls) == 1 else [(await self._results([call]))[0] for call in calls]
+
+
+def _large_part(call: Call) -> int:
+    return sum(len(each) for each in call.args if isinstance(each, str | bytes) and len(each) > _LARGE)
+
+
+def _first_key(call: Call) -> str | None:
+    return call.keys[0] if call.keys else None

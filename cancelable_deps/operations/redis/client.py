@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol
 
 from ...kernel.log import logger
 from ..backend import Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
+
+    Send = Callable[[Iterable["Command"]], Awaitable[Iterable[Any]]]
 
 CONNECT_SECONDS: Final = 1.0
 """The longest that a connection may take to be made."""
@@ -41,6 +43,16 @@ class Call(NamedTuple):
     script: Script
     keys: Sequence[str]
     args: Sequence[str | bytes | int]
+
+
+class Command(NamedTuple):
+    """A call as it is sent."""
+
+    name: Literal["EVAL", "EVALSHA"]
+    script: str
+    """The text of the script, or its name."""
+
+    call: Call
 
 
 class Client(Protocol):
@@ -105,11 +117,34 @@ class Failures:
             self._log(exc)
             raise Unavailable(f"{type(exc).__name__}: {exc}") from exc
 
-    def result_or_failure(self, result: Any) -> Any:
+    async def results(self, send: Send, calls: Sequence[Call]) -> list[Any]:
+        """Send calls, and those once more whose script the server does not know; return the result or failure of each.
+
+        :param send: sends commands together, and returns a result or an error for each.
+        """
+        results = list(await send([Command("EVALSHA", call.script.sha, call) for call in calls]))
+        unknown = [number for number, result in enumerate(results) if isinstance(result, self._unknown_script)]
+        if unknown:
+            # After a restart these are all, and one by one they would take longer than a batch may.
+            again = await self._sent_again(send, [calls[number] for number in unknown])
+            for number, result in zip(unknown, again, strict=True):
+                results[number] = result
+        return list(map(self._result_or_failure, results))
+
+    async def _sent_again(self, send: Send, calls: Sequence[Call]) -> Iterable[Any]:
+        try:
+            with self.translated():
+                return await send(_with_texts(calls))
+        except Unavailable as exc:
+            return [Unavailable(*exc.args) for _ in calls]
+
+    def _result_or_failure(self, result: Any) -> Any:
         """Return a result of a pipeline as it is, and an error in its place as `Unavailable`.
 
-        :raises Exception: one that is not the library's, or says that a script is unknown.
+        :raises Exception: one that is not the library's.
         """
+        if isinstance(result, self._unknown_script):
+            return Unavailable("the server forgets scripts at once")
         if isinstance(result, Exception):
             try:
                 with self.translated():
@@ -125,12 +160,13 @@ class Failures:
             logger.warning("the store of operations refuses a call: %s: %.300s", name, exc)
 
 
-async def script_or_failure(client: Client, call: Call) -> Any:
-    """Run a script, and return what it returns, or the `Unavailable` that it raises."""
-    try:
-        return await client.script(*call)
-    except Unavailable as exc:
-        return exc
+def _with_texts(calls: Iterable[Call]) -> Iterator[Command]:
+    """Yield commands that need no script to be known: the first of each has its text, which the server remembers."""
+    sent: set[str] = set()
+    for call in calls:
+        script = call.script
+        yield Command("EVALSHA", script.sha, call) if script.sha in sent else Command("EVAL", script.text, call)
+        sent.add(script.sha)
 
 
 def entries_of(reply: Any) -> StreamEntries:

@@ -12,13 +12,13 @@ from coredis import exceptions
 from coredis.pool import ClusterConnectionPool, ConnectionPool, SentinelConnectionPool
 from coredis.retry import NoRetryPolicy
 
-from .client import CONNECT_SECONDS, MOST_AT_ONCE, Failures, Script, entries_of, script_or_failure
+from .client import CONNECT_SECONDS, MOST_AT_ONCE, Failures, Script, entries_of
 from .held_client import HeldClient
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 
-    from .client import Call, StreamEntries
+    from .client import Call, Command, StreamEntries
 
 _CALL_SECONDS: Final = 2.0
 """More than the exchange waits for a call, which is to give up first."""
@@ -75,13 +75,11 @@ class CoredisClient:
     async def scripts(self, calls: Sequence[Call]) -> list[Any]:
         """Run scripts in this order, on one connection; return the result or the failure of each."""
         with self._failures.translated():
-            found = await self._calling().run(lambda client: _pipelined(client, calls))
-            return [await self._known(call, each) for call, each in zip(calls, found, strict=True)]
+            return await self._failures.results(self._pipelined, calls)
 
-    async def _known(self, call: Call, result: Any) -> Any:
-        if isinstance(result, exceptions.NoScriptError):
-            return await script_or_failure(self, call)
-        return self._failures.result_or_failure(result)
+    async def _pipelined(self, commands: Iterable[Command]) -> Sequence[Any]:
+        results: Sequence[Any] = await self._calling().run(lambda client: _pipelined(client, commands))
+        return results
 
     async def xread(self, streams: Mapping[str, str], block: int) -> StreamEntries:
         """Return entries after these positions, or wait for some."""
@@ -119,11 +117,12 @@ class CoredisClient:
         )
 
 
-async def _pipelined(client: Any, calls: Sequence[Call]) -> Sequence[Any]:
+async def _pipelined(client: Any, commands: Iterable[Command]) -> Sequence[Any]:
     pipeline: Any
     async with client.pipeline(transaction=False, raise_on_error=False) as pipeline:
-        for script, keys, args in calls:
-            pipeline.evalsha(script.sha, keys, args)
+        for name, script, (_, keys, args) in commands:
+            send = pipeline.eval if name == "EVAL" else pipeline.evalsha
+            send(script, keys, args)
     results: Sequence[Any] = pipeline.results
     return results
 

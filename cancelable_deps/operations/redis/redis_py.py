@@ -10,12 +10,12 @@ from redis import exceptions
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from .client import CONNECT_SECONDS, MOST_AT_ONCE, Failures, Script, entries_of, script_or_failure
+from .client import CONNECT_SECONDS, MOST_AT_ONCE, Failures, Script, entries_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 
-    from .client import Call, StreamEntries
+    from .client import Call, Command, StreamEntries
 
 _CALL_SECONDS: Final = 2.0
 """More than the exchange waits for a call, which is to give up first."""
@@ -30,8 +30,7 @@ class RedisPyClient:
         self._longest_read = longest_read
         self._reader: Any = own
         self.longest_block: float | None = None
-        # The pipelines of a cluster do not take scripts.
-        self.can_pipeline = isinstance(own, redis.asyncio.Redis) if url is None else True
+        self.can_pipeline = url is not None or _has_pipelines_like_calls(own)
         self._failures = Failures(
             exceptions.RedisError,
             exceptions.RedisClusterException,
@@ -94,21 +93,31 @@ class RedisPyClient:
     async def scripts(self, calls: Sequence[Call]) -> list[Any]:
         """Run scripts in this order, on one connection; return the result or the failure of each."""
         with self._failures.translated():
-            async with self._client.pipeline(transaction=False) as pipeline:
-                for script, keys, args in calls:
-                    pipeline.execute_command("EVALSHA", script.sha, len(keys), *keys, *args)
-                found = await pipeline.execute(raise_on_error=False)
-            return [await self._known(call, each) for call, each in zip(calls, found, strict=True)]
+            return await self._failures.results(self._pipelined, calls)
 
-    async def _known(self, call: Call, result: Any) -> Any:
-        if isinstance(result, exceptions.NoScriptError):
-            return await script_or_failure(self, call)
-        return self._failures.result_or_failure(result)
+    async def _pipelined(self, commands: Iterable[Command]) -> list[Any]:
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for name, script, (_, keys, args) in commands:
+                pipeline.execute_command(name, script, len(keys), *keys, *args)
+            results: list[Any] = await pipeline.execute(raise_on_error=False)
+            return results
 
     async def xread(self, streams: Mapping[str, str], block: int) -> StreamEntries:
         """Return entries after these positions, or wait for some."""
         with self._failures.translated():
             return entries_of(await self._reader.xread(dict(streams), count=MOST_AT_ONCE, block=block))
+
+
+def _has_pipelines_like_calls(client: Any) -> bool:
+    """Return whether a pipeline of the application's client does to a command the same as the client."""
+    if not isinstance(client, redis.asyncio.Redis) or client.single_connection_client:
+        # Those of a cluster do not take scripts. Those of a client of one connection take another, which its pool may
+        # not have.
+        return False
+    definitions = [vars(each) for each in type(client).__mro__]
+    # A class that changes commands, such as by a prefix, has to change pipelines as well.
+    first = next(each for each in definitions if "execute_command" in each or "pipeline" in each)
+    return "pipeline" in first
 
 
 def _longest_block(client: Any) -> float | None:
