@@ -273,6 +273,25 @@ async def test_a_client_of_one_connection_needs_no_other(kind: str, own_redis: R
             assert await all_of(batches, [echo(number) for number in range(3)]) == [b"0", b"1", b"2"]
 
 
+@pytest.mark.parametrize("kind", ["redis-py"])
+async def test_a_client_of_few_connections_is_asked_for_no_more(kind: str, own_redis: RedisServer) -> None:
+    async with redis.asyncio.Redis(port=own_redis.port, max_connections=2) as own:
+        client = RedisPyClient(None, own, LONGEST_READ)
+        batches = Batches(client)
+        results: list[Any] = []
+
+        async def make(number: int) -> None:
+            results.append(await batches.run(echo(number)))
+
+        async with client.opened(), batches.opened(), anyio.create_task_group() as tasks:
+            own_redis.pause()
+            for number in range(6):
+                tasks.start_soon(make, number)
+                await anyio.wait_all_tasks_blocked()
+            own_redis.resume()
+        assert sorted(results) == [b"%d" % number for number in range(6)]
+
+
 @pytest.mark.parametrize("kind", ["redis-py", "coredis-asyncio"])
 async def test_calls_are_sent_after_all_tasks_were_cancelled_once(
     kind: str, of_application: bool, proxy: Proxy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import anyio
 import anyio.lowlevel
@@ -13,7 +13,7 @@ from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, HTTPException,
 from fastapi.responses import StreamingResponse
 
 from cancelable_deps import RequestCancelationMiddleware, cancelable_streaming_response
-from cancelable_deps.operations import Operations, at_most, latest_only
+from cancelable_deps.operations import MemoryBackend, Operations, at_most, latest_only
 from cancelable_deps.testing import Call, CancelableClient, OperationsHub, advance
 from tests.calls import CEILING, movable_clock
 from tests.operations import nothing_is_kept, until
@@ -446,6 +446,37 @@ async def test_who_came_while_the_store_was_away_counts_afterwards_and_gives_its
         assert (await second.get("/search?text=4")).status_code == 200
         await advance(10)
         nothing_is_kept(*(site.operations for site in sites))
+
+
+class Recorder(MemoryBackend):
+    """A store that notes who asks it for a place, in which order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[str, str]] = []
+
+    async def enter(self, key: str, id: str, **options: Any) -> Any:
+        self.asked.append((key, id))
+        await anyio.lowlevel.checkpoint()
+        return await super().enter(key, id, **options)
+
+
+@pytest.mark.parametrize("may_have_lost", [False, True])
+async def test_those_that_wait_for_one_key_are_asked_for_in_their_order(may_have_lost: bool) -> None:
+    store, keys = Recorder(), ("a", "b", "c")
+    async with Operations(store) as operations, operations.track(), operations.track():
+        [one, other] = operations.worker.local.everything()
+        turns = operations.worker.turns
+        for key in keys:
+            await turns.enter(key, cast("Any", one))
+        waiting = [await turns.enter(key, cast("Any", other), queue=9) for _ in range(6) for key in keys]
+        assert {turn.status for turn in waiting} == {"waiting"}
+        if may_have_lost:
+            await turns.enter_again(may_have_lost=True)
+        store.asked.clear()
+        await turns.enter_again(may_have_lost=False)
+        for key in keys:
+            assert [id for asked, id in store.asked if asked == key] == [turn.id for turn in waiting if turn.key == key]
 
 
 @movable_clock

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
@@ -183,16 +184,22 @@ class Turns:
 
         :raises Unavailable: if the store cannot be reached.
         """
-        were_skipped, self._skips_waiting = self._skips_waiting, may_have_lost and not self._skips_waiting
-        waiting = [turn for turn in self._turns.values() if turn.status == "waiting" and not turn.is_local]
+        self._skips_waiting = may_have_lost and not self._skips_waiting
         holding = [turn for turn in self._turns.values() if turn.status == "admitted"]
         await together(self._enter_again, [turn for turn in holding if may_have_lost or not turn.is_shared])
-        if were_skipped:
-            # They may be lost, and are to wait in this order.
-            for turn in waiting:
-                await self._enter_again(turn)
-        elif not may_have_lost:
-            await together(self._enter_again, waiting)
+        if not self._skips_waiting:
+            await together(self._enter_in_order, self._waiting_by_key())
+
+    def _waiting_by_key(self) -> list[list[Turn]]:
+        waiting: defaultdict[str, list[Turn]] = defaultdict(list)
+        for turn in self._turns.values():
+            if turn.status == "waiting" and not turn.is_local:
+                waiting[turn.key].append(turn)
+        return list(waiting.values())
+
+    async def _enter_in_order(self, turns: list[Turn]) -> None:
+        for turn in turns:
+            await self._enter_again(turn)
 
     async def _enter_again(self, turn: Turn) -> None:
         if turn.id not in self._turns:

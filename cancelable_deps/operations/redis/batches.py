@@ -78,7 +78,8 @@ class Batches:
         # A connection keeps the context in which it is made, and that of a request would be kept alive.
         self._context = copy_context()
         self._most_together = _MOST_TOGETHER if client.can_pipeline else 1
-        self._most_batches = _MOST_BATCHES if client.can_pipeline else _MOST_SINGLES
+        most = _MOST_BATCHES if client.can_pipeline else _MOST_SINGLES
+        self._most_batches = most if client.most_connections is None else min(most, client.most_connections)
         self._waiting: deque[_Waiting] = deque()
         self._left: dict[str | None, _Waiting] = {}
         """The last call under way whose caller has left, by its first key."""

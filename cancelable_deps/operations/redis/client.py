@@ -61,6 +61,9 @@ class Client(Protocol):
     can_pipeline: bool
     """Whether `scripts` may be used; clients of a cluster send commands one by one."""
 
+    most_connections: int | None
+    """So many connections its pool may have; ``None`` if it does not say."""
+
     longest_block: float | None
     """The seconds that a read may wait, if the client's own timeout allows no more."""
 

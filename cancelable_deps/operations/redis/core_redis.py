@@ -39,6 +39,8 @@ class CoredisClient:
         self._caller: HeldClient | None = None
         self._reader: HeldClient | None = None
         self.longest_block: float | None = None
+        # Of its pool's connections each takes several calls at the same time.
+        self.most_connections: int | None = None
         # The pipelines of a cluster are another matter.
         self.can_pipeline = not isinstance(own, coredis.RedisCluster)
         self._failures = Failures(

@@ -30,6 +30,7 @@ class RedisPyClient:
         self._longest_read = longest_read
         self._reader: Any = own
         self.longest_block: float | None = None
+        self.most_connections = getattr(getattr(own, "connection_pool", None), "max_connections", None)
         self.can_pipeline = url is not None or _has_pipelines_like_calls(own)
         self._failures = Failures(
             exceptions.RedisError,
