@@ -1,6 +1,7 @@
 """The jobs of arq, SAQ and Celery are operations of the application: the examples, with real workers of each queue.
 
-arq has a dependency group of its own, and its tests run with ``uv run --group arq pytest -m compat -k arq`` and this file.
+arq and SAQ have a dependency group of their own: ``uv run --no-default-groups --group queues pytest -m compat`` and this
+file.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import anyio
 
 from ...kernel.loops.current import current_loop
 from ..backend import Unavailable
+from .client import Pending
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -38,27 +39,11 @@ _LONGEST: Final = 1.0
 """Seconds after which a batch is given up, as by then all of its callers have."""
 
 
-class _Waiting:
+class _Waiting(Pending):
     def __init__(self, call: Call, has_ended: Event) -> None:
+        super().__init__(has_ended)
         self.call = call
-        self.is_abandoned = self.is_under_way = False
-        self.has_ended = has_ended
-        self.result: Any = None
-        self.error: Exception | None = None
-
-    async def outcome(self) -> Any:
-        try:
-            await self.has_ended.wait()
-        except BaseException:
-            self.is_abandoned = True
-            raise
-        if self.error is not None:
-            try:
-                raise self.error
-            finally:
-                # Its traceback has this frame, and so this object.
-                self.error = None
-        return self.result
+        self.is_under_way = False
 
     def end(self, result: Any) -> None:
         self.is_under_way = False

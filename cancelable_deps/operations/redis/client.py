@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
+    from ...kernel.loops.base import Event
+
     Send = Callable[[Iterable["Command"]], Awaitable[Iterable[Any]]]
 
 CONNECT_SECONDS: Final = 1.0
@@ -53,6 +55,31 @@ class Command(NamedTuple):
     """The text of the script, or its name."""
 
     call: Call
+
+
+class Pending:
+    """A call that goes on when its caller is cancelled, and what becomes of it."""
+
+    def __init__(self, has_ended: Event) -> None:
+        self.is_abandoned = False
+        self.has_ended = has_ended
+        self.result: Any = None
+        self.error: Exception | None = None
+
+    async def outcome(self) -> Any:
+        """Wait for its end, and return its result or raise its error."""
+        try:
+            await self.has_ended.wait()
+        except BaseException:
+            self.is_abandoned = True
+            raise
+        if self.error is not None:
+            try:
+                raise self.error
+            finally:
+                # Its traceback has this frame, and so this object.
+                self.error = None
+        return self.result
 
 
 class Client(Protocol):

@@ -13,6 +13,7 @@ import anyio
 from coredis import exceptions
 
 from ...kernel.loops.current import current_loop
+from .client import Pending
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -28,26 +29,10 @@ _LONGEST_CALL: Final = 5.0
 _CLOSE_SECONDS: Final = 1.0
 
 
-class _Call:
+class _Call(Pending):
     def __init__(self, work: Work) -> None:
+        super().__init__(anyio.Event())
         self.work = work
-        self.has_ended = anyio.Event()
-        self.is_abandoned = False
-        self.result: Any = None
-        self.error: Exception | None = None
-
-    async def outcome(self) -> Any:
-        try:
-            await self.has_ended.wait()
-        except BaseException:
-            self.is_abandoned = True
-            raise
-        if self.error is not None:
-            try:
-                raise self.error
-            finally:
-                self.error = None
-        return self.result
 
 
 class HeldClient:
