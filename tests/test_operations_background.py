@@ -380,7 +380,7 @@ class Proxied:
         self._function = function
 
     @property  # type: ignore[misc]
-    def __class__(self) -> Any:
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return type(self._function)
 
     def __call__(self, *args: Any) -> Any:
