@@ -62,7 +62,8 @@ def begin(*cancelables: Cancelable) -> None:
 
 
 async def begun_later(block: Block) -> None:
-    while block.scope is None:  # noqa: ASYNC110 - nothing tells of it
+    # One that has been left has no scope any more.
+    while block.scope is None and block.ended is None:  # noqa: ASYNC110 - nothing tells of it
         await asyncio.sleep(0.001)
 
 
