@@ -69,7 +69,8 @@ async def test_a_cluster_whose_master_dies(library: str, cluster: list[RedisServ
         owner.kill()
         await until(lambda: is_cancelled(b, second.id), "the replica has taken over")
         third = await b.start(forever)
-        assert (await a.cancel(third.id, wait=10)).outcome == "cancelled"
+        # The other one may still look for the new master by its reads.
+        await until(lambda: is_cancelled(a, third.id), "the other one reads again")
 
 
 async def test_a_cluster_that_comes_late(library: str, cluster: list[RedisServer]) -> None:
