@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
+import anyio.lowlevel
 
 from ..kernel.options import seconds as checked
 from ..kernel.reasons import CancelationReason
@@ -133,7 +134,12 @@ class _Connection(MemoryBackend):
     async def _call(self, call: Coroutine[Any, Any, T]) -> T:
         try:
             self._check()
-            await anyio.sleep(self._delay())
+            delay = self._delay()
+            if delay:
+                await anyio.sleep(delay)
+            else:
+                # On trio a process that stands still for a second would fail here, as calls have a limit of that.
+                await anyio.lowlevel.cancel_shielded_checkpoint()
             self._check()
         except BaseException:
             call.close()
