@@ -123,7 +123,8 @@ def forward_deadline(
 
     The time is that until the next deadline around the caller: of the request (its timeout, its policy, the time that its
     client gives), or of a `Cancelable` around the call. httpx's own timeouts are shortened to it (in an event loop, where
-    the deadline interrupts the call, to a little more). Without a deadline, the request is sent as it is. A smaller time that the request already has in the header is kept.
+    the deadline interrupts the call, to a little more). Without a deadline, the request is sent as it is. A smaller time
+    that the request already has in the header is kept.
 
     If no more than ``margin`` is left, the call raises the `TimeoutCancelation` of that block at once, and nothing is sent.
     The cleanup of work that was cancelled has no deadline. In a worker thread, whose work nothing interrupts, a deadline

@@ -48,7 +48,8 @@ def progress_response(
     :param gap_timeout: the seconds that may pass between two reports.
     :param send_timeout: the seconds that the client may take to make room for one event.
     :param headers: additional headers of the response.
-    :raises TypeError: if ``work`` is no async function of one argument, ``cancel`` is not a `Cancelable`, or a limit is not a number.
+    :raises TypeError: if ``work`` is no async function of one argument, ``cancel`` is not a `Cancelable`, or a limit
+        is not a number.
     :raises ValueError: if a limit is negative or NaN.
     """
     work = checked_work(work, 0)
