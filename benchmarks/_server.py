@@ -1,21 +1,13 @@
 """A server in a process of its own, on a free port, with its output in a file."""
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 20.0
-
-
-def free_port() -> int:
-    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
-        port: int = probe.getsockname()[1]
-    return port
 
 
 class ServerProcess:

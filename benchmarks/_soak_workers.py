@@ -20,7 +20,8 @@ from typing import Any
 import httpx
 import redis
 
-from benchmarks._server import ServerProcess, free_port
+from benchmarks._server import ServerProcess
+from tests.ports import free_port
 from tests.redis_server import RedisServer, redis_server
 
 COMPLAINT = re.compile(r"Traceback|never retrieved|was never awaited|ERROR")

@@ -30,7 +30,8 @@ from typing import Any
 import psutil
 
 from benchmarks import _soak_workers
-from benchmarks._server import PATIENCE, ServerProcess, free_port
+from benchmarks._server import PATIENCE, ServerProcess
+from tests.ports import free_port
 
 COMMANDS = {
     "uvicorn": "uvicorn --port {port} --no-access-log --http h11 --timeout-keep-alive 1",

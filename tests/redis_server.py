@@ -20,6 +20,7 @@ import pytest
 import redis
 
 from .machine import scaled
+from .ports import free_port
 
 START_SECONDS = 20
 
@@ -69,12 +70,6 @@ def found_servers() -> dict[str, str]:
     return found
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
-
-
 def server_program(name: str = "") -> str:
     """The program of a server, by default that of the machine first. Without one the test is skipped, but never in CI."""
     programs = found_servers()
@@ -122,6 +117,7 @@ class RedisServer:
         until = time.monotonic() + scaled(START_SECONDS)
         while not self._answers():
             assert time.monotonic() < until, f"{self.program} does not start"
+            assert self._process is None or self._process.poll() is None, f"{self.program} has ended"
             time.sleep(0.02)
 
     def _answers(self) -> bool:

@@ -26,6 +26,7 @@ import psutil
 import pytest
 
 from tests.machine import scaled
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[1]
 APP = "tests.server_app:app"
@@ -299,12 +300,6 @@ class Server:
             self._process.kill()
             self._process.wait()
             raise
-
-
-def free_port() -> int:
-    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
-        port: int = probe.getsockname()[1]
-    return port
 
 
 @contextmanager

@@ -12,7 +12,8 @@ import pytest
 
 from cancelable_deps.__main__ import main
 from cancelable_deps.checks.findings import LEVELS
-from tests.redis_server import free_port, redis_server
+from tests.ports import free_port
+from tests.redis_server import redis_server
 
 APPLICATION = """
 from fastapi import FastAPI

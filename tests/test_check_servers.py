@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.machine import scaled
-from tests.redis_server import free_port
+from tests.ports import free_port
 
 pytestmark = pytest.mark.real
 

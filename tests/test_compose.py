@@ -25,7 +25,8 @@ from cancelable_deps.kernel.settings import settings
 from examples import several_workers
 
 from .machine import scaled
-from .redis_server import RedisServer, free_port, redis_server
+from .ports import free_port
+from .redis_server import RedisServer, redis_server
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "examples" / "compose.yaml").read_text()

@@ -25,7 +25,8 @@ import psutil
 import pytest
 
 from .machine import scaled
-from .redis_server import free_port, redis_server
+from .ports import free_port
+from .redis_server import redis_server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

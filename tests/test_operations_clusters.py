@@ -63,7 +63,8 @@ async def test_a_cluster_whose_master_dies(library: str, cluster: list[RedisServ
     async with opened(2, lambda: cluster_client(library, cluster[0].port)) as [a, b]:
         await know_each_other(a, b)
         first = await a.start(forever)
-        assert (await b.cancel(first.id, wait=10)).outcome == "cancelled"
+        # A node that stands still for a second is given up by the others, on a busy machine at any time.
+        await until(lambda: is_cancelled(b, first.id), "background work is reached")
         second = await a.start(forever, id="second")
         owner = next(each for each in cluster[:3] if each.names())
         owner.kill()

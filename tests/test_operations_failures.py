@@ -14,8 +14,9 @@ import pytest
 from cancelable_deps.operations import Operations, OperationState, OperationsUnavailable
 
 from .machine import scaled
+from .ports import free_port
 from .proxy import Proxy, proxy_to
-from .redis_server import RedisServer, free_port, redis_server
+from .redis_server import RedisServer, redis_server
 from .redis_workers import (
     MARKS,
     Work,

@@ -20,7 +20,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from cancelable_deps.operations.page import content_security_policy
 from tests.machine import scaled
 from tests.operations_page_app import HOSTILE_PATH
-from tests.servers import free_port
+from tests.ports import free_port
 from tests.test_demo_browser import OPTIONS
 
 if TYPE_CHECKING:

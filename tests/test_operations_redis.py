@@ -28,7 +28,8 @@ from cancelable_deps.operations import (
 from cancelable_deps.operations.entries import decoded
 
 from .machine import scaled
-from .redis_server import RedisServer, SharedRedis, free_port, redis_server
+from .ports import free_port
+from .redis_server import RedisServer, SharedRedis, redis_server
 from .redis_workers import MARKS, forever, know_each_other, opened
 from .stores import identity, until
 

@@ -19,7 +19,8 @@ import anyio.to_thread
 import pytest
 
 from .machine import scaled
-from .redis_server import SharedRedis, free_port
+from .ports import free_port
+from .redis_server import SharedRedis
 from .redis_workers import MARKS
 from .stores import until
 

@@ -15,7 +15,8 @@ import pytest
 import uvicorn
 
 from tests.machine import scaled
-from tests.servers import COMPLAINT, RECORD, ROOT, Connection, Response, free_port, request
+from tests.ports import free_port
+from tests.servers import COMPLAINT, RECORD, ROOT, Connection, Response, request
 from tests.socket_client import SocketClient
 
 pytestmark = [

@@ -436,8 +436,8 @@ class Operations:
                     event = await anext(events)
                 except StopAsyncIteration:
                     return
-                except Unavailable:
-                    raise OperationsUnavailable from None
+                except Unavailable as exc:
+                    raise OperationsUnavailable from exc
                 yield event
 
     async def workers(self, *, timeout: float | timedelta = 1.0) -> list[Worker]:
@@ -497,5 +497,5 @@ def _was_stopped(cancelable: Cancelable, exc: BaseException) -> bool:
 async def _or_unavailable(call: Awaitable[T]) -> T:
     try:
         return await call
-    except Unavailable:
-        raise OperationsUnavailable from None
+    except Unavailable as exc:
+        raise OperationsUnavailable from exc

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import free_port
+from tests.ports import free_port
 
 STARTUP = 60
 """Seconds that either may take to start on a busy machine."""

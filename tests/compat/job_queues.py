@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import httpx
 
 from tests.machine import scaled
-from tests.redis_server import RedisServer, free_port
+from tests.ports import free_port
+from tests.redis_server import RedisServer
 from tests.servers import ROOT
 from tests.stores import until
 
