@@ -138,9 +138,18 @@ async def cancelled_during(a: Operations, ids: list[str], seconds: float) -> dic
 
 
 async def none_is_lost(
-    what: str, a: Operations, b: WorkerProcess, ids: list[str], disturb: Work, seconds: float = 3
+    what: str,
+    a: Operations,
+    b: WorkerProcess,
+    ids: list[str],
+    disturb: Work,
+    seconds: float = 3,
+    others: tuple[str, ...] = ("unavailable",),
 ) -> None:
-    """Cancel the operations of ``b`` within some seconds while it is disturbed: all that were acknowledged end."""
+    """Cancel the operations of ``b`` within some seconds while it is disturbed: all that were acknowledged end.
+
+    :param others: the outcomes that may be answered as well, and acknowledge nothing.
+    """
     answers: dict[str, str] = {}
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(disturb)
@@ -150,7 +159,7 @@ async def none_is_lost(
     print(f"\n{what}: {dict(counted)}, acknowledged {len(acknowledged)}")
     # Most of them, so that there is something to lose; the others are told that it is not known.
     assert len(acknowledged) > len(ids) / 4
-    assert set(counted) <= {*ACKNOWLEDGED, "unavailable"}
+    assert set(counted) <= {*ACKNOWLEDGED, *others}
 
     async def are_all_ended() -> bool:
         return acknowledged <= b.ended.keys()
