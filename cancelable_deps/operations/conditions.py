@@ -101,27 +101,34 @@ def matcher(
     if conditions._replace(older_than=None, before=None).are_none:
         return lambda each: each.started <= youngest
 
+    # Most of what runs are requests without an object: what is known of them all is found out once, and not for each.
+    of_request = _request_matcher(conditions)
+
     def fulfils(each: RequestState | RunningBlock) -> bool:
         if each.started > youngest:
             return False
         running: Running | None = each if isinstance(each, Running) else each.operation
-        return _matches_request(conditions, each) if running is None else _matches(conditions, running)
+        return of_request(each) if running is None else _matches(conditions, running)
 
     return fulfils
 
 
-def _matches_request(conditions: Conditions, request: Any) -> bool:
-    """Return whether a request fulfils the conditions that nobody has made an object for: one has no owner."""
+def _request_matcher(conditions: Conditions) -> Callable[[Any], bool]:
+    """Return a function that tells whether a request fulfils the conditions that nobody has made an object for."""
+    kind, route, state = conditions.kind, conditions.route, conditions.state
     if conditions.owner is not ANYONE or conditions.key is not None or conditions.labels:
-        return False
-    scope = request.scope
-    if conditions.route is not None and route_template(scope) != conditions.route:
-        return False
-    if conditions.kind is not None and ("websocket" if scope["type"] == "websocket" else "request") != conditions.kind:
-        return False
-    if conditions.state is None:
-        return True
-    return conditions.state == (OperationState.RUNNING if request.cause is None else OperationState.STOPPING)
+        # It has none of them.
+        return lambda request: False
+
+    def fulfils(request: Any) -> bool:
+        scope = request.scope
+        if route is not None and route_template(scope) != route:
+            return False
+        if kind is not None and ("websocket" if scope["type"] == "websocket" else "request") != kind:
+            return False
+        return state is None or state == (OperationState.RUNNING if request.cause is None else OperationState.STOPPING)
+
+    return fulfils
 
 
 def _matches(conditions: Conditions, running: Running) -> bool:
