@@ -119,6 +119,9 @@ async def forever(cancel: Cancelable) -> None:
 
 ACKNOWLEDGED = ("cancelled", "stopping", "sent")
 
+LEASE = 12
+"""Seconds that no outage of a test comes near, also on a slow machine: for tests in which nobody may be given up."""
+
 
 async def cancelled_during(a: Operations, ids: list[str], seconds: float) -> dict[str, str]:
     """Cancel operations one after the other, evenly, without waiting for each; and return what was answered."""

@@ -14,6 +14,7 @@ from cancelable_deps.operations import Operations, RedisBackend
 from .redis_groups import Sentinels, cluster_client, redis_cluster, redis_sentinels, sentinel_client
 from .redis_server import RedisServer
 from .redis_workers import (
+    LEASE,
     MARKS,
     Work,
     WorkerProcess,
@@ -49,12 +50,12 @@ def sentinels() -> Iterator[Sentinels]:
 
 
 @asynccontextmanager
-async def opened(count: int, client: Any) -> AsyncIterator[list[Operations]]:
+async def opened(count: int, client: Any, lease: float = 3) -> AsyncIterator[list[Operations]]:
     """Several workers, each with a client that ``client`` makes."""
     async with AsyncExitStack() as stack:
         workers = []
         for _ in range(count):
-            backend = RedisBackend(client=await stack.enter_async_context(client()), lease=3)
+            backend = RedisBackend(client=await stack.enter_async_context(client()), lease=lease)
             workers.append(await stack.enter_async_context(Operations(backend, background_grace=0)))
         yield workers
 
@@ -107,8 +108,8 @@ async def of_sentinels(
     ids = [f"job-{number}" for number in range(300)]
     url = f"sentinel:{library}:{','.join(map(str, sentinels.ports))}"
     async with (
-        opened(2, lambda: sentinel_client(library, sentinels.ports)) as [a, c],
-        worker_process(url, backend=backend) as b,
+        opened(2, lambda: sentinel_client(library, sentinels.ports), LEASE) as [a, c],
+        worker_process(url, lease=LEASE, backend=backend) as b,
     ):
         await b.say("track", *ids)
         await b.hears("running", count=300)

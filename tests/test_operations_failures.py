@@ -18,6 +18,7 @@ from .ports import free_port
 from .proxy import Proxy, proxy_to
 from .redis_server import RedisServer, redis_server
 from .redis_workers import (
+    LEASE,
     MARKS,
     Work,
     WorkerProcess,
@@ -51,7 +52,7 @@ def proxy(own_redis: RedisServer) -> Iterator[Proxy]:
 
 
 async def count_lost(what: str, url: str, kind: str, backend: str, disturb_by: Callable[[WorkerProcess], Work]) -> None:
-    async with opened(url, 2) as [a, c], worker_process(url, backend=backend) as b:
+    async with opened(url, 2, lease=LEASE) as [a, c], worker_process(url, lease=LEASE, backend=backend) as b:
         if kind == "blocks":
             ids = [f"job-{number}" for number in range(CANCELS)]
             await b.say("track", *ids)
